@@ -1,0 +1,102 @@
+"""The command `psyray`: run, plan, watch and report a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from psyray.errors import PsyrayError
+
+app = typer.Typer(
+    help="Active preference learning on Ray: teach language models what only experts can judge.\n\n"
+    "Research software; no substitute for professional care.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+Settings = Annotated[list[str] | None, typer.Argument(help="settings over the file's, for example loop.rounds=1")]
+RunFolder = Annotated[Path, typer.Argument(help="the run folder, for example runs/demo")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file, for example configs/demo.yaml")],
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and check all that needs no hardware")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="end with one request to the served result")] = False,
+) -> None:
+    """Run the whole path; the same command again goes on where it was cut off.
+
+    Examples:  psyray run configs/demo.yaml
+               psyray run configs/demo.yaml speeches.path=questions.jsonl run.path=runs/mine
+               psyray run configs/psychocounsel-3b.yaml --dry-run
+    """
+    from psyray.config import load_config
+
+    loaded = load_config(config, settings)
+    if dry_run:
+        from psyray.plan import show_plan
+
+        show_plan(loaded, out)
+        return
+    from psyray.pipeline import run_pipeline
+
+    try:
+        report = run_pipeline(loaded, serve=serve, say=say)
+    except KeyboardInterrupt:
+        say("stopped; nothing is lost: the same command goes on from here")
+        raise typer.Exit(130) from None
+    folder = report.parent
+    say(f"report: {report}")
+    say(f"serve:  serve run serve.app:build run={folder}")
+    say(f"state:  psyray status {folder}")
+
+
+@app.command()
+def status(folder: RunFolder) -> None:
+    """Show how far a run is, also while it runs."""
+    from psyray.status import show_status
+
+    show_status(folder, out)
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Write RUN/report.html anew from what the run has so far."""
+    from psyray.report import write_report
+    from psyray.run import run_path
+
+    say(f"report: {write_report(run_path(folder))}")
+
+
+@app.command()
+def prepare() -> None:
+    """Unpack the embedded model and compile DeepSpeed's extension, so that the first run need not."""
+    from psyray.models import embedded_model
+    from psyray.train import compile_extension
+
+    say(f"model: {embedded_model()}")
+    say(f"extension: {compile_extension()}")
+
+
+def say(line: str) -> None:
+    """One line to the user."""
+    out.print(line, markup=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command's entry point: an error that the user can mend is one line and exit code 1."""
+    try:
+        app(arguments)
+    except PsyrayError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

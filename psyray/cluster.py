@@ -1,0 +1,108 @@
+"""The Ray session that a run works in, and what hardware it has."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from psyray.config import Config
+from psyray.errors import PsyrayError
+
+# Nothing is reported to anybody, and logs stay readable.
+QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Attach to the configured Ray, or start one on this machine that ends with the run."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    # The newer Parquet reader is slow to start; set before ray is imported.
+    os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    _start(ray, config, address)
+    _quiet_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(ray: Any, config: Config, address: str | None) -> None:
+    common: dict[str, Any] = {"log_to_driver": bool(os.environ.get("PSYRAY_WORKER_LOGS")), "logging_level": "ERROR"}
+    if address:
+        try:
+            ray.init(address=address, runtime_env={"env_vars": QUIET}, **common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise PsyrayError(f"no Ray at {address}: {error}. Does it ask for a token? Set RAY_AUTH_MODE=token") from error
+        return
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # A private session on this machine: its ports are on loopback and it ends with the run.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    ray.init(
+        address="local",
+        num_cpus=config.cluster.logical_cpus,
+        object_store_memory=config.cluster.object_store_mib * 2**20,
+        include_dashboard=False,
+        **common,
+    )
+
+
+def _quiet_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def has_gpu() -> bool:
+    """Whether this process sees a CUDA device."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def use_gpu(device: str) -> bool:
+    """Whether work goes to GPUs: the setting, or for `auto` whether the Ray cluster has any."""
+    if device != "auto":
+        return device == "gpu"
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else has_gpu()
+
+
+def require(needed: Mapping[str, float], wait_s: float, what: str) -> None:
+    """Wait until the cluster as a whole has the resources; PsyrayError that names the missing one after `wait_s`."""
+    import ray
+
+    deadline = time.monotonic() + wait_s
+    while True:
+        have = ray.cluster_resources()
+        missing = {name: count for name, count in needed.items() if have.get(name, 0) < count}
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            wanted = ", ".join(f"{count:g} {name} (has {have.get(name, 0):g})" for name, count in missing.items())
+            raise PsyrayError(f"{what} cannot be placed: the cluster lacks {wanted} after waiting {wait_s:.0f} s")
+        time.sleep(1)

@@ -1,0 +1,102 @@
+"""Whether a client's words speak of a crisis: a transparent phrase list, not a diagnosis.
+
+A hit says that a person should look at the conversation; no hit says nothing. The list covers plain English in
+four groups (`PHRASES`) and reads words, not meaning: hints, other languages and most slang go by unseen, and a
+sentence about somebody else, the past or a film counts as much as one about now. Where it must err it flags.
+
+A phrase does not count where the words just before it deny it ("I have no thoughts of suicide", "I'm not
+suicidal"). "Trying not to hurt myself" is no denial and counts.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_WISH = r"(?:want|wanted|wanting|wish|hope|hoping|going|planning|plan|planned|decided|ready|deserve)"
+_THEM = r"(?:he|she|they|my [a-z' -]{2,30}?)"
+_US = r"(?:me|us|my (?:mum|mom|mother|dad|father|wife|kids?|children|brother|sister|baby|son|daughter))"
+_PEOPLE = rf"(?:{_US}|him|her|them|my (?:husband|partner|family|boyfriend|girlfriend))"
+_WILL = r"(?:'ll| will| would|'s going to|'re going to| is going to| are going to| might)"
+_HARM = r"(?:hurt|harm|cut|burn|punish)(?:ting|ing|ed|t)?"
+_MEANS = r"(?:gun|pills|rope|noose|knife)"
+
+PHRASES: dict[str, tuple[str, ...]] = {
+    "suicide": (
+        r"(?:kill|hang|shoot|drown|poison)(?:ing|ed)? my ?self(?! (?:laughing|over|at work|with work))",
+        r"suicid(?:e|al)\w*",
+        rf"{_WISH}(?: to| that)?(?: just)? die\b(?! (?:of|from) (?:embarrassment|shame|laughter))",
+        r"(?:wish|wishing) (?:that )?i (?:was|were) (?:dead|never born)",
+        r"(?:rather|want to|wanna) be dead|better off dead",
+        r"(?:better off|be happier|be fine) (?:if i (?:was|were) (?:dead|gone)|without me)",
+        r"(?:end|ending|take|taking|took) my (?:own )?life",
+        r"(?:want|need|ready|going) to (?:end it all|end it(?! with\b)|stop living|stop existing)",
+        r"want (?:it all|everything) to (?:end|be over)",
+        r"(?:don'?t|do not|no longer) (?:want|wish) to (?:live|be alive|exist|wake up|be here any ?more)",
+        r"(?:can'?t|cannot) go on (?:like this|living|any ?more)",
+        r"no (?:reason|point) (?:to|in) (?:live|living|go on|going on)",
+        r"overdos(?:e|ed|ing)",
+        r"jump(?:ing|ed)? (?:off|from) (?:a|the) (?:bridge|roof|building|balcony)",
+        r"(?:wrote|written|writing) (?:a |my )?goodbye (?:letter|note)s?",
+    ),
+    "self-harm": (
+        rf"{_HARM} my ?self\b(?! (?:off|short|shaving|cooking|some slack))",
+        r"self[- ]?harm\w*",
+        r"(?:cut|cutting|slit|slitting) my (?:wrists?|arms?|thighs?|legs?)",
+    ),
+    "abuse": (
+        rf"{_THEM} (?:hits?|beats?|punche[sd]|kick(?:s|ed)|chok(?:es|ed)|strangl(?:es|ed)|slap(?:s|ped)) {_US}\b"
+        r"(?! (?:up for|to it|at|in) )",
+        rf"{_THEM} (?:is|are|was|were|keeps?|started) (?:hitting|beating|kicking|choking|strangling) {_US}\b",
+        rf"{_THEM} (?:rap(?:es|ed)|molest(?:s|ed)|sexually (?:abuse[sd]?|assault(?:s|ed)?)) {_US}\b",
+        r"(?:was|been|being|got|get) (?:raped|molested|sexually (?:abused|assaulted))",
+        r"(?:force[sd]?|made|makes) me (?:to )?have sex",
+        r"(?:is|are|am|was|been) being (?:physically |sexually )?abused",
+    ),
+    "danger": (
+        rf"(?:going to|gonna|will|(?:he|she|they)'ll|might|wants? to) kill {_PEOPLE}\b(?! (?:for|if i|when i)\b)",
+        rf"(?:sa(?:id|ys)|threaten(?:s|ed)|swore|swears) (?:that )?{_THEM}{_WILL} (?:kill|hurt|shoot) {_PEOPLE}\b",
+        rf"(?:threaten(?:s|ed|ing)|tried) to (?:kill|shoot|strangle|drown) {_PEOPLE}\b",
+        rf"(?:afraid|scared|terrified|fear) (?:that )?{_THEM}{_WILL} (?:kill|hurt) {_US}\b",
+        rf"(?:has|have|got|holding|hold|found|bought) (?:a |the |his |her |my )?{_MEANS} "
+        r"(?:to (?:my|her|his) head|in my hand|ready|next to me|in front of me|saved up)",
+        r"(?:not safe|unsafe|in danger) (?:at home|here|right now|tonight|with (?:him|her|them|myself))",
+        r"(?:took|taken|swallowed) (?:all|too many|a (?:whole )?(?:bottle|box|pack|lot|bunch))(?: of)?"
+        r"(?: my| the| his| her)? (?:pills|tablets|medication|meds|paracetamol)",
+    ),
+}
+
+_NOT = r"\b(?:do not|don'?t|never|did not|didn'?t|have not|haven'?t|would never|wouldn'?t)(?: actually| really| even)?"
+_PLAN = r"(?:thoughts?|plans?|intentions?|intent|desire|wish|history|urges?)(?: (?:of|to|about|for))?(?: or \w+)?"
+# What denies a phrase when it is the last thing said before it.
+_DENIALS = (
+    rf"\b(?:no|without|without any) (?:\w+ )?{_PLAN}",
+    rf"{_NOT} (?:have|had)(?: any)? (?:\w+ )?{_PLAN}",
+    rf"{_NOT} (?:want|wanted|wish|wished) to",
+    rf"(?:{_NOT}|\bnot) (?:thought|think|thinking|considered|considering|felt|feel|feeling|been|planning)"
+    r"(?: (?:of|about|to))?",
+    r"(?:\bam|\bare|\bis|\bwas|'m|'re|'s) (?:definitely |absolutely )?(?:not|never)(?: actually| really| being)?",
+    r"\b(?:isn'?t|aren'?t|wasn'?t)(?: actually| really)?",
+)
+_DENIED = re.compile(rf"(?:{'|'.join(_DENIALS)})\s*$")
+# The wish may be the phrase's own first word, so that the denial stands right before it.
+_WISHED, _DENIED_WISH = re.compile(rf"{_WISH}\b"), re.compile(rf"(?:{_NOT}|\bnot)\s*$")
+_CLAUSE = re.compile(r"[.!?;:,()]|\b(?:but|although|though|except)\b")
+_ANY = re.compile("|".join(rf"(?<!\w)(?:{phrase})" for group in PHRASES.values() for phrase in group))
+
+
+def flag(text: str) -> bool:
+    """Whether the text holds a phrase that speaks of suicide, self-harm, abuse or immediate danger."""
+    words = _plain(text)
+    return any(not _denied(words[: hit.start()], hit.group()) for hit in _ANY.finditer(words))
+
+
+def _plain(text: str) -> str:
+    """Lower case, straight apostrophes, single spaces."""
+    folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").replace("\u2018", "'")
+    return " ".join(folded.split())
+
+
+def _denied(before: str, phrase: str) -> bool:
+    clause = _CLAUSE.split(before)[-1]
+    return bool(_DENIED.search(clause) or (_WISHED.match(phrase) and _DENIED_WISH.search(clause)))

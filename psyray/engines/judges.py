@@ -1,0 +1,149 @@
+"""Judges: whoever rates a response by the rubric, behind one interface.
+
+A judge takes a Ray Dataset of rows {key, messages, response} and gives one row {key, ratings, raw_text, error,
+attempts, latency_s, cost} for each; `ratings` is JSON, empty where the answer cannot be used, and then `error`
+says why. Nothing is ever made up in place of an unusable answer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from psyray.config import EngineSection, JudgeSection
+from psyray.engines import http, rule, vllm
+from psyray.errors import PsyrayError
+from psyray.models import model_identity, resolve_model
+from psyray.records import Row, client_words, content_id
+from psyray.rubric import Rubric, UnusableAnswer
+
+
+class Judge(Protocol):
+    """Rates responses; `id` names all that its ratings depend on beside the rubric and the question."""
+
+    id: str
+
+    def rate(self, dataset: Any) -> Any: ...
+
+
+def outcome(key: str, ratings: dict[str, float] | None, *, raw_text: str = "", error: str = "", **spent: Any) -> Row:
+    """One judge's answer as a row."""
+    row = {"key": key, "ratings": json.dumps(ratings) if ratings else "", "raw_text": raw_text, "error": error}
+    return row | {"attempts": 1, "latency_s": 0.0, "cost": 0.0} | spent
+
+
+@dataclass(frozen=True)
+class RuleJudge:
+    """The offline judge that ships: transparent features of the text, no model."""
+
+    rubric: Rubric
+
+    @property
+    def id(self) -> str:
+        return f"rule-{rule.JUDGE_VERSION}"
+
+    def rate(self, dataset: Any) -> Any:
+        if missing := set(self.rubric.keys) - set(rule.KEYS):
+            raise PsyrayError(f"the offline judge knows no {', '.join(sorted(missing))}; use judge.engine vllm or http")
+        keys = self.rubric.keys
+
+        def rate_row(row: Row) -> Row:
+            ratings = rule.rate(client_words(row["messages"]), row["response"])
+            return outcome(row["key"], {key: ratings[key] for key in keys})
+
+        return dataset.map(rate_row, num_cpus=0.25)
+
+
+@dataclass(frozen=True)
+class VllmJudge:
+    """A local language model with guided decoding; mode `soft` gives the expectation over the digits' probabilities."""
+
+    rubric: Rubric
+    section: JudgeSection
+    engine: EngineSection
+    wait_s: float
+
+    @property
+    def id(self) -> str:
+        model = self.section.model or ""
+        return f"vllm-{content_id(model_identity(model), self.section.mode, self.engine.dtype)}"
+
+    def rate(self, dataset: Any) -> Any:
+        soft = self.section.mode == "soft"
+        sampling = {
+            "temperature": 0.0,
+            "max_tokens": self.section.max_tokens,
+            "structured_outputs": {"regex": self.rubric.regex()},
+            **({"logprobs": 20} if soft else {}),
+        }
+        ask, read = self.rubric.question, self._read
+
+        def to_request(row: Row) -> Row:
+            messages = ask(row["messages"], row["response"])
+            return {"key": row["key"], "messages": messages, "sampling": json.dumps(sampling)}
+
+        model = resolve_model(self.section.model or "")
+        answers = vllm.generate(dataset.map(to_request, num_cpus=0.05), model, self.engine, self.wait_s)
+        return answers.map(read, num_cpus=0.05)
+
+    def _read(self, row: Row) -> Row:
+        if error := row.get("__inference_error__"):
+            return outcome(row["key"], None, error=error)
+        try:
+            ratings = self.rubric.parse(row["text"])
+            if self.section.mode == "soft":
+                ratings = soft_ratings(self.rubric, json.loads(row["logprobs"]))
+        except UnusableAnswer as error:
+            return outcome(row["key"], None, raw_text=row["text"], error=str(error))
+        return outcome(row["key"], ratings, raw_text=row["text"])
+
+
+def soft_ratings(rubric: Rubric, logprobs: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
+    """For each principle the expectation over the digits at its place in the answer.
+
+    `logprobs` holds for each generated token the candidates {id: {logprob, decoded_token}}, the sampled one first.
+    """
+    digits = {str(d): d for d in range(rubric.low, rubric.high + 1)}
+    expected = []
+    for candidates in logprobs:
+        listed = list(candidates.values())
+        if listed[0]["decoded_token"].strip() not in digits:
+            continue
+        mass = [(digits[t], math.exp(c["logprob"])) for c in listed if (t := c["decoded_token"].strip()) in digits]
+        expected.append(sum(d * p for d, p in mass) / sum(p for _, p in mass))
+    if len(expected) != len(rubric.keys):
+        raise UnusableAnswer(f"{len(expected)} rating digits for {len(rubric.keys)} principles")
+    return dict(zip(rubric.keys, expected, strict=True))
+
+
+@dataclass(frozen=True)
+class HttpJudge:
+    """Any OpenAI-compatible endpoint that the user configured."""
+
+    rubric: Rubric
+    section: JudgeSection
+
+    @property
+    def id(self) -> str:
+        return f"http-{content_id(self.section.url, self.section.model, self.section.max_tokens)}"
+
+    def rate(self, dataset: Any) -> Any:
+        return dataset.map_batches(
+            http.HttpRater,
+            fn_constructor_args=(self.rubric, self.section, http.api_key(self.section)),
+            batch_size=8 * self.section.concurrency,
+            batch_format="pyarrow",
+            concurrency=1,
+            num_cpus=0.25,
+        )
+
+
+def make_judge(section: JudgeSection, rubric: Rubric, engine: EngineSection, wait_s: float) -> Judge:
+    """The configured judge."""
+    if section.engine == "rule":
+        return RuleJudge(rubric)
+    if section.engine == "vllm":
+        return VllmJudge(rubric, section, engine, wait_s)
+    return HttpJudge(rubric, section)

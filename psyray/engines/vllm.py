@@ -1,0 +1,87 @@
+"""vLLM through `ray.data.llm`: rows with `messages` and `sampling` in, rows with text or an error out."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from psyray.cluster import require, use_gpu
+from psyray.config import EngineSection
+from psyray.records import Row
+
+BATCH = 32  # rows that travel through the pipeline, and come back, together
+_LIGHT = {"enabled": True, "num_cpus": 0.05}  # a whole CPU for each light stage starves a small machine of the engine
+
+
+def cpu_environment(kv_cache_gib: int) -> dict[str, str]:
+    """What vLLM needs to know where there is no GPU: cache size, and one thread per core for its single process."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+
+
+def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, **engine_kwargs: Any) -> Any:
+    """Answer every row's `messages` under its `sampling`.
+
+    Output rows hold the input's `key`, `text`, `tokens`, `logprobs`; a failed row holds `key` and
+    `__inference_error__` and does not disturb its neighbours.
+    """
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    gpu = use_gpu(engine.device)
+    gpus = engine.replicas * engine.tensor_parallel
+    require({"GPU": gpus} if gpu else {"CPU": engine.replicas}, wait_s, f"the engine for {model}")
+    placement = {} if gpu else {"placement_group_config": {"bundle_per_worker": {"CPU": 1}}}
+    environment = {} if gpu else {"runtime_env": {"env_vars": cpu_environment(engine.kv_cache_gib)}}
+    kwargs: Row = {
+        "dtype": engine.dtype,
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "enforce_eager": not gpu,
+        "enable_prefix_caching": True,
+        **({"tensor_parallel_size": engine.tensor_parallel} if engine.tensor_parallel > 1 else {}),
+        **engine_kwargs,
+        **engine.kwargs,
+    }
+    config = vLLMEngineProcessorConfig(
+        model_source=model,
+        batch_size=BATCH,
+        max_concurrent_batches=max(8, 2 * engine.max_num_seqs // BATCH),
+        concurrency=(engine.replicas, engine.replicas),
+        should_continue_on_error=True,
+        log_engine_metrics=False,
+        engine_kwargs=kwargs,
+        chat_template_stage=_LIGHT,
+        tokenize_stage=_LIGHT,
+        detokenize_stage=_LIGHT,
+        **placement,
+        **environment,
+    )
+    light = {"num_cpus": 0.05}
+    processor = build_processor(
+        config,
+        preprocess=_to_request,
+        postprocess=_to_result,
+        preprocess_map_kwargs=light,
+        postprocess_map_kwargs=light,
+    )
+    return processor(dataset)
+
+
+def _to_request(row: Row) -> Row:
+    # Sampling travels as JSON: Arrow would give every row the union of all rows' keys.
+    return {"key": row["key"], "messages": row["messages"], "sampling_params": json.loads(row["sampling"])}
+
+
+def _to_result(row: Row) -> Row:
+    return {
+        "key": row["key"],
+        "text": row["generated_text"],
+        "tokens": row["num_generated_tokens"],
+        "logprobs": json.dumps(row["logprobs"]) if row.get("logprobs") is not None else "",
+        "__inference_error__": "",
+    }

@@ -1,0 +1,142 @@
+"""The main job: from client speeches to an exported policy and reward model, stage by stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from psyray.active.ledger import Ledger
+from psyray.cluster import ray_session
+from psyray.config import Config
+from psyray.data.generate import responses_stage
+from psyray.data.judge import Desk, judgements_stage
+from psyray.data.pairs import pairs_stage
+from psyray.data.speeches import speeches_stage
+from psyray.engines.judges import make_judge
+from psyray.errors import PsyrayError
+from psyray.loop import Outcome, Seen, online_loop
+from psyray.models import resolve_model
+from psyray.records import Row
+from psyray.report import write_report
+from psyray.reward.ensemble import features_stage, heads_stage
+from psyray.reward.train import reward_stage
+from psyray.rubric import load_rubric
+from psyray.run import Artifact, Folder, Run, write_atomic
+from psyray.track import Tracker
+
+CHAMPION = "champion.json"
+
+
+def run_pipeline(config: Config, *, serve: bool = False, say: Callable[[str], None] = print) -> Path:
+    """Run every stage that is not done yet and return the report's path.
+
+    With `serve`, the run ends with one request to the served policy, scored by the served reward model.
+    """
+    check(config)
+    run = Run(config.run.path, say)
+    settings = config.model_dump(mode="json")
+    with run.open(settings), Tracker(config.track, run.path, settings) as tracker:
+        run.on_stage = tracker.stage
+        desk = open_desk(config, run)
+        with ray_session(config):
+            export = run_stages(run, config, desk)
+            register(tracker, export)
+            if serve:
+                served_stage(run, export, config)
+        report = write_report(run.path)
+        tracker.artifact(report)
+    return report
+
+
+def run_stages(run: Run, config: Config, desk: Desk) -> Artifact:
+    """All stages in order, up to the exported champion."""
+    speeches = speeches_stage(run, config.speeches)
+    responses = responses_stage(run, config, speeches)
+    judgements = judgements_stage(run, desk, responses)
+    pairs = pairs_stage(run, config.pairs, desk.rubric, responses, judgements)
+    reward = reward_stage(run, config, pairs)
+    features = features_stage(run, "reward-features", config, reward, in_pairs(responses, pairs), pairs)
+    heads = heads_stage(run, "reward-heads", config, reward, [features], [pairs])
+    outcome = online_loop(run, config, desk, speeches, reward, heads, Seen((features,), (pairs,)))
+    return export_stage(run, config, reward, outcome)
+
+
+def in_pairs(responses: Artifact, pairs: Artifact) -> list[Row]:
+    """The responses that stand in a pair: only they need features."""
+    wanted = {row[side] for row in pairs.rows() for side in ("chosen_id", "rejected_id")}
+    return [row for row in responses.rows() if row["response_id"] in wanted]
+
+
+def export_stage(run: Run, config: Config, reward: Artifact, outcome: Outcome) -> Artifact:
+    """The stage `export`: what serving reads, in RUN/champion.json."""
+    champion = outcome.champion
+
+    def make(folder: Folder) -> Mapping[str, Any]:
+        policy = config.policy.model_dump(exclude={"model"})
+        exported = {
+            "policy": {"name": f"psyray-round-{champion.round}", "path": champion.path, "round": champion.round, **policy},
+            "reward": {
+                "name": "psyray-reward",
+                "path": str(reward.model),
+                "heads": str(outcome.heads.path / "heads.npz"),
+                "max_length": config.reward.train.max_length,
+            },
+            "run": str(run.path),
+        }
+        write_atomic(folder.path / CHAMPION, json.dumps(exported, indent=1))
+        return {"champion_round": champion.round, **exported}
+
+    settings = {"policy": config.policy.model_dump(), "champion": champion.identity}
+    export = run.stage("export", settings, [reward, outcome.heads, *outcome.gates], make)
+    # Beside the stages too, for serving; an export that was done before is current again.
+    write_atomic(run.path / CHAMPION, (export.path / CHAMPION).read_text())
+    return export
+
+
+def register(tracker: Tracker, export: Artifact) -> None:
+    """The champion and its reward model in MLflow's registry."""
+    stats = export.stats
+    tags = {"run": stats["run"], "round": str(stats["champion_round"])}
+    tracker.register("psyray-policy", Path(stats["policy"]["path"]), alias="champion", tags=tags)
+    tracker.register("psyray-reward", Path(stats["reward"]["path"]), alias="champion", tags=tags)
+
+
+def served_stage(run: Run, export: Artifact, config: Config) -> Artifact:
+    """The stage `served`: one real request to the served champion, scored over HTTP."""
+    from serve.request import serve_once
+
+    return run.stage("served", {}, [export], lambda folder: serve_once(run.path))
+
+
+def open_desk(config: Config, run: Run) -> Desk:
+    """The judge, its rubric and the ledger that the run buys labels with."""
+    rubric = load_rubric(config.rubric)
+    judge = make_judge(config.judge, rubric, config.engine, config.cluster.wait_s)
+    url = config.ledger.url or f"sqlite:///{run.path.parent / 'labels.db'}"
+    return Desk(judge, rubric, Ledger(url), str(run.path), config.judge)
+
+
+def check(config: Config) -> None:
+    """All that can be known to be wrong before anything starts; PsyrayError names the setting."""
+    check_settings(config)
+    names = {r.model for r in config.responses.responders} | {config.policy.model, config.reward.model}
+    if config.judge.engine == "vllm":
+        names.add(config.judge.model or "")
+    for name in sorted(names):
+        resolve_model(name)
+
+
+def check_settings(config: Config) -> None:
+    """Settings that cannot work together; PsyrayError names them."""
+    make_judge(config.judge, load_rubric(config.rubric), config.engine, config.cluster.wait_s)
+    if config.responses.k < 2:
+        raise PsyrayError("responses.k is 1: a pair needs two responses to one speech; set responses.k to 2 or more")
+    if config.loop.rounds and config.loop.k < 2:
+        raise PsyrayError("loop.k is 1: a pair needs two responses to one speech; set loop.k to 2 or more")
+    longest = max(r.max_tokens for r in (*config.responses.responders, config.policy))
+    if longest >= (room := config.engine.max_model_len):
+        raise PsyrayError(f"max_tokens {longest} leaves no room for a prompt in engine.max_model_len {room}")
+    if config.loop.rounds and not config.loop.budget and not config.loop.reward_pairs:
+        raise PsyrayError("loop.budget and loop.reward_pairs are both 0: no round would have a pair to train on")

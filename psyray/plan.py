@@ -1,0 +1,106 @@
+"""What a run would do: stages, rows, models, hardware and label budget, worked out without the hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from psyray.config import Config
+from psyray.data.speeches import SHIPPED, read_file, select
+from psyray.models import resolve_model
+from psyray.errors import PsyrayError
+from psyray.rubric import load_rubric
+from psyray.run import run_path
+
+Line = tuple[str, str, str, str]  # stage, work, model, placement
+
+
+def show_plan(config: Config, out: Console) -> None:
+    """Check all that needs no hardware and print the plan; PsyrayError as `psyray run` would raise it."""
+    from psyray.pipeline import check_settings
+
+    check_settings(config)
+    path = Path(config.speeches.path).expanduser() if config.speeches.path else SHIPPED
+    kept, dropped = select(read_file(path), config.speeches, path)
+    train = sum(row["split"] == "train" for row in kept)
+    table = Table(title=f"plan of {run_path(config.run.path)}", title_justify="left")
+    for column in ("stage", "work", "model", "placed on"):
+        table.add_column(column, overflow="fold")
+    for line in lines(config, len(kept), train):
+        table.add_row(*line)
+    out.print(table)
+    out.print(f"speeches: {path}: {len(kept)} kept ({train} train, {len(kept) - train} held out), dropped: {dict(dropped)}")
+    out.print(f"labels: {labels(config)}")
+    out.print(f"ledger: {'SQLite beside the run folder' if config.ledger.url is None else 'as configured'}")
+    for name in missing_models(config):
+        out.print(f"not checked here: {name}")
+    out.print("every setting is valid; nothing was started")
+
+
+def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:
+    """The plan's table."""
+    k, loop = config.responses.k, config.loop
+    test = speeches - train
+    held_out = min(test, config.evaluate.speeches or test)
+    prompts = min(loop.prompts, train)
+    engine, judge = placement(config), f"judge {config.judge.engine}"
+    models = ", ".join(dict.fromkeys(r.model for r in config.responses.responders))
+    yield "speeches", f"{speeches} speeches", "", "driver"
+    yield "responses", f"{speeches} x {k} = {speeches * k} responses", models, engine
+    yield "judgements", f"up to {speeches * k} ratings", config.judge.model or judge, judge_placement(config)
+    yield "pairs", f"rule {config.pairs.rule}, gap {config.pairs.gap} on the {config.pairs.on}", "", "driver"
+    yield "reward", training(config.reward.train), config.reward.model, workers(config, config.reward.train.workers)
+    yield "reward-heads", f"{config.reward.heads.count} heads", "", "driver"
+    sampled = prompts * loop.k + held_out
+    yield "round 0", f"{sampled} samples ({held_out} held out)", config.policy.model, engine
+    for number in range(1, loop.rounds + 1):
+        more = prompts * loop.k if number < loop.rounds else 0
+        pairs = f"{min(loop.budget, prompts)} asked by {loop.acquisition}, the rest by the reward model"
+        yield f"round {number}", f"{pairs}; DPO: {training(config.dpo.train)}", config.policy.model, workers(
+            config, config.dpo.train.workers
+        )
+        yield f"round {number} gate", f"{more + held_out} samples ({held_out} held out)", "", engine
+
+
+def training(train: object) -> str:
+    """A training section in words."""
+    return "epochs {epochs}, batch {batch_size}, learning rate {learning_rate}, ZeRO-{zero_stage}".format(**vars(train))
+
+
+def placement(config: Config) -> str:
+    """What one engine stage takes."""
+    if config.engine.device == "cpu":
+        return f"{config.engine.replicas} CPU engine"
+    gpus = config.engine.replicas * config.engine.tensor_parallel
+    return f"{gpus} GPU" + (" (CPU where the cluster has none)" if config.engine.device == "auto" else "")
+
+
+def judge_placement(config: Config) -> str:
+    """Where the judge works."""
+    return {"rule": "CPU", "http": config.judge.url or "", "vllm": placement(config)}[config.judge.engine]
+
+
+def workers(config: Config, count: int) -> str:
+    """What a training job takes."""
+    kind = {"cpu": "CPU worker", "gpu": "GPU", "auto": "GPU (CPU where the cluster has none)"}[config.engine.device]
+    return f"{count} x {kind}"
+
+
+def labels(config: Config) -> str:
+    """The label budget in words."""
+    first = "all responses" if config.judge.budget is None else f"at most {config.judge.budget} responses"
+    rounds = f"{config.loop.rounds} x {config.loop.budget} = {config.loop.rounds * config.loop.budget} comparisons"
+    return f"{first} rated first, then {rounds}; rubric {load_rubric(config.rubric).name}"
+
+
+def missing_models(config: Config) -> Iterator[str]:
+    """Models that this machine cannot see, with the reason."""
+    names = {r.model for r in config.responses.responders} | {config.policy.model, config.reward.model}
+    for name in sorted(names):
+        try:
+            resolve_model(name)
+        except PsyrayError as error:
+            yield str(error)

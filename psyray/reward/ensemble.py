@@ -1,0 +1,166 @@
+"""The reward ensemble in a run: features computed once by Ray Data and kept by id, heads fitted on them in seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from psyray.cluster import use_gpu
+from psyray.config import Config
+from psyray.errors import PsyrayError
+from psyray.records import Row, Status
+from psyray.reward.heads import Heads, fit_heads, standardisation
+from psyray.reward.metrics import calibration, reward_metrics
+from psyray.reward.score import FeatureActor
+from psyray.run import Artifact, Folder, Run
+from psyray.stream import stream
+
+FloatArray = npt.NDArray[np.float64]
+Features = Mapping[str, FloatArray]  # response id -> [D]
+
+FEATURES = pa.schema([("response_id", pa.string()), ("features", pa.list_(pa.float32()))])
+SCORES = pa.schema(
+    [
+        ("response_id", pa.string()),
+        ("speech_id", pa.string()),
+        ("mean", pa.float64()),
+        ("spread", pa.float64()),
+    ]
+)
+
+
+def features_stage(run: Run, name: str, config: Config, reward: Artifact, responses: Sequence[Row], source: Artifact) -> Artifact:
+    """Features of the usable responses under the reward model's body."""
+    max_length = config.reward.train.max_length
+
+    def make(folder: Folder) -> Mapping[str, Any]:
+        parts = folder.parts(FEATURES, "response_id")
+        usable = [
+            {"response_id": r["response_id"], "messages": r["messages"], "text": r["text"]}
+            for r in responses
+            if r["status"] == Status.OK
+        ]
+        gpu = use_gpu(config.engine.device)
+        placement = {"num_gpus": 1} if gpu else {"num_cpus": 1}
+        stream(
+            folder,
+            parts.todo(usable),
+            lambda dataset: dataset.map_batches(
+                FeatureActor,
+                fn_constructor_args=(str(reward.model), max_length, gpu, os.cpu_count() or 1),
+                batch_size=32,
+                batch_format="pyarrow",
+                concurrency=config.engine.replicas,
+                **placement,
+            ),
+            lambda rows: None if parts.append(rows) else None,
+            title=name,
+            done=len(parts.ids),
+        )
+        parts.finish()
+        return {"responses": len(usable)}
+
+    ids = sorted(r["response_id"] for r in responses)
+    return run.stage(name, {"max_length": max_length, "of": ids}, [reward, source], make)
+
+
+def load_features(artifacts: Iterable[Artifact]) -> Features:
+    """Features by response id."""
+    return {
+        row["response_id"]: np.asarray(row["features"], dtype=np.float64)
+        for artifact in artifacts
+        for row in artifact.rows()
+    }
+
+
+def heads_stage(
+    run: Run, name: str, config: Config, reward: Artifact, features: Sequence[Artifact], pairs: Sequence[Artifact]
+) -> Artifact:
+    """Heads fitted on every training pair that a judge or an oracle labelled, measured on the test pairs."""
+    section = config.reward.heads
+
+    def make(folder: Folder) -> Mapping[str, Any]:
+        known = load_features(features)
+        labelled = [
+            row for artifact in pairs for row in artifact.rows()
+            if row["source"] != "reward" and row["chosen_id"] in known and row["rejected_id"] in known
+        ]  # fmt: skip
+        train = [row for row in labelled if row["split"] == "train"]
+        test = [row for row in labelled if row["split"] == "test"]
+        if not train:
+            raise PsyrayError(f"{name}: no labelled pair to fit the reward heads on")
+        chosen_ND, rejected_ND = sides(train, known)
+        prior_D = own_head(reward.model) * standardisation(chosen_ND, rejected_ND)[1]
+        heads = fit_heads(
+            chosen_ND, rejected_ND, [r["speech_id"] for r in train],
+            count=section.count, ridge=section.ridge, prior_spread=section.prior_spread,
+            seed=config.run.seed, prior_D=prior_D,
+        )  # fmt: skip
+        heads.save(folder.path / "heads.npz")
+        return {"train_pairs": len(train), "test_pairs": len(test)} | measure(heads, test, known)
+
+    return run.stage(name, section.model_dump() | {"seed": config.run.seed}, [reward, *features, *pairs], make)
+
+
+def sides(pairs: Sequence[Row], features: Features) -> tuple[FloatArray, FloatArray]:
+    """(chosen [N, D], rejected [N, D]) of the pairs."""
+    chosen_ND = np.stack([features[p["chosen_id"]] for p in pairs])
+    return chosen_ND, np.stack([features[p["rejected_id"]] for p in pairs])
+
+
+def own_head(model: Path) -> FloatArray:
+    """[D] weights of the reward model's own score head, read without loading its body."""
+    from safetensors import safe_open
+
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if "score.weight" in tensors.keys():  # noqa: SIM118 (not a dict)
+                return np.asarray(tensors.get_tensor("score.weight").float().numpy()[0], dtype=np.float64)
+    raise PsyrayError(f"{model} holds no score head; is it a reward model?")
+
+
+def measure(heads: Heads, test: Sequence[Row], features: Features) -> dict[str, Any]:
+    """Metrics of the ensemble's mean on test pairs; none where there are no test pairs."""
+    if not test:
+        return {"metrics": {}, "calibration": []}
+    chosen_ND, rejected_ND = sides(test, features)
+    margins_N = (heads.scores(chosen_ND) - heads.scores(rejected_ND)).mean(axis=1)
+    metrics = reward_metrics(
+        margins_N, [r["speech_id"] for r in test], [r["chosen"] for r in test], [r["rejected"] for r in test]
+    )
+    return {"metrics": metrics, "calibration": calibration(margins_N)}
+
+
+def score_matrix(heads: Heads, features: Features, by_speech: Mapping[str, Sequence[Row]], k: int) -> FloatArray:
+    """scores_PKH of the speeches' responses in order; NaN for a response without features."""
+    scores_PKH = np.full((len(by_speech), k, heads.weights_HD.shape[0]), np.nan)
+    for p, responses in enumerate(by_speech.values()):
+        for j, response in enumerate(responses):
+            if response["response_id"] in features:
+                scores_PKH[p, j] = heads.scores(features[response["response_id"]][None])[0]
+    return scores_PKH
+
+
+def scores_stage(run: Run, name: str, heads: Artifact, features: Artifact, samples: Artifact) -> Artifact:
+    """Mean and spread of every response's score over the heads."""
+
+    def make(folder: Folder) -> Mapping[str, Any]:
+        ensemble, known = Heads.load(heads.path / "heads.npz"), load_features([features])
+        speech = {r["response_id"]: r["speech_id"] for r in samples.rows()}
+        rows = []
+        for key, feature_D in known.items():
+            scores_H = ensemble.scores(feature_D[None])[0]
+            mean, spread = float(scores_H.mean()), float(scores_H.std())
+            rows.append({"response_id": key, "speech_id": speech[key], "mean": mean, "spread": spread})
+        parts = folder.parts(SCORES, "response_id")
+        parts.append(rows)
+        parts.finish()
+        return {"mean": float(np.mean([r["mean"] for r in rows])), "spread": float(np.mean([r["spread"] for r in rows]))}
+
+    return run.stage(name, {}, [heads, features, samples], make)

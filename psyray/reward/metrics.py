@@ -1,0 +1,163 @@
+"""How well a reward model ranks: metrics on margins, and the length baseline that stands beside each.
+
+A margin is score(chosen) - score(rejected) in logits, one a pair: P(chosen wins) = sigmoid(margin). Where it
+matters which side is called first, each pair counts in both orientations. Intervals are clustered by speech, for
+pairs of one speech are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_expit
+from scipy.stats import rankdata
+
+FloatArray = npt.NDArray[np.float64]
+BINS = 10
+STEEPEST = 50.0  # bound on the slope of the length baseline, which is infinite where length tells all
+
+
+def accuracy(margins_N: FloatArray) -> float:
+    """The share of pairs ranked right; a tie is half."""
+    return float(np.mean((margins_N > 0) + 0.5 * (margins_N == 0)))
+
+
+def auc(margins_N: FloatArray) -> float:
+    """Area under the ROC curve for "the first wins", each pair in both orientations.
+
+    With (margin, won) and (-margin, lost) this is P(margin_i > -margin_j) over all i, j, i = j included, with
+    ties half (Mann-Whitney).
+    """
+    n = len(margins_N)
+    ranks_2N = rankdata(np.concatenate([margins_N, -margins_N]))
+    return float((ranks_2N[:n].sum() - n * (n + 1) / 2) / n**2)
+
+
+def ece(margins_N: FloatArray) -> float:
+    """Expected calibration error of P(first wins) in 10 equal bins, each pair in both orientations."""
+    p_M = np.concatenate([expit(margins_N), expit(-margins_N)])
+    won_M = np.repeat([1.0, 0.0], len(margins_N))
+    bin_M = np.minimum((p_M * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bin_M, weights=won_M - p_M, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(p_M))
+
+
+def brier(margins_N: FloatArray) -> float:
+    """Mean squared distance of P(chosen wins) from 1; both orientations give the same."""
+    return float(np.mean(expit(-margins_N) ** 2))
+
+
+def log_likelihood(margins_N: FloatArray) -> float:
+    """Mean log P(chosen wins), in nats: 0 at best, log(1/2) for a coin."""
+    return float(np.mean(log_expit(margins_N)))
+
+
+def cluster_bootstrap(
+    values: npt.ArrayLike,
+    clusters: Sequence[str],
+    stat: Callable[[FloatArray], float],
+    n: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """(low, high) of the 95 % percentile interval of `stat` over resamples of whole clusters.
+
+    `values` has a row per member ([N] or [N, ...]) and `clusters` names each row's cluster. One cluster alone
+    gives an interval of no width, which says nothing. Raises ValueError for no values or unlike lengths.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    if len(rows) == 0 or len(rows) != len(clusters):
+        raise ValueError(f"{len(rows)} values but {len(clusters)} clusters: need as many, and one at least")
+    _, cluster_N = np.unique(np.asarray(clusters), return_inverse=True)
+    members = np.split(np.argsort(cluster_N, kind="stable"), np.cumsum(np.bincount(cluster_N))[:-1])
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(len(members), size=(n, len(members)))
+    stats = [stat(rows[np.concatenate([members[c] for c in drawn])]) for drawn in draws]
+    low, high = np.percentile(stats, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def length_baseline(chosen_texts: Sequence[str], rejected_texts: Sequence[str]) -> FloatArray:
+    """Margins of a model that knows length alone: characters of chosen less those of rejected."""
+    lengths = [len(c) - len(r) for c, r in zip(chosen_texts, rejected_texts, strict=True)]
+    return np.asarray(lengths, dtype=np.float64)
+
+
+def calibrated(margins_N: FloatArray) -> FloatArray:
+    """Margins times the one slope that makes them most likely, so that lengths become logits.
+
+    The slope is fitted on the pairs it is judged by, which flatters a baseline by one parameter: the safe side.
+    It is negative where shorter wins, and bounded at 50 per root mean square of the margins.
+    """
+    scale = float(np.sqrt(np.mean(margins_N**2)))
+    if scale == 0:
+        return np.zeros_like(margins_N)
+    unit_N = margins_N / scale
+    found = minimize_scalar(
+        lambda slope: -log_likelihood(slope * unit_N), bounds=(-STEEPEST, STEEPEST), method="bounded"
+    )
+    return np.asarray(float(found.x) * unit_N)
+
+
+def reward_metrics(
+    margins: npt.ArrayLike,
+    speech_ids: Sequence[str],
+    chosen_texts: Sequence[str],
+    rejected_texts: Sequence[str],
+) -> dict[str, float]:
+    """Accuracy with its interval, AUC, ECE, Brier and log-likelihood; then the same of length alone as `length_*`.
+
+    The length baseline's accuracy and AUC are those of "longer wins"; its ECE, Brier and log-likelihood are those
+    of its calibrated margins. Raises ValueError for no pairs, unlike lengths, or a margin that is NaN or
+    infinite: what failed to score is for the caller to count, not for a mean to hide.
+    """
+    margins_N = np.asarray(margins, dtype=np.float64)
+    counts = {margins_N.size, len(speech_ids), len(chosen_texts), len(rejected_texts)}
+    if margins_N.ndim != 1 or len(counts) > 1 or margins_N.size == 0:
+        raise ValueError(
+            f"margins {margins_N.shape}, {len(speech_ids)} speeches, {len(chosen_texts)} chosen and "
+            f"{len(rejected_texts)} rejected texts: need as many of each, and one at least"
+        )
+    bad_N = np.flatnonzero(~np.isfinite(margins_N))
+    if len(bad_N):
+        raise ValueError(f"margin {bad_N[0]} (speech {speech_ids[bad_N[0]]}) is {margins_N[bad_N[0]]}")
+    length_N = length_baseline(chosen_texts, rejected_texts)
+    own = _all(margins_N, margins_N, speech_ids)
+    return own | {f"length_{k}": v for k, v in _all(length_N, calibrated(length_N), speech_ids).items()}
+
+
+def _all(margins_N: FloatArray, logits_N: FloatArray, speech_ids: Sequence[str]) -> dict[str, float]:
+    low, high = cluster_bootstrap(margins_N, speech_ids, accuracy)
+    return {
+        "accuracy": accuracy(margins_N),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "auc": auc(margins_N),
+        "ece": ece(logits_N),
+        "brier": brier(logits_N),
+        "log_likelihood": log_likelihood(logits_N),
+    }
+
+
+def calibration(margins: npt.ArrayLike) -> list[dict[str, float]]:
+    """For each of 10 equal bins of P(first wins) the mean prediction, how often it came true, and the count.
+
+    Each pair counts in both orientations, as in `ece`; empty bins are left out.
+    """
+    margins_N = np.asarray(margins, dtype=np.float64)
+    p_M = np.concatenate([expit(margins_N), expit(-margins_N)])
+    won_M = np.repeat([1.0, 0.0], len(margins_N))
+    bin_M = np.minimum((p_M * BINS).astype(int), BINS - 1)
+    return [
+        {
+            "low": b / BINS,
+            "high": (b + 1) / BINS,
+            "predicted": float(p_M[bin_M == b].mean()),
+            "observed": float(won_M[bin_M == b].mean()),
+            "n": int((bin_M == b).sum()),
+        }
+        for b in range(BINS)
+        if (bin_M == b).any()
+    ]

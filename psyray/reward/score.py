@@ -1,0 +1,102 @@
+"""Scores of (conversation, response) pairs by the trained reward model: the same code offline and behind Serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from psyray.records import Message, Row
+from psyray.reward.heads import Heads
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class RewardScorer:
+    """The reward model's frozen body, and the ensemble of heads on it.
+
+    A feature is the last layer's hidden state at the response's last token: what the model's own score head reads.
+    """
+
+    def __init__(
+        self,
+        model: Path | str,
+        heads: Path | None = None,
+        *,
+        max_length: int = 512,
+        batch_size: int = 16,
+        gpu: bool = False,
+    ) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(str(model), truncation_side="left")
+        device = "cuda" if gpu else "cpu"
+        self.model = AutoModelForSequenceClassification.from_pretrained(str(model), dtype=torch.bfloat16).eval().to(device)
+        self.heads = Heads.load(heads) if heads else None
+        self.max_length, self.batch_size, self.device = max_length, batch_size, device
+
+    def scores(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> FloatArray:
+        """[N, H] scores in logits: one column per head, or the model's own score without heads."""
+        features_ND = self.features(conversations, responses)
+        if self.heads:
+            return self.heads.scores(features_ND)
+        return np.asarray(features_ND @ self.own_head()).reshape(-1, 1)
+
+    def own_head(self) -> FloatArray:
+        """[D] weights of the model's own score head."""
+        return np.asarray(self.model.score.weight.detach().float().cpu().numpy()[0], dtype=np.float64)
+
+    def features(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> FloatArray:
+        """[N, D] features; a chat longer than `max_length` tokens loses its beginning, never the response."""
+        chats = [
+            self.tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": response}], tokenize=False
+            ).rstrip("\n")
+            for messages, response in zip(conversations, responses, strict=True)
+        ]
+        tokens = [
+            self.tokenizer(chat, add_special_tokens=False, truncation=True, max_length=self.max_length)["input_ids"]
+            for chat in chats
+        ]
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        features: list[Any] = [None] * len(tokens)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            for i, row in zip(batch, self._last_states([tokens[i] for i in batch]), strict=True):
+                features[i] = row
+        return np.asarray(features, dtype=np.float64)
+
+    def _last_states(self, tokens: list[list[int]]) -> Any:
+        import torch
+
+        longest = max(map(len, tokens))
+        ids = torch.full((len(tokens), longest), self.tokenizer.pad_token_id, device=self.device)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(tokens):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        with torch.inference_mode():
+            states = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states[torch.arange(len(tokens)), mask.sum(1) - 1].float().cpu().numpy()
+
+
+class FeatureActor:
+    """A Ray Data batch function: rows {response_id, messages, text} to rows {response_id, features}."""
+
+    def __init__(self, model: str, max_length: int, gpu: bool, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.scorer = RewardScorer(model, max_length=max_length, gpu=gpu)
+
+    def __call__(self, batch: Any) -> Any:
+        import pyarrow as pa
+
+        rows: list[Row] = batch.to_pylist()
+        features_ND = self.scorer.features([r["messages"] for r in rows], [r["text"] for r in rows])
+        found = zip(rows, features_ND, strict=True)
+        return pa.Table.from_pylist([{"response_id": r["response_id"], "features": f.tolist()} for r, f in found])

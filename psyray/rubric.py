@@ -1,0 +1,123 @@
+"""What a good answer is, as data: principles, scale, prompts, and the strict reading of a judge's answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from psyray.config import ASSETS
+from psyray.errors import PsyrayError
+from psyray.records import Message, content_id
+
+
+class UnusableAnswer(ValueError):
+    """A judge's answer that gives no ratings; says why."""
+
+
+@dataclass(frozen=True)
+class Principle:
+    key: str
+    name: str
+    weight: float
+    guidance: str
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """The principles that a response is rated by, each from `low` to `high`."""
+
+    name: str
+    low: int
+    high: int
+    speaker: str
+    principles: tuple[Principle, ...]
+    prompt: str
+    json_instruction: str
+
+    @property
+    def id(self) -> str:
+        """Changes with anything that a judge sees or that weighs its ratings."""
+        return content_id("rubric", asdict(self))
+
+    @property
+    def keys(self) -> list[str]:
+        """The principles' keys in order."""
+        return [p.key for p in self.principles]
+
+    def score(self, ratings: Mapping[str, float]) -> float:
+        """The weighted mean of the ratings, on the rubric's scale."""
+        return sum(p.weight * ratings[p.key] for p in self.principles) / sum(p.weight for p in self.principles)
+
+    def question(self, messages: Sequence[Message], response: str) -> list[Message]:
+        """The messages that ask a language model for the ratings as JSON."""
+        principles = "\n".join(f"- {p.key}: {p.name}. {p.guidance}" for p in self.principles)
+        turns = "\n\n".join(
+            f"{self.speaker.capitalize() if m['role'] == 'user' else m['role'].capitalize()}:\n{m['content']}"
+            for m in messages
+        )
+        fields = {"{principles}": principles, "{low}": str(self.low), "{high}": str(self.high)}
+        # The conversation goes in last, so that braces in a client's words are never read as fields.
+        ask = _fill(self.prompt, fields | {"{conversation}": turns, "{response}": response})
+        instruction = _fill(self.json_instruction, fields | {"{keys}": ", ".join(self.keys)})
+        return [{"role": "user", "content": f"{ask}\n\n{instruction}"}]
+
+    def regex(self) -> str:
+        """A pattern of exactly the wanted JSON, for guided decoding."""
+        digits = f"[{self.low}-{self.high}]"
+        return r"\{" + ",".join(f'"{key}":{digits}' for key in self.keys) + r"\}"
+
+    def parse(self, text: str) -> dict[str, float]:
+        """The ratings in a judge's answer; UnusableAnswer for anything but a whole number on the scale for each key."""
+        found = re.search(r"\{[^{}]*\}", text)
+        if not found:
+            raise UnusableAnswer("no JSON object in the answer")
+        try:
+            values = json.loads(found.group())
+        except json.JSONDecodeError as error:
+            raise UnusableAnswer(f"the JSON cannot be read: {error.msg}") from error
+        return {key: self._rating(key, values) for key in self.keys}
+
+    def _rating(self, key: str, values: Mapping[str, Any]) -> float:
+        if key not in values:
+            raise UnusableAnswer(f"no rating for {key}")
+        value = values[key]
+        if isinstance(value, str) and re.fullmatch(r"\d+", value.strip()):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+            raise UnusableAnswer(f"{key} is {value!r}, not a whole number")
+        if not self.low <= value <= self.high:
+            raise UnusableAnswer(f"{key} is {value}, outside {self.low} to {self.high}")
+        return float(value)
+
+
+def _fill(template: str, fields: Mapping[str, str]) -> str:
+    return re.sub("|".join(map(re.escape, fields)), lambda m: fields[m.group()], template)
+
+
+def load_rubric(name: str) -> Rubric:
+    """The rubric that ships under the name, or the one in a YAML file; PsyrayError names the file and the key."""
+    shipped = ASSETS / "rubrics" / f"{name}.yaml"
+    path = shipped if shipped.exists() else Path(name).expanduser()
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
+        raise PsyrayError(f"no rubric {name!r}: neither one that ships ({known}) nor a file")
+    tree = yaml.safe_load(path.read_text())
+    try:
+        low, high = tree["scale"]
+        principles = tuple(
+            Principle(key, p["name"], float(p.get("weight", 1)), p["guidance"]) for key, p in tree["principles"].items()
+        )
+        rubric = Rubric(
+            tree["name"], low, high, tree.get("speaker", "client"), principles, tree["prompt"], tree["json_instruction"]
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PsyrayError(f"{path} is no rubric: {type(error).__name__} {error}; compare {shipped.parent}") from error
+    if not principles or not 0 <= low < high <= 9 or sum(p.weight for p in principles) <= 0:
+        raise PsyrayError(f"{path}: a rubric needs principles, weights above 0 and a scale of digits from low to high")
+    return rubric

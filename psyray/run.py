@@ -1,0 +1,299 @@
+"""A run is a folder; a stage is a folder in it, named by the fingerprint of all it depends on.
+
+    RUN/run.json                      the stages of the latest pass, in order
+    RUN/config.yaml                   the resolved configuration of the latest pass
+    RUN/stages/pairs/3fa9c1e2/        one result of the stage `pairs`
+        part-00000.parquet ...        rows as they come in
+        data-00000.parquet            all rows, once the stage is done
+        progress.json                 how far it is
+        manifest.json                 written last: the stage is done
+
+Resume is the same command again: a stage whose manifest exists is not run; one that was cut off goes on from
+its rows. A changed setting gives other fingerprints to exactly the stages that depend on it, so nothing is
+overwritten, and going back to the old setting finds the old results.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from psyray.errors import PsyrayError
+from psyray.records import Row, content_id, rows, table
+
+ROWS_PER_FILE = 50_000
+
+
+def runs_home() -> Path:
+    """The folder that relative run paths start from.
+
+    $PSYRAY_HOME where it is set; inside a Ray job ~/.psyray, since a job's working directory is a copy that is
+    thrown away; else the current folder.
+    """
+    if home := os.environ.get("PSYRAY_HOME"):
+        return Path(home).expanduser().absolute()
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return Path.home() / ".psyray"
+    return Path.cwd()
+
+
+def run_path(path: Path) -> Path:
+    """The absolute run folder; PsyrayError for a URI."""
+    if "://" in str(path) or str(path).startswith(("s3:", "gs:")):
+        raise PsyrayError(f"run.path {path}: a run folder lies on a file system that all nodes mount; no URI yet")
+    return path if path.is_absolute() else runs_home() / path
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, also after a crash."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    draft.replace(path)
+
+
+def write_parquet(path: Path, arrow: pa.Table) -> None:
+    """Write a Parquet file that exists only when it is whole."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(arrow, draft)
+    draft.replace(path)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a finished stage left behind."""
+
+    name: str
+    path: Path
+    fingerprint: str
+    manifest: Mapping[str, Any]
+
+    def table(self) -> pa.Table:
+        """The stage's rows as one Arrow table."""
+        return pa.concat_tables([pq.read_table(self.path / name) for name in self.manifest["files"]])
+
+    def rows(self) -> list[Row]:
+        """The stage's rows as dicts."""
+        return rows(self.table())
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Numbers that the stage reported."""
+        return dict(self.manifest["stats"])
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face folder of a stage that trained a model."""
+        return self.path / "model"
+
+
+@dataclass
+class Folder:
+    """A stage at work: where it puts rows, models and progress."""
+
+    path: Path
+    _shown: float = field(default=0.0, repr=False)
+
+    def parts(self, schema: pa.Schema, key: str) -> Parts:
+        """The stage's rows; those already there are what an earlier attempt finished."""
+        return Parts(self.path, schema, key)
+
+    def progress(self, done: int, total: int, unit: str = "rows") -> None:
+        """Note how far the stage is, at most once a second, for `psyray status`."""
+        now = time.time()
+        if now - self._shown >= 1 or done >= total:
+            self._shown = now
+            state = {"done": done, "total": total, "unit": unit, "at": now, "pid": os.getpid()}
+            write_atomic(self.path / "progress.json", json.dumps(state))
+
+
+class Parts:
+    """Rows of one stage, kept in small files as they arrive and in large sorted ones when all are in."""
+
+    def __init__(self, path: Path, schema: pa.Schema, key: str) -> None:
+        self.path, self.schema, self.key = path, schema, key
+        self.ids: set[str] = set()
+        for part in self._files():
+            self.ids.update(pq.read_table(part, columns=[key])[key].to_pylist())
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.glob("part-*.parquet"))
+
+    def _next(self) -> Path:
+        last = self._files()[-1:]
+        return self.path / f"part-{int(last[0].stem[5:]) + 1 if last else 0:06d}.parquet"
+
+    def todo(self, candidates: Iterable[Mapping[str, Any]]) -> list[Row]:
+        """The candidates, each key once, that have no row yet."""
+        unique = {row[self.key]: dict(row) for row in candidates}
+        return [row for key, row in unique.items() if key not in self.ids]
+
+    def append(self, batch: Iterable[Mapping[str, Any]]) -> int:
+        """Keep a batch of new rows; a row whose key is known already is dropped. Returns how many were kept."""
+        fresh = self.todo(batch)
+        if fresh:
+            write_parquet(self._next(), table(fresh, self.schema))
+            self.ids.update(row[self.key] for row in fresh)
+        return len(fresh)
+
+    def table(self) -> pa.Table:
+        """All rows so far, sorted by key, so that a resumed stage equals an undisturbed one."""
+        parts = [pq.read_table(part, schema=self.schema) for part in self._files()]
+        return pa.concat_tables([self.schema.empty_table(), *parts]).sort_by(self.key)
+
+    def finish(self) -> pa.Table:
+        """Merge the parts into data files and return all rows."""
+        merged = self.table()
+        for number, start in enumerate(range(0, max(merged.num_rows, 1), ROWS_PER_FILE)):
+            write_parquet(self.path / f"data-{number:05d}.parquet", merged.slice(start, ROWS_PER_FILE))
+        return merged
+
+    def set_aside(self, ids: set[str]) -> Path:
+        """Move rows out into a file beside the stage's, so that the next attempt makes them again."""
+        merged = self.table()
+        out = pc.is_in(merged[self.key], value_set=pa.array(sorted(ids), pa.string()))
+        aside = self.path / f"aside-{time.time_ns()}.parquet"
+        write_parquet(aside, merged.filter(out))
+        old = self._files()
+        write_parquet(self._next(), merged.filter(pc.invert(out)))
+        for part in old:
+            part.unlink()
+        self.ids -= ids
+        return aside
+
+
+Make = Callable[[Folder], Mapping[str, Any]]
+
+
+class Run:
+    """An open run folder; one process at a time works in it."""
+
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
+        self.path, self.say = run_path(path), say
+        self.stages: list[dict[str, str]] = []
+        self.on_stage: Callable[[Artifact], None] = lambda artifact: None
+
+    @contextmanager
+    def open(self, config: Mapping[str, Any]) -> Iterator[Run]:
+        """Hold the run's lock and write down its configuration; PsyrayError if another process is at work in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip()
+                raise PsyrayError(f"{self.path} is in use by process {holder}; wait for it or end it") from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            self._note_changes(config)
+            yield self
+
+    def _note_changes(self, config: Mapping[str, Any]) -> None:
+        kept = self.path / "config.yaml"
+        if kept.exists():
+            before = yaml.safe_load(kept.read_text())
+            for line in _differences(before, config):
+                self.say(f"changed since the last run: {line}")
+        write_atomic(kept, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    def stage(self, name: str, config: Mapping[str, Any], inputs: Sequence[Artifact], make: Make) -> Artifact:
+        """The finished stage: read if its manifest is there, otherwise made.
+
+        `config` is all that the result depends on beside the inputs. `make` writes into the folder and returns
+        the stage's numbers; rows that it kept with `Folder.parts` are merged afterwards.
+        """
+        fingerprint = content_id(name, config, [a.fingerprint for a in inputs])
+        folder = Folder(self.path / "stages" / name / fingerprint)
+        self._list(name, fingerprint)
+        manifest = folder.path / "manifest.json"
+        if manifest.exists():
+            self.say(f"{name}: done before ({json.loads(manifest.read_text())['rows']} rows)")
+        else:
+            self._announce(name, folder)
+            self._make(name, fingerprint, config, inputs, folder, make)
+        artifact = Artifact(name, folder.path, fingerprint, json.loads(manifest.read_text()))
+        self.on_stage(artifact)
+        return artifact
+
+    def _announce(self, name: str, folder: Folder) -> None:
+        stage = folder.path.parent
+        others = list(stage.glob("*/manifest.json"))
+        if folder.path.exists():
+            self.say(f"{name}: goes on where it was cut off")
+        elif others:
+            self.say(f"{name}: runs again, since something it depends on changed (the old result stays)")
+        else:
+            self.say(f"{name}: starts")
+
+    def _make(
+        self,
+        name: str,
+        fingerprint: str,
+        config: Mapping[str, Any],
+        inputs: Sequence[Artifact],
+        folder: Folder,
+        make: Make,
+    ) -> None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        stats = make(folder)
+        files = sorted(p.name for p in folder.path.glob("data-*.parquet"))
+        manifest = {
+            "stage": name,
+            "fingerprint": fingerprint,
+            "config": config,
+            "inputs": {a.name: a.fingerprint for a in inputs},
+            "files": files,
+            "rows": sum(pq.read_metadata(folder.path / f).num_rows for f in files),
+            "stats": stats,
+            "seconds": round(time.time() - started, 1),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_atomic(folder.path / "manifest.json", json.dumps(manifest, indent=1, default=str))
+        for part in folder.path.glob("part-*.parquet"):
+            part.unlink()
+        self.say(f"{name}: done, {manifest['rows']} rows in {manifest['seconds']:.0f} s")
+
+    def _list(self, name: str, fingerprint: str) -> None:
+        self.stages.append({"name": name, "fingerprint": fingerprint})
+        state = {"pid": os.getpid(), "stages": self.stages}
+        write_atomic(self.path / "run.json", json.dumps(state, indent=1))
+
+
+def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in {**before, **after}:
+            yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
+    elif before != after:
+        yield f"{at}: {before!r:.60} -> {after!r:.60}"
+
+
+def read_stages(path: Path) -> list[Artifact]:
+    """The finished stages of a run's latest pass, in order; PsyrayError where there is no run."""
+    path = run_path(path)
+    if not (path / "run.json").exists():
+        raise PsyrayError(f"no run at {path}; start one with `psyray run configs/demo.yaml run.path={path}`")
+    found = []
+    for entry in json.loads((path / "run.json").read_text())["stages"]:
+        folder = path / "stages" / entry["name"] / entry["fingerprint"]
+        if (folder / "manifest.json").exists():
+            manifest = json.loads((folder / "manifest.json").read_text())
+            found.append(Artifact(entry["name"], folder, entry["fingerprint"], manifest))
+    return found

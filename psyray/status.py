@@ -1,0 +1,261 @@
+"""How far a run is, read from its folder alone: while it goes on, after a crash, and when it is done."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from psyray.run import Artifact, read_stages, run_path
+
+DASH = "–"  # noqa: RUF001  what is not known, here and in the report
+ROUND = re.compile(r"round-(\d+)/(\w+)")
+STYLES = {"done": "green", "running": "bold cyan", "cut off": "bold red", "waiting": "dim"}
+
+
+def number(value: Any, digits: int = 2, unit: str = "") -> str:
+    """A number for people; a dash where there is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        return DASH
+    return f"{value:,}{unit}" if isinstance(value, int) else f"{value:,.{digits}f}{unit}"
+
+
+def share(value: Any) -> str:
+    """A share as a percentage; a dash where there is none."""
+    return number(100.0 * value, 1, " %") if isinstance(value, int | float) else DASH
+
+
+def change(value: Any) -> str:
+    """A relative change as a percentage with its sign; a dash where there is none."""
+    return f"{100 * value:+.1f} %" if isinstance(value, int | float) and value == value else DASH
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as `12 s`, `3 min 20 s` or `2 h 05 min`."""
+    if not isinstance(seconds, int | float):
+        return DASH
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The resolved settings of the run's latest pass; empty where none were written."""
+    kept = run_path(path) / "config.yaml"
+    return dict(yaml.safe_load(kept.read_text()) or {}) if kept.exists() else {}
+
+
+def expected_stages(rounds: int) -> list[str]:
+    """The stages that a whole run of so many rounds goes through, in order."""
+    names = ["speeches", "responses", "judgements", "pairs", "reward", "reward-heads"]
+    for number_ in range(rounds + 1):
+        steps = ["labels", "heads", "policy", "samples", "scores", "gate"][0 if number_ else 3 :]
+        names += [f"round-{number_}/{step}" for step in steps]
+    return [*names, "export"]
+
+
+def stages_by_name(path: Path) -> dict[str, Artifact]:
+    """The finished stages of the run's latest pass."""
+    return {artifact.name: artifact for artifact in read_stages(path)}
+
+
+def round_numbers(stages: Mapping[str, Artifact]) -> list[int]:
+    """The rounds of which any stage is finished, in order."""
+    return sorted({int(found[1]) for name in stages if (found := ROUND.match(name))})
+
+
+def stats_of(stages: Mapping[str, Artifact], name: str) -> dict[str, Any]:
+    """The stage's numbers; empty where it is not finished."""
+    return stages[name].stats if name in stages else {}
+
+
+def champion_round(stages: Mapping[str, Artifact]) -> int:
+    """The round whose policy was exported, else the last that passed its gate; 0 is the start policy."""
+    if "champion_round" in (export := stats_of(stages, "export")):
+        return int(export["champion_round"])
+    return max((n for n in round_numbers(stages) if n and stats_of(stages, f"round-{n}/gate").get("passed")), default=0)
+
+
+def label_spend(stages: Mapping[str, Artifact]) -> dict[str, int]:
+    """Labels over all rounds: asked, answered, bought, reused, ties, invalid, reward_labelled."""
+    keys = ("asked", "answered", "bought", "reused", "ties", "invalid", "reward_labelled")
+    per_round = [stats_of(stages, f"round-{n}/labels") for n in round_numbers(stages)]
+    return {key: sum(int(stats.get(key) or 0) for stats in per_round) for key in keys}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage in the table."""
+
+    name: str
+    state: str  # "done" | "running" | "cut off" | "waiting"
+    rows: str = ""
+    seconds: float | None = None
+    note: str = ""
+
+
+def driver(path: Path) -> tuple[int | None, bool]:
+    """The process id of the run's latest pass and whether that process is alive on this machine."""
+    listed = run_path(path) / "run.json"
+    pid = json.loads(listed.read_text()).get("pid") if listed.exists() else None
+    return pid, pid is not None and _alive(int(pid), listed.stat().st_mtime)
+
+
+def _alive(pid: int, seen: float) -> bool:
+    """Whether the process lives and is not a younger one that got the same number."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() <= seen + 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # tolerated: it has ended
+        return False
+
+
+def stage_lines(path: Path) -> list[Line]:
+    """The state of every stage, in the order of the run; PsyrayError where there is no run."""
+    path = run_path(path)
+    done = stages_by_name(path)
+    alive = driver(path)[1]
+    listed = json.loads((path / "run.json").read_text())["stages"]
+    lines = []
+    for entry in listed:
+        if artifact := done.get(entry["name"]):
+            rows = number(artifact.manifest["rows"]) if artifact.manifest["files"] else ""
+            note = key_numbers(artifact.name, artifact.stats)
+            lines.append(Line(artifact.name, "done", rows, artifact.manifest["seconds"], note))
+        else:
+            folder = path / "stages" / entry["name"] / entry["fingerprint"]
+            lines.append(_unfinished(entry["name"], folder, alive, (path / "run.json").stat().st_mtime))
+    if "export" not in done:  # after it nothing more comes, also where the gate ended the rounds early
+        known = {line.name for line in lines}
+        rounds = int(read_config(path).get("loop", {}).get("rounds", 0))
+        lines += [Line(name, "waiting") for name in expected_stages(rounds) if name not in known]
+    return lines
+
+
+def _unfinished(name: str, folder: Path, alive: bool, started: float) -> Line:
+    state = "running" if alive else "cut off"
+    progress = folder / "progress.json"
+    if not progress.exists():
+        return Line(name, state, "", time.time() - started if alive else None)
+    at = json.loads(progress.read_text())
+    done, total = int(at["done"]), int(at["total"])
+    counted = f"{done:,}/{total:,} {at.get('unit', 'rows')}" + (f" ({100 * done // total} %)" if total else "")
+    fresh = done - _rows_before(folder, started)
+    elapsed = float(at["at"]) - started
+    if not alive:
+        return Line(name, state, counted)
+    if fresh <= 0 or elapsed <= 0:
+        return Line(name, state, counted, time.time() - started, "rate not known yet")
+    rate = fresh / elapsed
+    note = f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
+    return Line(name, state, counted, time.time() - started, f"{note}, about {duration((total - done) / rate)} left")
+
+
+def _rows_before(folder: Path, started: float) -> int:
+    """Rows that an earlier attempt left behind: they say nothing of today's speed."""
+    parts = [part for part in folder.glob("part-*.parquet") if part.stat().st_mtime < started]
+    return sum(pq.read_metadata(part).num_rows for part in parts)
+
+
+def _counts(stats: Mapping[str, Any], *keys: str) -> str:
+    return ", ".join(f"{number(stats.get(key))} {key.replace('_', '-')}" for key in keys)
+
+
+def _last_loss(stats: Mapping[str, Any]) -> str:
+    losses = [step["loss"] for step in stats.get("steps") or [] if "loss" in step]
+    return f"loss {number(losses[0], 3)} → {number(losses[-1], 3)}" if losses else f"loss {DASH}"
+
+
+def _heads(stats: Mapping[str, Any]) -> str:
+    metrics = stats.get("metrics") or {}
+    return f"accuracy {share(metrics.get('accuracy'))} (length alone {share(metrics.get('length_accuracy'))})"
+
+
+def gate_note(stats: Mapping[str, Any]) -> str:
+    """One line on a gate: the verdict, the win rate with its interval, the length change."""
+    verdict = {True: "passed", False: "failed"}.get(stats.get("passed", None), "start")
+    rate = f"win rate {share(stats.get('win_rate'))} [{share(stats.get('low'))}, {share(stats.get('high'))}]"
+    reasons = "; ".join(stats.get("reasons") or [])
+    return f"{verdict}: {rate}, length {change(stats.get('length_change'))}" + (f" ({reasons})" if reasons else "")
+
+
+KEY_NUMBERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "speeches": lambda s: _counts(s, "train", "test"),
+    "responses": lambda s: f"{_counts(s, 'ok', 'failed')}, {number(s.get('mean_words'), 0)} words",
+    "samples": lambda s: f"{_counts(s, 'ok', 'failed')}, {number(s.get('mean_words'), 0)} words",
+    "judgements": lambda s: f"mean {number(s.get('mean_score'))}, invalid {share(s.get('invalid_share'))}",
+    "pairs": lambda s: _counts(s, "train", "test"),
+    "reward": _last_loss,
+    "policy": lambda s: f"{_last_loss(s)}, {_counts(s, 'pairs')}",
+    "reward-heads": _heads,
+    "heads": _heads,
+    "labels": lambda s: _counts(s, "bought", "reused", "reward_labelled", "ties", "invalid"),
+    "gate": gate_note,
+    "export": lambda s: f"champion: round {number(s.get('champion_round'))}",
+}
+
+
+def key_numbers(name: str, stats: Mapping[str, Any]) -> str:
+    """What a stage's result comes down to, in one line; empty for a stage of another kind."""
+    if name == "round-0/gate":
+        return f"start policy: mean score {number(stats.get('mean_score'))}"
+    describe = KEY_NUMBERS.get(name.rpartition("/")[2])
+    return describe(stats) if describe else ""
+
+
+def show_status(run: Path, console: Console) -> None:
+    """Print the run's stages, driver, label spend, latest gate and report; PsyrayError where there is no run."""
+    path = run_path(run)
+    lines = stage_lines(path)
+    table = Table(title=Text(f"Run {path}"), title_justify="left")
+    for heading, justify in (("Stage", "left"), ("State", "left"), ("Rows", "right"), ("Time", "right")):
+        table.add_column(heading, justify=justify, no_wrap=heading != "Rows")  # type: ignore[arg-type]
+    table.add_column("Numbers", overflow="fold")
+    for line in lines:
+        seconds = duration(line.seconds) if line.seconds is not None else ""
+        table.add_row(line.name, Text(line.state, STYLES[line.state]), line.rows, seconds, Text(line.note))
+    console.print(table)
+    for fact in _facts(path, lines):
+        console.print(Text(fact), soft_wrap=True)
+
+
+def _facts(path: Path, lines: list[Line]) -> list[str]:
+    stages = stages_by_name(path)
+    facts = [_driver_fact(path, lines)]
+    if any(name.endswith("/labels") for name in stages):
+        spend = label_spend(stages)
+        facts.append("Labels: " + ", ".join(f"{count:,} {key.replace('_', '-')}" for key, count in spend.items()))
+    gates = [n for n in round_numbers(stages) if n and f"round-{n}/gate" in stages]
+    if gates:
+        facts.append(f"Latest gate, round {gates[-1]}: {gate_note(stats_of(stages, f'round-{gates[-1]}/gate'))}")
+        facts.append(f"Champion: {f'round {best}' if (best := champion_round(stages)) else 'the start policy'}")
+    report = path / "report.html"
+    facts.append(f"Report: {report}" if report.exists() else f"Report: none yet; `psyray report {path}` writes one")
+    return facts
+
+
+def _driver_fact(path: Path, lines: list[Line]) -> str:
+    pid, alive = driver(path)
+    unfinished = [line.name for line in lines if line.state != "done"]
+    if not unfinished:
+        return "Driver: the run is complete"
+    if alive:
+        return f"Driver: process {pid} is alive"
+    return f"Driver: process {pid} is not alive on this machine; {_cut(lines)}run the same command again to go on"
+
+
+def _cut(lines: list[Line]) -> str:
+    names = [line.name for line in lines if line.state == "cut off"]
+    return f"{names[0]} was cut off; " if names else ""

@@ -1,0 +1,270 @@
+"""One training job on Ray Train with DeepSpeed: workers, checkpoints, progress, and what a TRL trainer is told.
+
+The job's folder lies on storage that all workers mount. HF checkpoints go there directly, and one counts only
+when its marker file exists, which is written after every rank is done: a job that was cut off goes on from the
+last such checkpoint, whether a worker died (Ray Train starts the group again) or the driver (the same command).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from psyray.cluster import QUIET, require, use_gpu
+from psyray.config import ClusterSection, EngineSection, TrainSection
+from psyray.errors import PsyrayError
+from psyray.models import cache_folder
+from psyray.records import Row
+from psyray.run import Folder, write_atomic, write_parquet
+from psyray.stream import Progress
+
+COMPLETE = "psyray-complete"
+WORKER_RESTARTS = 2
+Loop = Callable[[dict[str, Any]], None]
+
+
+def run_training(
+    folder: Folder,
+    loop: Loop,
+    examples: Sequence[Row],
+    settings: Mapping[str, Any],
+    section: TrainSection,
+    engine: EngineSection,
+    cluster: ClusterSection,
+    *,
+    title: str,
+) -> list[dict[str, float]]:
+    """Run `loop` in Ray Train workers over `examples` until `folder/model` holds the trained model.
+
+    Returns the logged steps. `loop` gets `settings` plus {train, examples, folder, gpu, seed}.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu = use_gpu(engine.device)
+    require({"GPU" if gpu else "CPU": section.workers}, cluster.wait_s, title)
+    data = folder.path / "examples.parquet"
+    write_parquet(data, pa.Table.from_pylist(list(examples)))
+    config = {
+        **settings,
+        "train": section.model_dump(),
+        "examples": str(data),
+        "folder": str(folder.path),
+        "gpu": gpu,
+        "threads": max(1, (os.cpu_count() or 1) // section.workers),
+    }
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=section.workers, use_gpu=gpu),
+        run_config=RunConfig(
+            name="ray-train",
+            storage_path=str(folder.path),
+            failure_config=FailureConfig(max_failures=WORKER_RESTARTS),
+            worker_runtime_env={"env_vars": worker_environment(gpu)},
+        ),
+    )
+    steps = -(-len(examples) * section.epochs // section.batch_size)
+    with watched(folder, title, int(steps)):
+        _fit(trainer, title)
+    _adopt(folder)
+    return read_steps(folder.path)
+
+
+def _fit(trainer: Any, title: str) -> None:
+    from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
+
+    try:
+        trainer.fit()
+    except (TrainingFailedError, WorkerGroupError, ControllerError) as error:
+        cause = str(error).strip().splitlines()
+        raise PsyrayError(
+            f"{title}: training failed {WORKER_RESTARTS + 1} times; the last cause: {cause[-1][:500] if cause else error!r}. "
+            "Mend it and run the same command again; it goes on from the last checkpoint"
+        ) from error
+
+
+def worker_environment(gpu: bool) -> dict[str, str]:
+    """What a training worker's process needs before it imports anything."""
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
+    return QUIET | {"TORCH_EXTENSIONS_DIR": extensions} | ({} if gpu else {"DS_ACCELERATOR": "cpu"})
+
+
+@contextmanager
+def watched(folder: Folder, title: str, total: int) -> Iterator[None]:
+    """Show the steps that rank 0 writes down."""
+    stop = threading.Event()
+    with Progress(folder, title, total, unit="steps") as progress:
+
+        def follow() -> None:
+            while not stop.wait(1):
+                if steps := read_steps(folder.path):
+                    progress.reach(min(total, int(steps[-1]["step"])))
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def read_steps(path: Path) -> list[dict[str, float]]:
+    """The logged steps in order; a step that was done again after a restart counts once, as it was last."""
+    log = path / "steps.jsonl"
+    if not log.exists():
+        return []
+    by_step = {}
+    for line in log.read_text().splitlines():
+        if line.endswith("}"):  # the last line may be half written
+            entry = json.loads(line)
+            by_step[entry["step"]] = entry
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _adopt(folder: Folder) -> None:
+    """Make the finished draft the model and drop the checkpoints, which hold the optimiser's state."""
+    draft, model = folder.path / "model.draft", folder.path / "model"
+    if draft.exists():
+        shutil.rmtree(model, ignore_errors=True)
+        draft.rename(model)
+    for name in ("checkpoints", "ray-train"):
+        shutil.rmtree(folder.path / name, ignore_errors=True)
+
+
+# What follows runs inside the workers.
+
+
+def prepare_worker(config: Mapping[str, Any]) -> None:
+    """Threads, seeds and the process group, before any model is loaded."""
+    import deepspeed
+    import torch
+    from datasets import disable_progress_bars
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    torch.set_num_threads(config["threads"])
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Without this DeepSpeed sees a world of one on CPU and ZeRO-3 refuses its batch size.
+    deepspeed.init_distributed(dist_backend="nccl" if config["gpu"] else "gloo", auto_mpi_discovery=False)
+    set_seed(config["seed"])
+
+
+def trainer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that TRL's trainers share."""
+    train = config["train"]
+    accumulation = train["batch_size"] // (train["micro_batch"] * train["workers"])
+    return {
+        "output_dir": f"{config['folder']}/checkpoints",
+        "per_device_train_batch_size": train["micro_batch"],
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": train["epochs"],
+        "learning_rate": train["learning_rate"],
+        "lr_scheduler_type": "linear",
+        "warmup_steps": train["warmup_share"],
+        "max_length": train["max_length"],
+        "gradient_checkpointing": train["gradient_checkpointing"],
+        "bf16": True,
+        "use_cpu": not config["gpu"],
+        "seed": config["seed"],
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": train["save_every"],
+        "save_total_limit": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": config["gpu"],
+        "deepspeed": deepspeed_config(train["zero_stage"]),
+    }
+
+
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    """ZeRO in bf16 with fp32 master weights; transformers fills each "auto"."""
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": zero,
+        # No optimizer block: DeepSpeed would compile a fused one; torch's AdamW is as good at this size.
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def freeze(model: Any, layers: int) -> None:
+    """Keep the embeddings and the lowest `layers` decoder layers as they are."""
+    if not layers:
+        return
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if layers > len(decoder.layers):
+        raise PsyrayError(f"freeze_layers is {layers}, but the model has {len(decoder.layers)} layers")
+    for part in (decoder.embed_tokens, *decoder.layers[:layers]):
+        part.requires_grad_(False)
+
+
+def fit_and_save(trainer: Any, config: Mapping[str, Any]) -> None:
+    """Train from the last complete checkpoint, if there is one, and write the model to `folder/model.draft`."""
+    import torch.distributed as dist
+
+    trainer.add_callback(_reporter(Path(config["folder"])))
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(config["folder"]) / "checkpoints"))
+    trainer.save_model(f"{config['folder']}/model.draft")
+    dist.barrier()
+
+
+def last_checkpoint(path: Path) -> str | None:
+    """The latest checkpoint that every rank finished; incomplete ones are removed."""
+    best: tuple[int, Path] | None = None
+    for folder in path.glob("checkpoint-*"):
+        if (folder / COMPLETE).exists():
+            step = int(folder.name.removeprefix("checkpoint-"))
+            best = max(best, (step, folder)) if best else (step, folder)
+    return str(best[1]) if best else None
+
+
+def _reporter(folder: Path) -> Any:
+    import torch.distributed as dist
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):  # type: ignore[misc]
+        """Writes each logged step down and marks checkpoints that all ranks have finished."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if state.is_world_process_zero and logs and "loss" in logs:
+                entry = {"step": state.global_step} | {k: v for k, v in logs.items() if isinstance(v, int | float)}
+                with (folder / "steps.jsonl").open("a") as log:
+                    log.write(json.dumps(entry) + "\n")
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            dist.barrier()
+            if state.is_world_process_zero:
+                saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_atomic(saved / COMPLETE, "")
+            dist.barrier()
+
+    return Reporter()
+
+
+def compile_extension() -> Path:
+    """Compile DeepSpeed's shared-memory communication for CPUs into the cache, where workers find it."""
+    os.environ.update(worker_environment(gpu=False))
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ShareMemCommBuilder().load(verbose=False)
+    return Path(os.environ["TORCH_EXTENSIONS_DIR"])

@@ -1,0 +1,124 @@
+"""What to serve: the words given to `serve run`, and the champion that a finished run left behind."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from psyray.config import EngineSection
+from psyray.errors import PsyrayError
+from psyray.run import run_path
+
+Model = TypeVar("Model", bound=BaseModel)
+_USAGE = "serve run serve.app:build run=RUN"
+
+
+class Args(BaseModel):
+    """The key=value words after `serve run serve.app:build`, or `args:` in a Serve configuration file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: Path = Field(description="the folder of a finished run")
+    reward: bool = Field(True, description="false: only the policy")
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    reward_gpus: float = Field(0, ge=0, le=1, description="GPU share of the reward model; 0: it runs on CPU")
+
+    @classmethod
+    def read(cls, words: Mapping[str, str]) -> Self:
+        """PsyrayError names an unknown word and the nearest known one, a missing run, or a value that cannot be."""
+        known = list(cls.model_fields)
+        for word in words:
+            if word not in known:
+                near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise PsyrayError(f"unknown argument {word!r}; {hint}")
+        if not words.get("run"):
+            raise PsyrayError(f"no run given; say which one: {_USAGE}")
+        return _checked(cls, dict(words), "serve")
+
+
+class Policy(BaseModel):
+    """The language model that answers, and the sampling for a client that names none."""
+
+    name: str
+    path: Path
+    round: int
+    system: str = ""
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_tokens: int = 96
+
+
+class Reward(BaseModel):
+    """The model that scores an answer; `heads` is none for a single head."""
+
+    name: str
+    path: Path
+    heads: Path | None = None
+    max_length: int = 512
+
+
+class Champion(BaseModel):
+    """RUN/champion.json: the best policy of a finished run and the reward model that ranked it."""
+
+    policy: Policy
+    reward: Reward
+    run: Path
+
+
+def read_champion(run: Path, *, reward: bool = True) -> Champion:
+    """The champion of a run, its files checked; PsyrayError names what is missing and the command that mends it.
+
+    A run folder that was moved as a whole is still found: paths inside it follow the folder. Without `reward` the
+    reward model's files need not be there.
+    """
+    folder = run_path(run)
+    mend = f"finish it with `psyray run CONFIG run.path={folder}`"
+    if not folder.is_dir():
+        raise PsyrayError(f"no run folder at {folder}; give the folder of a finished run, or {mend}")
+    file = folder / "champion.json"
+    if not file.is_file():
+        raise PsyrayError(f"the run at {folder} is not finished (no champion.json); {mend}")
+    try:
+        tree = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise PsyrayError(f"{file} is no JSON ({error}); {mend}") from error
+    champion = _checked(Champion, tree, str(file))
+    models: list[Policy | Reward] = [champion.policy, *([champion.reward] if reward else [])]
+    for model in models:
+        model.path = _follow(model.path, champion.run, folder)
+        if not (model.path / "config.json").is_file():
+            raise PsyrayError(f"{model.path} is no Hugging Face model folder: config.json is missing; {mend}")
+    if reward and champion.reward.heads:
+        champion.reward.heads = _follow(champion.reward.heads, champion.run, folder)
+    champion.run = folder
+    return champion
+
+
+def read_engine(run: Path) -> EngineSection:
+    """The engine settings that the run worked with; the defaults where it kept none."""
+    file = run / "config.yaml"
+    tree = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    return _checked(EngineSection, (tree or {}).get("engine") or {}, f"{file}: engine")
+
+
+def _checked(model: type[Model], tree: Any, where: str) -> Model:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise PsyrayError(f"{where}: {wrong}") from error
+
+
+def _follow(path: Path, written_in: Path, folder: Path) -> Path:
+    moved = folder / path.relative_to(written_in) if path.is_relative_to(written_in) else path
+    found = moved if moved.exists() else path
+    if not found.exists():
+        raise PsyrayError(f"{found} is gone, but {folder / 'champion.json'} names it; put it back or run again")
+    return found

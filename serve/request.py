@@ -1,0 +1,133 @@
+"""Serve a finished run for the length of one question: the last step of the demo, over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from psyray.errors import PsyrayError
+from psyray.records import Message, client_words
+
+APP = "psyray"
+HOST = "127.0.0.1"
+_POLL_S, _SAY_EVERY_S = 1.0, 15.0
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+
+Say = Callable[[str], None]
+
+
+def serve_once(
+    run: Path,
+    messages: Sequence[Message],
+    *,
+    say: Say = print,
+    start_timeout_s: float = 600,
+    request_timeout_s: float = 180,
+    args: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Serve the run in the current Ray, ask `messages` over HTTP, score the answer, and shut Serve down again.
+
+    Returns {question, answer, score, spread, seconds}; seconds are those from the question to its score, without
+    the start. PsyrayError where Ray is not up, Serve is in use already, the engine fails, or time runs out.
+    """
+    if not ray.is_initialized():
+        raise PsyrayError("serve_once needs a running Ray session; use `serve run serve.app:build run=RUN` instead")
+    if serve.status().applications:
+        raise PsyrayError("Ray Serve is in use on this cluster; end it with `serve shutdown`, or ask its own port")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    from serve.app import build  # imports the engine, which takes seconds
+
+    application = build({"run": str(run), **(args or {})})
+    port = free_port()
+    try:
+        serve.start(
+            http_options={"host": HOST, "port": port},
+            proxy_location="HeadOnly",
+            logging_config={"log_level": "WARNING"},
+        )
+        target = serve.RunTarget(application, name=APP, route_prefix="/")
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        wait_until_running(start_timeout_s, say)
+        return ask(f"http://{HOST}:{port}", messages, request_timeout_s)
+    finally:
+        serve.shutdown()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_running(timeout_s: float, say: Say) -> None:
+    """Return when the application answers; PsyrayError with Serve's own message when it fails or time runs out."""
+    started = said = time.monotonic()
+    say("serve: the engine starts (about a minute on CPU)")
+    while True:
+        application = serve.status().applications.get(APP)
+        state = str(application.status.value) if application else "STARTING"
+        if state == "RUNNING":
+            say(f"serve: ready after {time.monotonic() - started:.0f} s")
+            return
+        if application and state in _FAILED:
+            raise PsyrayError(f"serve: the run could not be served: {_why(application)}")
+        if time.monotonic() - started > timeout_s:
+            raise PsyrayError(
+                f"serve: not ready after {timeout_s:.0f} s: {_why(application) if application else state}"
+            )
+        if time.monotonic() - said > _SAY_EVERY_S:
+            said = time.monotonic()
+            say(f"serve: still starting, {said - started:.0f} s")
+        time.sleep(_POLL_S)
+
+
+def _why(application: Any) -> str:
+    """The messages of the parts that are not well; the last lines, where the cause stands."""
+    parts = [
+        f"{name}: {part.message}" for name, part in application.deployments.items() if part.status.value != "HEALTHY"
+    ]
+    return " | ".join([application.message, *parts]).strip()[-1500:]
+
+
+def ask(url: str, messages: Sequence[Message], timeout_s: float) -> dict[str, Any]:
+    """One chat request and the score of its answer, from a server of `serve.app`."""
+    started = time.monotonic()
+    chat = post(f"{url}/v1/chat/completions", {"messages": list(messages)}, timeout_s)
+    answer = chat["choices"][0]["message"]["content"]
+    if not (answer or "").strip():
+        raise PsyrayError("serve: the policy gave an empty answer, so there is nothing to score")
+    item = {"messages": list(messages), "response": answer}
+    scored = post(f"{url}/reward/score", {"items": [item]}, timeout_s)["scores"][0]
+    return {
+        "question": client_words(messages),
+        "answer": answer,
+        "score": scored["score"],
+        "spread": scored["spread"],
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def post(url: str, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    """The JSON answer to a JSON request; PsyrayError names the address and the server's own words."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    # A proxy from the environment must not come between two ends on one machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=timeout_s) as reply:
+            answer: dict[str, Any] = json.load(reply)
+            return answer
+    except urllib.error.HTTPError as error:
+        raise PsyrayError(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:500]}") from error
+    except (OSError, ValueError) as error:  # no connection, time out, or no JSON
+        raise PsyrayError(f"{url} did not answer: {error}") from error

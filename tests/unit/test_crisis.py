@@ -1,0 +1,86 @@
+"""Which words raise the crisis flag, and which must not."""
+
+from __future__ import annotations
+
+import pytest
+
+from psyray.crisis import flag
+
+CRISES = [
+    "I want to kill myself.",
+    "Some days I think about killing myself and then I feed the cat.",
+    "I've been having suicidal thoughts since March",
+    "I just want to die",
+    "I don\u2019t want to live anymore.",
+    "I do not want to wake up tomorrow",
+    "Everyone would be better off without me",
+    "I wish I were dead",
+    "I want it all to end.",
+    "I keep thinking about ending my life.",
+    "I took all my pills an hour ago",
+    "last week I overdosed on paracetamol",
+    "I don't see any way out, there's no point in living",
+    "I've been cutting myself again",
+    "I cut my wrists last night",
+    "I SELF-HARM when it gets too loud",
+    "I hurt myself, and nobody knows.",
+    "My husband hits me when he drinks",
+    "he beat me, he beats me most weekends",
+    "I was raped last year",
+    "My stepdad is hitting my sister",
+    "He said he's going to kill me if I leave",
+    "I'm scared he will hurt me",
+    "He'll kill me one day",
+    "my dad threatened to kill us",
+    "I'm not safe at home",
+    "I have a rope ready",
+    "I'm trying not to kill myself",
+    "I promised my mum not to hurt myself, but I can't stop",
+    "I don't want to kill myself, I want it all to end",
+    "I can't stop thinking about suicide",
+    "I'm not lazy, I am suicidal",
+    "I have no friends. I want to die",
+]
+
+CALM = [
+    "",
+    "I could have died of embarrassment when I fell off the stage.",
+    "My boss is killing me with these deadlines",
+    "I'm killing time until the bus comes",
+    "I am dying to see her again",
+    "I laughed so hard I nearly killed myself laughing",
+    "I'm not suicidal, only tired.",
+    "I have no thoughts of suicide.",
+    "I don't have any plans to kill myself",
+    "I've never thought about killing myself",
+    "I don't want to die, I'm afraid of flying",
+    "I would never want to hurt myself",
+    "My brother beats me at chess every Sunday",
+    "It hit me that the house was quiet",
+    "the news hit me hard",
+    "I cut myself some slack this week",
+    "I cut myself off from my friends",
+    "My mother died in spring and I miss her",
+    "We had a fight and he slammed the door",
+    "I feel safe with him",
+    "I want to end it with my boyfriend",
+    "I can't go on holiday this year",
+    "My cat is 19 and the vet says he will die soon",
+    "Mum will kill me if I am late again",
+    "I burnt myself cooking dinner",
+    "The plot: a detective, a rope, a locked room",
+]
+
+
+@pytest.mark.parametrize("text", CRISES)
+def test_crisis_is_flagged(text: str) -> None:
+    assert flag(text)
+
+
+@pytest.mark.parametrize("text", CALM)
+def test_calm_words_are_not(text: str) -> None:
+    assert not flag(text)
+
+
+def test_case_spaces_and_apostrophes_do_not_matter() -> None:
+    assert flag("I  WANT\nTO   DIE") and flag("I don\u2019t want to be alive") and flag("I don't want to be alive")

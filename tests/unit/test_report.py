@@ -1,0 +1,152 @@
+"""The report: one page, nothing loaded from outside, every text escaped, true numbers, and honest gaps."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_run import CRISIS, SECRET_KEY, MadeRun
+
+from psyray import plots, report, status
+from psyray.errors import PsyrayError
+
+
+class Page(HTMLParser):
+    """The page's tags with their attributes, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "run"
+    MadeRun(path).make()
+    return path
+
+
+@pytest.fixture(scope="module")
+def html(full: Path) -> str:
+    return report.write_report(full).read_text()
+
+
+def test_texts_of_speeches_are_escaped(html: str) -> None:
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in html
+    assert "<script" not in html and "<b>hard" not in html
+    assert "<script>alert('x')</script>" in Page(html).text  # shown as words
+
+
+def test_nothing_is_loaded_from_outside(html: str) -> None:
+    assert not re.search(r"https?:|//[a-z]|@import|@font-face", html, re.I)
+    for tag, attributes in Page(html).tags:
+        assert tag not in ("script", "iframe", "link", "img", "object", "embed", "base")
+        for name in ("src", "href", "xlink:href", "data"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert "default-src 'none'" in html
+
+
+def test_headline_and_tables_hold_the_run_s_numbers(html: str) -> None:
+    text = Page(html).text
+    assert "Champion Round 1" in text
+    assert "Win rate against the start 56.2 % interval 51.2 % to 61.3 %" in text
+    assert "41.5 → 46.5 words on average" in text
+    assert "Labels bought in the rounds 12" in text
+    assert "failed : the mean length changed by 27.0 %, more than 20.0 %" in text
+    assert "Empathy 2.50 2.60 (+0.10) 2.70 (+0.20)" in text
+    assert "too short 3 too long 1 duplicate 2 no text 0" in text
+    assert "tie or gap 9" in text
+    assert "66.0 % (55.0 %)" in text and "0.710 (0.560)" in text
+    assert "no substitute for" in text and "not finished" not in text
+
+
+def test_all_six_figures_are_there_and_described(html: str) -> None:
+    page = Page(html)
+    labels = [a["aria-label"] or "" for tag, a in page.tags if a.get("role") == "img"]
+    assert len(labels) == 6 == html.count("<svg")
+    assert any("round 1 56.2 %, round 2 62.5 %" in label for label in labels)
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    targets = re.findall(r'(?:url\(#|href="#)([^)"]+)', html)
+    assert targets and set(targets) <= set(ids)
+
+
+def test_page_is_accessible(html: str) -> None:
+    page = Page(html)
+    assert ("html", {"lang": "en"}) in page.tags
+    headers = [a for tag, a in page.tags if tag == "th"]
+    assert headers and all(a.get("scope") in ("row", "col") for a in headers)
+    assert [tag for tag, _ in page.tags if tag == "h1"] == ["h1"]
+    assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
+
+
+def test_examples_follow_the_rule(full: Path) -> None:
+    chosen = report.examples(status.stages_by_name(full))
+    by_why = {e["why"]: e for e in chosen["shown"]}
+    assert by_why["largest gain"]["gain"] == pytest.approx(0.75)
+    assert by_why["largest loss"]["gain"] == pytest.approx(-0.5)
+    assert -0.5 < by_why["median"]["gain"] < 0.75
+    assert (chosen["round"], chosen["of"], chosen["crisis_only"]) == (1, 11, False)
+    for example in chosen["shown"]:
+        assert example["start"]["speech_id"] == example["champion"]["speech_id"]
+        assert "Answer of round 0" in example["start"]["text"]
+        assert "Answer of round 1" in example["champion"]["text"]
+
+
+def test_crisis_speeches_are_not_shown(html: str) -> None:
+    assert CRISIS[:14] not in html
+
+
+def test_crisis_speeches_are_shown_only_where_there_are_no_others(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run", test_crisis_only=True).make()
+    text = Page(report.write_report(tmp_path / "run").read_text()).text
+    assert CRISIS[:14] in text and "All of them are flagged as a possible crisis" in text
+
+
+def test_secrets_of_the_configuration_stay_out(html: str) -> None:
+    assert SECRET_KEY not in html and "hunter2" not in html
+
+
+@pytest.mark.parametrize("until", status.expected_stages(1))
+def test_an_unfinished_run_says_what_is_missing(tmp_path: Path, until: str) -> None:
+    MadeRun(tmp_path / "run", rounds=1, until=until).make()
+    text = Page(report.write_report(tmp_path / "run").read_text()).text
+    missing = status.expected_stages(1)[status.expected_stages(1).index(until) :]
+    assert "This run is not finished." in text
+    assert f"missing: {', '.join(missing)}." in text
+
+
+def test_missing_keys_become_dashes(full: Path, tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run").make()
+    for manifest in (tmp_path / "run/stages").rglob("manifest.json"):
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "stats": {}}))
+    text = Page(report.write_report(tmp_path / "run").read_text()).text
+    assert "Start policy" in text and not re.search(r"\b(None|nan)\b", text)
+
+
+def test_no_run_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(PsyrayError, match="no run at"):
+        report.write_report(tmp_path)
+
+
+def test_a_figure_is_the_same_twice_and_takes_the_page_s_colour() -> None:
+    first = plots.win_rates([1], [(0.4, 0.5, 0.6)], [True])
+    assert first == plots.win_rates([1], [(0.4, 0.5, 0.6)], [True])
+    assert "currentColor" in first and plots.INK not in first and "<metadata" not in first
+
+
+def test_a_figure_escapes_its_labels() -> None:
+    svg = plots.acquisition({"<script>": [(0.1, 0.2)]})
+    assert "<script>" not in svg and "&lt;script&gt;" in svg

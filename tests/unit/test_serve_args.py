@@ -1,0 +1,175 @@
+"""The words of `serve run`, the champion file, what the policy's requests get, and the shared forward pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from psyray.config import EngineSection
+from psyray.errors import PsyrayError
+from serve.champion import Args, Policy, read_champion, read_engine
+from serve.policy import engine_settings, speaks_of_crisis, with_defaults
+from serve.request import serve_once
+from serve.reward import MAX_ITEMS, ScoreItem, ScoreRequest, score_together
+
+CLIENT = {"role": "user", "content": "I keep putting off the phone call to my sister."}
+
+
+def finished_run(folder: Path) -> Path:
+    """A run folder with a champion whose models are empty folders that look right."""
+    for name in ("policy", "reward"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text("{}")
+    (folder / "heads.npz").write_bytes(b"")
+    champion = {
+        "policy": {"name": "psyray-round-2", "path": str(folder / "policy"), "round": 2, "system": "Be kind."},
+        "reward": {"name": "psyray-reward", "path": str(folder / "reward"), "heads": str(folder / "heads.npz")},
+        "run": str(folder),
+    }
+    (folder / "champion.json").write_text(json.dumps(champion))
+    return folder
+
+
+def test_words_are_read() -> None:
+    args = Args.read({"run": "runs/demo", "reward": "false", "device": "cpu"})
+    assert (args.run, args.reward, args.device) == (Path("runs/demo"), False, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({}, "no run given.*serve run"),
+        ({"rnu": "x"}, "unknown argument 'rnu'; did you mean 'run'"),
+        ({"run": "x", "rewards": "false"}, "did you mean 'reward'"),
+        ({"run": "x", "qqq": "1"}, "known: run, reward"),
+        ({"run": "x", "reward": "perhaps"}, "reward: .*boolean"),
+        ({"run": "x", "device": "tpu"}, "device: .*'auto', 'cpu' or 'gpu'"),
+    ],
+)
+def test_wrong_words_are_named(words: dict[str, str], message: str) -> None:
+    with pytest.raises(PsyrayError, match=message):
+        Args.read(words)
+
+
+def test_champion_is_read_also_after_a_move(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    assert read_champion(run).policy.path == run / "policy"
+    moved = run.rename(tmp_path / "moved")
+    champion = read_champion(moved)
+    assert (champion.policy.path, champion.reward.heads) == (moved / "policy", moved / "heads.npz")
+
+
+def test_unready_runs_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(PsyrayError, match=r"no run folder at .*absent.*psyray run CONFIG"):
+        read_champion(tmp_path / "absent")
+    with pytest.raises(PsyrayError, match=r"not finished \(no champion.json\)"):
+        read_champion(tmp_path)
+    run = finished_run(tmp_path / "run")
+    (run / "reward" / "config.json").unlink()
+    with pytest.raises(PsyrayError, match=r"reward is no Hugging Face model folder"):
+        read_champion(run)
+    assert read_champion(run, reward=False).policy.round == 2
+    (run / "champion.json").write_text('{"policy": ')
+    with pytest.raises(PsyrayError, match="is no JSON"):
+        read_champion(run)
+
+
+def test_engine_settings_come_from_the_run(tmp_path: Path) -> None:
+    assert read_engine(tmp_path) == EngineSection()
+    (tmp_path / "config.yaml").write_text("engine: {max_model_len: 512, dtype: float32}")
+    assert (read_engine(tmp_path).max_model_len, read_engine(tmp_path).dtype) == (512, "float32")
+
+
+def test_cpu_settings_are_chosen_without_a_gpu(tmp_path: Path) -> None:
+    policy = Policy(name="p", path=tmp_path, round=0)
+    on_cpu, on_gpu = (engine_settings(policy, EngineSection(), gpu=gpu) for gpu in (False, True))
+    assert (on_cpu["accelerator_config"]["kind"], on_gpu["accelerator_config"]["kind"]) == ("cpu", "gpu")
+    assert "VLLM_CPU_KVCACHE_SPACE" in on_cpu["runtime_env"]["env_vars"]
+    assert "VLLM_CPU_KVCACHE_SPACE" not in on_gpu["runtime_env"]["env_vars"]
+    assert on_cpu["engine_kwargs"]["enforce_eager"] and not on_gpu["engine_kwargs"]["enforce_eager"]
+
+
+class ChatBody(BaseModel):
+    """The fields of an OpenAI chat request that the policy's defaults touch."""
+
+    messages: list[dict[str, Any]]
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+
+
+def test_policy_defaults_yield_to_the_client() -> None:
+    policy = Policy(name="p", path=Path(), round=1, system="Be kind.", temperature=0.5, top_p=0.9, max_tokens=7)
+    bare = with_defaults(ChatBody(messages=[CLIENT]), policy)
+    assert bare.messages[0] == {"role": "system", "content": "Be kind."}
+    assert (bare.temperature, bare.top_p, bare.max_completion_tokens) == (0.5, 0.9, 7)
+    own = {"role": "system", "content": "Answer in one word."}
+    full = with_defaults(ChatBody(messages=[own, CLIENT], temperature=0.0, max_tokens=3), policy)
+    assert [m["role"] for m in full.messages] == ["system", "user"] and full.messages[0]["content"] == own["content"]
+    assert (full.temperature, full.max_tokens, full.max_completion_tokens) == (0.0, 3, None)
+
+
+def test_only_the_clients_words_raise_the_crisis_header() -> None:
+    crisis = "I want to kill myself"
+    parts = [{"type": "text", "text": crisis}]
+    assert speaks_of_crisis([{"role": "user", "content": crisis}, {"role": "assistant", "content": "ok"}])
+    assert speaks_of_crisis([{"role": "user", "content": parts}])
+    assert not speaks_of_crisis([{"role": "system", "content": crisis}, CLIENT])
+
+
+class CountingScorer:
+    """A scorer of two heads that tells calls apart: head 0 is the answer's length, head 1 is twice that."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def scores(self, conversations: Any, responses: Any) -> np.ndarray:
+        self.calls += 1
+        lengths = np.array([len(r) for r in responses], float)
+        return np.stack([lengths, 2 * lengths], axis=1)
+
+
+def test_requests_share_one_pass_and_keep_their_order() -> None:
+    scorer = CountingScorer()
+    requests = [[_item("a"), _item("bb")], [_item("cccc")], [_item("dd")]]
+    scores = score_together(scorer, requests)
+    assert scorer.calls == 1
+    assert [[s.score for s in request] for request in scores] == [[1.5, 3.0], [6.0], [3.0]]
+    assert scores[1][0].spread == 2.0
+
+
+def _item(response: str) -> ScoreItem:
+    return ScoreItem.model_validate({"messages": [CLIENT], "response": response})
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "at least 1 item"),
+        ([{"messages": [CLIENT], "response": "ok"}] * (MAX_ITEMS + 1), f"at most {MAX_ITEMS} items"),
+        ([{"messages": [CLIENT], "response": "x" * 16_001}], "at most 16000 characters"),
+        ([{"messages": [CLIENT], "response": ""}], "at least 1 character"),
+        ([{"messages": [], "response": "ok"}], "at least 1 item"),
+        (
+            [{"messages": [CLIENT, {"role": "assistant", "content": "x"}], "response": "ok"}],
+            "must have the role 'user'",
+        ),
+        ([{"messages": [{"role": "robot", "content": "x"}], "response": "ok"}], "'system', 'user' or 'assistant'"),
+        ([{"messages": [CLIENT], "answer": "ok"}], "Extra inputs"),
+        ([{"messages": [CLIENT], "response": "x" * 15_000}] * 200, "send fewer items"),
+    ],
+)
+def test_bad_score_requests_are_refused(items: list[Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ScoreRequest.model_validate({"items": items})
+
+
+def test_serve_once_needs_a_ray_session(tmp_path: Path) -> None:
+    with pytest.raises(PsyrayError, match="running Ray session"):
+        serve_once(tmp_path, [CLIENT])

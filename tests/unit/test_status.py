@@ -1,0 +1,128 @@
+"""`psyray status` reads the run folder alone: done, at work, cut off and waiting stages, and what it says of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from made_run import MadeRun
+from rich.console import Console
+
+from psyray import status
+from psyray.errors import PsyrayError
+
+
+def shown(path: Path, width: int = 160) -> str:
+    out = io.StringIO()
+    status.show_status(path, Console(file=out, width=width))
+    return out.getvalue()
+
+
+def ended_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def set_driver(path: Path, pid: int) -> None:
+    listed = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**listed, "pid": pid}))
+
+
+def test_a_finished_run_is_all_done(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run").make()
+    assert {line.state for line in status.stage_lines(tmp_path / "run")} == {"done"}
+    text = shown(tmp_path / "run")
+    assert "the run is complete" in text
+    assert "16 asked, 14 answered, 12 bought, 2 reused, 2 ties, 2 invalid, 12 reward-labelled" in text
+    assert "Latest gate, round 2: failed: win rate 62.5 % [57.5 %, 67.5 %], length +27.0 %" in text
+    assert "Champion: round 1" in text
+    assert "accuracy 66.0 % (length alone 55.0 %)" in text and "loss 0.680 → 0.540" in text
+
+
+def test_stages_come_in_the_order_of_the_run(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run", rounds=1, until="round-1/policy").make()
+    names = [line.name for line in status.stage_lines(tmp_path / "run")]
+    assert names == status.expected_stages(1)
+
+
+def test_a_run_at_work_shows_how_far_it_is(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run", until="round-1/samples").make()
+    lines = {line.name: line for line in status.stage_lines(tmp_path / "run")}
+    assert lines["round-1/samples"].state == "running"
+    assert lines["round-1/samples"].rows == "30/60 rows (50 %)"
+    assert "left" in lines["round-1/samples"].note
+    assert lines["round-1/policy"].state == "done" and lines["round-2/gate"].state == "waiting"
+    assert f"process {os.getpid()} is alive" in shown(tmp_path / "run")
+
+
+def test_rate_and_time_left_count_this_attempt_only(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run", until="responses").make()
+    [folder] = (tmp_path / "run/stages/responses").iterdir()
+    started = time.time()
+    os.utime(folder / "part-000000.parquet", (started - 900, started - 900))  # 30 rows of an earlier attempt
+    at = {"done": 40, "total": 60, "unit": "rows", "at": started + 5, "pid": os.getpid()}
+    (folder / "progress.json").write_text(json.dumps(at))
+    os.utime(tmp_path / "run/run.json", (started, started))
+    line = status.stage_lines(tmp_path / "run")[1]
+    assert line.note == "2.0/s, about 10 s left"
+
+
+def test_a_dead_driver_means_cut_off(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run", until="round-1/samples").make()
+    set_driver(tmp_path / "run", pid := ended_process())
+    text = shown(tmp_path / "run")
+    assert f"process {pid} is not alive" in text
+    assert "round-1/samples was cut off; run the same command again" in text
+    assert "running" not in text
+
+
+def test_a_younger_process_with_the_same_number_is_not_the_driver(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run", until="responses").make()
+    os.utime(tmp_path / "run/run.json", (1_000_000, 1_000_000))  # long before this process began
+    assert status.driver(tmp_path / "run") == (os.getpid(), False)
+
+
+def test_early_stop_by_the_gate_leaves_nothing_waiting(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", rounds=1)
+    made.config["loop"]["rounds"] = 3  # type: ignore[index]
+    made.make()
+    assert {line.state for line in status.stage_lines(tmp_path / "run")} == {"done"}
+
+
+def test_report_is_named_once_it_is_there(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run", until="responses").make()
+    assert "Report: none yet" in shown(tmp_path / "run")
+    (tmp_path / "run/report.html").write_text("")
+    assert f"Report: {tmp_path / 'run' / 'report.html'}" in shown(tmp_path / "run")
+
+
+def test_markup_in_a_name_is_text(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "[red]run", until="responses").make()
+    assert "[red]run" in shown(tmp_path / "[red]run")
+
+
+def test_no_run_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(PsyrayError, match="no run at"):
+        shown(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (12, "12 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (None, status.DASH)]
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert status.duration(seconds) == text
+
+
+def test_missing_numbers_are_dashes() -> None:
+    nothing = [status.number(None), status.share(None), status.change(None), status.number(float("nan"))]
+    assert nothing == [status.DASH] * 4
+    assert (status.number(1234), status.share(0.0), status.change(-0.031)) == ("1,234", "0.0 %", "-3.1 %")
+    for name in [*status.KEY_NUMBERS, "round-0/gate", "round-1/gate", "something else"]:
+        assert isinstance(status.key_numbers(name, {}), str)
