@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -19,9 +20,11 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    # Ray Train replaces print, which breaks the capture that datasets' fingerprints rely on and fills the log.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 
 
@@ -52,7 +55,7 @@ def _start(ray: Any, config: Config, address: str | None) -> None:
         try:
             ray.init(address=address, runtime_env={"env_vars": QUIET}, **common)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise PsyrayError(f"no Ray at {address}: {error}. Does it ask for a token? Set RAY_AUTH_MODE=token") from error
+            raise PsyrayError(f"no Ray at {address}: {error} (RAY_AUTH_MODE=token if it asks for one)") from error
         return
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -74,6 +77,9 @@ def _quiet_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []
+    for name in ("ray", "ray.data", "ray.llm", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def has_gpu() -> bool:

@@ -49,6 +49,7 @@ class Sampling(Section):
     temperature: float = Field(0.8, ge=0)
     top_p: float = Field(0.95, gt=0, le=1)
     max_tokens: int = Field(96, ge=1)
+    stop: list[str] = Field(default_factory=list, description="texts that end a reply, for example a line break")
 
 
 class Responder(Sampling):
@@ -106,7 +107,7 @@ class JudgeSection(Section):
 class PairsSection(Section):
     rule: Literal["all", "best_worst"] = "all"
     gap: float = Field(0.25, gt=0, description="smallest score difference that makes a pair")
-    on: Literal["mean", "total"] = Field("mean", description="the gap is on the mean or the sum of the ratings")
+    gap_on: Literal["mean", "total"] = Field("mean", description="the gap is on the mean or the sum of the ratings")
     max_per_speech: int | None = Field(None, ge=1)
 
 
@@ -272,7 +273,7 @@ def _explain(error: Any) -> str:
     if error["type"] != "extra_forbidden":
         return f"{dotted or 'configuration'}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r:.80})"
     known = _keys(location[:-1])
-    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4) or _elsewhere(location[-1])
+    near = _elsewhere(location[-1]) or difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {dotted!r}; {hint}"
 

@@ -98,7 +98,7 @@ def export_stage(run: Run, config: Config, reward: Artifact, outcome: Outcome) -
 def register(tracker: Tracker, export: Artifact) -> None:
     """The champion and its reward model in MLflow's registry."""
     stats = export.stats
-    tags = {"run": stats["run"], "round": str(stats["champion_round"])}
+    tags = {"run": stats["run"], "round": str(stats["champion_round"]), "fingerprint": export.fingerprint}
     tracker.register("psyray-policy", Path(stats["policy"]["path"]), alias="champion", tags=tags)
     tracker.register("psyray-reward", Path(stats["reward"]["path"]), alias="champion", tags=tags)
 

@@ -51,7 +51,7 @@ def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:
     yield "speeches", f"{speeches} speeches", "", "driver"
     yield "responses", f"{speeches} x {k} = {speeches * k} responses", models, engine
     yield "judgements", f"up to {speeches * k} ratings", config.judge.model or judge, judge_placement(config)
-    yield "pairs", f"rule {config.pairs.rule}, gap {config.pairs.gap} on the {config.pairs.on}", "", "driver"
+    yield "pairs", f"rule {config.pairs.rule}, gap {config.pairs.gap} on the {config.pairs.gap_on}", "", "driver"
     yield "reward", training(config.reward.train), config.reward.model, workers(config, config.reward.train.workers)
     yield "reward-heads", f"{config.reward.heads.count} heads", "", "driver"
     sampled = prompts * loop.k + held_out

@@ -45,7 +45,7 @@ def stream(
     folder: Folder,
     todo: list[Row],
     pipeline: Callable[[Any], Any],
-    sink: Callable[[list[Row]], None],
+    sink: Callable[[list[Row]], object],
     *,
     title: str,
     done: int = 0,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from psyray.config import EngineSection
 from psyray.errors import PsyrayError
+from psyray.models import resolve_model
 from psyray.run import run_path
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -47,19 +48,20 @@ class Policy(BaseModel):
     """The language model that answers, and the sampling for a client that names none."""
 
     name: str
-    path: Path
+    path: str
     round: int
     system: str = ""
     temperature: float = 0.8
     top_p: float = 0.95
     max_tokens: int = 96
+    stop: list[str] = Field(default_factory=list)
 
 
 class Reward(BaseModel):
     """The model that scores an answer; `heads` is none for a single head."""
 
     name: str
-    path: Path
+    path: str
     heads: Path | None = None
     max_length: int = 512
 
@@ -92,9 +94,9 @@ def read_champion(run: Path, *, reward: bool = True) -> Champion:
     champion = _checked(Champion, tree, str(file))
     models: list[Policy | Reward] = [champion.policy, *([champion.reward] if reward else [])]
     for model in models:
-        model.path = _follow(model.path, champion.run, folder)
-        if not (model.path / "config.json").is_file():
-            raise PsyrayError(f"{model.path} is no Hugging Face model folder: config.json is missing; {mend}")
+        # A policy that no round improved is the one that the run began with: a hub id or the embedded model.
+        absolute = Path(model.path).is_absolute()
+        model.path = resolve_model(str(_follow(Path(model.path), champion.run, folder)) if absolute else model.path)
     if reward and champion.reward.heads:
         champion.reward.heads = _follow(champion.reward.heads, champion.run, folder)
     champion.run = folder

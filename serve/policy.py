@@ -27,7 +27,7 @@ def engine_settings(policy: Policy, engine: EngineSection, *, gpu: bool) -> dict
     }
     environment = QUIET if gpu else {**QUIET, **cpu_environment(engine.kv_cache_gib)}
     return {
-        "model_loading_config": {"model_id": policy.name, "model_source": str(policy.path)},
+        "model_loading_config": {"model_id": policy.name, "model_source": policy.path},
         "accelerator_config": {"kind": "gpu" if gpu else "cpu"},
         "engine_kwargs": kwargs,
         "runtime_env": {"env_vars": dict(environment)},
@@ -48,6 +48,8 @@ def with_defaults(body: Body, policy: Policy) -> Body:
         body.top_p = policy.top_p
     if not given & {"max_tokens", "max_completion_tokens"}:
         body.max_completion_tokens = policy.max_tokens
+    if "stop" not in given and policy.stop:
+        body.stop = policy.stop
     return body
 
 

@@ -8,7 +8,8 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ray import serve
 
 from psyray.errors import PsyrayError
 from psyray.records import Message, client_words
+from psyray.run import read_stages
+from serve.app import build
 
 APP = "psyray"
 HOST = "127.0.0.1"
@@ -28,26 +31,42 @@ Say = Callable[[str], None]
 
 def serve_once(
     run: Path,
-    messages: Sequence[Message],
+    messages: Sequence[Message] | None = None,
     *,
     say: Say = print,
     start_timeout_s: float = 600,
     request_timeout_s: float = 180,
-    args: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Serve the run in the current Ray, ask `messages` over HTTP, score the answer, and shut Serve down again.
 
+    Without `messages` the run's first held-out speech is asked.
     Returns {question, answer, score, spread, seconds}; seconds are those from the question to its score, without
     the start. PsyrayError where Ray is not up, Serve is in use already, the engine fails, or time runs out.
     """
+    messages = messages or held_out(run)
+    with serving({"run": str(run)}, say=say, start_timeout_s=start_timeout_s) as url:
+        return ask(url, messages, request_timeout_s)
+
+
+def held_out(run: Path) -> list[Message]:
+    """The first held-out speech of the run; PsyrayError where it has none."""
+    stages = [stage for stage in read_stages(run) if stage.name == "speeches"]
+    speeches = [row["messages"] for stage in stages for row in stage.rows() if row["split"] == "test"]
+    if not speeches:
+        raise PsyrayError(f"the run at {run} has no held-out speech to ask; raise speeches.test_share")
+    return list(speeches[0])
+
+
+@contextmanager
+def serving(args: Mapping[str, str], *, say: Say = print, start_timeout_s: float = 600) -> Iterator[str]:
+    """The address of `serve.app:build` with `args` on a free port of loopback; Serve is shut down at the end."""
     if not ray.is_initialized():
-        raise PsyrayError("serve_once needs a running Ray session; use `serve run serve.app:build run=RUN` instead")
+        raise PsyrayError("serving needs a running Ray session; else use `serve run serve.app:build run=RUN`")
     if serve.status().applications:
         raise PsyrayError("Ray Serve is in use on this cluster; end it with `serve shutdown`, or ask its own port")
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    from serve.app import build  # imports the engine, which takes seconds
-
-    application = build({"run": str(run), **(args or {})})
+    for logger in ("ray.serve", "ray.llm"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    application = build(dict(args))
     port = free_port()
     try:
         serve.start(
@@ -58,7 +77,7 @@ def serve_once(
         target = serve.RunTarget(application, name=APP, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         wait_until_running(start_timeout_s, say)
-        return ask(f"http://{HOST}:{port}", messages, request_timeout_s)
+        yield f"http://{HOST}:{port}"
     finally:
         serve.shutdown()
 

@@ -89,10 +89,10 @@ def score_together(scorer: Scorer, requests: Sequence[Sequence[ScoreItem]]) -> l
 class RewardServer:
     """The deployment: holds the reward model; `score` may be called by many requests at once."""
 
-    def __init__(self, path: Path, heads: Path | None, max_length: int, *, gpu: bool = False) -> None:
+    def __init__(self, path: str, heads: Path | None, max_length: int, *, gpu: bool = False) -> None:
         from psyray.reward.score import RewardScorer
 
-        self.scorer: Scorer = RewardScorer(path, heads, max_length=max_length, gpu=gpu)
+        self.scorer: Scorer = RewardScorer(Path(path), heads, max_length=max_length, gpu=gpu)
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.02)  # type: ignore[untyped-decorator]
     async def score(self, requests: list[list[ScoreItem]]) -> list[list[Score]]:

@@ -51,8 +51,8 @@ _QUESTION = sa.Table(
     _TABLES,
     sa.Column("question_id", sa.String(128), primary_key=True),
     sa.Column("kind", sa.String(32), nullable=False),
-    sa.Column("oracle", sa.String(255), nullable=False),
-    sa.Column("rubric", sa.String(255), nullable=False),
+    sa.Column("oracle", sa.Text, nullable=False),
+    sa.Column("rubric", sa.Text, nullable=False),
     sa.Column("payload", sa.Text, nullable=False),  # JSON
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("asks", sa.Integer, nullable=False),  # 1, and 1 more for each time a failure was rebought
@@ -63,12 +63,12 @@ _QUESTION = sa.Table(
     sa.Column("attempts", sa.Integer, nullable=False),  # summed over asks, like latency and cost
     sa.Column("latency_s", sa.Float(53), nullable=False),
     sa.Column("cost", sa.Float(53), nullable=False),
-    sa.Column("who", sa.String(255), nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
 )
 _CHARGE = sa.Table(
     "charge",
     _TABLES,
-    sa.Column("run_id", sa.String(128), primary_key=True),
+    sa.Column("run_id", sa.String(1000), primary_key=True),  # may be a URI
     sa.Column("purpose", sa.String(128), primary_key=True),
     sa.Column("question_id", sa.ForeignKey(_QUESTION.c.question_id), primary_key=True),
     sa.Column("ask", sa.Integer, nullable=False),  # question.asks at the time: behind it, this ask has failed
@@ -98,7 +98,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back; a failure has an `error` and no answer."""
+    """What came back; a failure has an `error`, and in `answer` what was said all the same."""
 
     question_id: str
     ok: bool
@@ -110,8 +110,8 @@ class Answer:
     who: str = ""
 
     def __post_init__(self) -> None:
-        if self.ok == (self.answer is None):
-            raise ValueError(f"question {self.question_id}: ok={self.ok} with answer {self.answer!r}")
+        if self.ok and self.answer is None:
+            raise ValueError(f"question {self.question_id}: ok without an answer")
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,7 @@ class Ledger:
             elif version != VERSION:
                 raise LedgerError(f"the label ledger at {self._shown} has version {version}, not {VERSION}")
 
-    def reserve(
-        self, run_id: str, purpose: str, questions: Sequence[Question], budget: int | None
-    ) -> Reservation:
+    def reserve(self, run_id: str, purpose: str, questions: Sequence[Question], budget: int | None) -> Reservation:
         """Charge the run for what it may ask, in the order given, in one transaction.
 
         `budget` bounds what is bought for run and purpose over all calls; None is no bound. An answer that is
@@ -416,7 +414,7 @@ def _answer_values(answer: Answer) -> dict[str, Any]:
         "new": ANSWERED if answer.ok else FAILED,
         "beaten": FAILED if answer.ok else ASKED,  # an answer replaces a failure as well
         "now": time.time(),
-        "what": json.dumps(answer.answer) if answer.ok else None,
+        "what": None if answer.answer is None else json.dumps(answer.answer),
         # What an oracle says may hold what a database cannot store as text.
         "why": answer.error.encode("utf-8", "replace").decode().replace("\0", "?"),
         "tries": answer.attempts,
@@ -431,7 +429,7 @@ def _answer(row: sa.Row[Any]) -> Answer:
     return Answer(
         question_id=row.question_id,
         ok=row.status == ANSWERED,
-        answer=json.loads(row.answer) if row.status == ANSWERED else None,
+        answer=json.loads(row.answer) if row.answer else None,
         error=row.error,
         attempts=row.attempts,
         latency_s=row.latency_s,

@@ -69,6 +69,7 @@ def draw_row(speech: Row, responder: Sampling, identity: str, seed: int, name: s
             "temperature": responder.temperature,
             "top_p": responder.top_p,
             "max_tokens": responder.max_tokens,
+            "stop": responder.stop,
             "seed": int(content_id(key)[:7], 16),
         },
     }

@@ -73,7 +73,7 @@ def build_pairs(judged: Sequence[Row], section: PairsSection, rubric: Rubric) ->
 def _of_speech(
     responses: Sequence[Row], section: PairsSection, rubric: Rubric, dropped: Counter[str]
 ) -> Iterator[Row]:
-    times = sum(p.weight for p in rubric.principles) if section.on == "total" else 1.0
+    times = sum(p.weight for p in rubric.principles) if section.gap_on == "total" else 1.0
     ordered = sorted(responses, key=lambda r: (r["score"], r["response_id"]))
     candidates = combinations(ordered, 2) if section.rule == "all" else [(ordered[0], ordered[-1])]
     by_id = {r["response_id"]: r for r in responses}

@@ -130,12 +130,14 @@ class HttpJudge:
         return f"http-{content_id(self.section.url, self.section.model, self.section.max_tokens)}"
 
     def rate(self, dataset: Any) -> Any:
+        from ray.data import ActorPoolStrategy
+
         return dataset.map_batches(
             http.HttpRater,
             fn_constructor_args=(self.rubric, self.section, http.api_key(self.section)),
             batch_size=8 * self.section.concurrency,
             batch_format="pyarrow",
-            concurrency=1,
+            compute=ActorPoolStrategy(size=1),
             num_cpus=0.25,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache, partial
 from typing import Any
 
 from psyray.cluster import require, use_gpu
@@ -11,7 +12,6 @@ from psyray.config import EngineSection
 from psyray.records import Row
 
 BATCH = 32  # rows that travel through the pipeline, and come back, together
-_LIGHT = {"enabled": True, "num_cpus": 0.05}  # a whole CPU for each light stage starves a small machine of the engine
 
 
 def cpu_environment(kv_cache_gib: int) -> dict[str, str]:
@@ -55,16 +55,17 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, **e
         should_continue_on_error=True,
         log_engine_metrics=False,
         engine_kwargs=kwargs,
-        chat_template_stage=_LIGHT,
-        tokenize_stage=_LIGHT,
-        detokenize_stage=_LIGHT,
+        # Three actors that each import the whole engine, for what one cached tokenizer does in `_to_request`.
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
         **placement,
         **environment,
     )
-    light = {"num_cpus": 0.05}
+    light = {"num_cpus": 0.05}  # a whole CPU for a light stage starves a small machine of the engine
     processor = build_processor(
         config,
-        preprocess=_to_request,
+        preprocess=partial(_to_request, model),
         postprocess=_to_result,
         preprocess_map_kwargs=light,
         postprocess_map_kwargs=light,
@@ -72,9 +73,18 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, **e
     return processor(dataset)
 
 
-def _to_request(row: Row) -> Row:
+@cache
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def _to_request(model: str, row: Row) -> Row:
+    chat = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+    tokens = _tokenizer(model).apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     # Sampling travels as JSON: Arrow would give every row the union of all rows' keys.
-    return {"key": row["key"], "messages": row["messages"], "sampling_params": json.loads(row["sampling"])}
+    return {"key": row["key"], "tokenized_prompt": list(tokens), "sampling_params": json.loads(row["sampling"])}
 
 
 def _to_result(row: Row) -> Row:

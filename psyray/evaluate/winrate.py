@@ -62,10 +62,10 @@ def length_controlled(outcomes: npt.ArrayLike, length_differences: npt.ArrayLike
 
     outcomes [N]: 1, 0.5, 0, or a judge's P(win) between; NaN (an invalid verdict) is left out.
     length_differences [N]: length of the model under test less that of its opponent, in any unit.
-    Logistic regression of the outcome on tanh(difference / its standard deviation), predicted at difference 0.
-    The paper's terms for each instruction's difficulty are left out: one pair of models cannot tell them apart.
-    NaN without a valid outcome. Raises ValueError for unlike lengths, an outcome outside 0..1, or a length that
-    is NaN or infinite.
+    Logistic regression of the outcome on tanh(difference / its standard deviation), predicted at zero. The
+    paper's terms for each instruction's difficulty are left out: one pair of models cannot tell them apart.
+    NaN without a valid outcome. Raises ValueError for unlike lengths, an outcome outside 0..1, or a length
+    that is NaN or infinite.
     """
     outcome_N = np.asarray(outcomes, dtype=np.float64)
     length_N = np.asarray(length_differences, dtype=np.float64)

@@ -46,6 +46,8 @@ def features_stage(run: Run, name: str, config: Config, reward: Artifact, respon
             for r in responses
             if r["status"] == Status.OK
         ]
+        from ray.data import ActorPoolStrategy
+
         gpu = use_gpu(config.engine.device)
         placement = {"num_gpus": 1} if gpu else {"num_cpus": 1}
         stream(
@@ -56,10 +58,10 @@ def features_stage(run: Run, name: str, config: Config, reward: Artifact, respon
                 fn_constructor_args=(str(reward.model), max_length, gpu, os.cpu_count() or 1),
                 batch_size=32,
                 batch_format="pyarrow",
-                concurrency=config.engine.replicas,
+                compute=ActorPoolStrategy(size=config.engine.replicas),
                 **placement,
             ),
-            lambda rows: None if parts.append(rows) else None,
+            parts.append,
             title=name,
             done=len(parts.ids),
         )

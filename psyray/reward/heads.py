@@ -134,9 +134,7 @@ def _fit(x_ND: FloatArray, offset_NH: FloatArray, times_HN: FloatArray, ridge: f
     each scaled by the root of its curvature, the loss is nearly round and a head takes some dozens of steps.
     """
     left_NR, singular_R, basis_RD = np.linalg.svd(x_ND, full_matrices=False)
-    unit_R = 1 / np.sqrt(
-        singular_R**2 / 8 + ridge
-    )  # 1/8: the curvature of an even pair is 1/4, of a sure one 0
+    unit_R = 1 / np.sqrt(singular_R**2 / 8 + ridge)  # 1/8: an even pair curves by 1/4, a sure one by 0
     x_NR, ridge_R = left_NR * (singular_R * unit_R), ridge * unit_R**2
     moves_HR = [_settle(x_NR, o_N, m_N, ridge_R) for o_N, m_N in zip(offset_NH.T, times_HN, strict=True)]
     return np.asarray((np.stack(moves_HR) * unit_R) @ basis_RD)

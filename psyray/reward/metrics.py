@@ -1,8 +1,8 @@
 """How well a reward model ranks: metrics on margins, and the length baseline that stands beside each.
 
 A margin is score(chosen) - score(rejected) in logits, one a pair: P(chosen wins) = sigmoid(margin). Where it
-matters which side is called first, each pair counts in both orientations. Intervals are clustered by speech, for
-pairs of one speech are not independent.
+matters which side is called first, each pair counts in both orientations. Intervals are clustered by speech,
+for pairs of one speech are not independent.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def length_baseline(chosen_texts: Sequence[str], rejected_texts: Sequence[str]) 
 def calibrated(margins_N: FloatArray) -> FloatArray:
     """Margins times the one slope that makes them most likely, so that lengths become logits.
 
-    The slope is fitted on the pairs it is judged by, which flatters a baseline by one parameter: the safe side.
-    It is negative where shorter wins, and bounded at 50 per root mean square of the margins.
+    The slope is fitted on the pairs it is judged by, which flatters a baseline by one parameter: the safe
+    side. It is negative where shorter wins, and bounded at 50 per root mean square of the margins.
     """
     scale = float(np.sqrt(np.mean(margins_N**2)))
     if scale == 0:
@@ -107,11 +107,11 @@ def reward_metrics(
     chosen_texts: Sequence[str],
     rejected_texts: Sequence[str],
 ) -> dict[str, float]:
-    """Accuracy with its interval, AUC, ECE, Brier and log-likelihood; then the same of length alone as `length_*`.
+    """Accuracy with its interval, AUC, ECE, Brier, log-likelihood; then those of length alone as `length_*`.
 
-    The length baseline's accuracy and AUC are those of "longer wins"; its ECE, Brier and log-likelihood are those
-    of its calibrated margins. Raises ValueError for no pairs, unlike lengths, or a margin that is NaN or
-    infinite: what failed to score is for the caller to count, not for a mean to hide.
+    The length baseline's accuracy and AUC are those of "longer wins"; its ECE, Brier and log-likelihood are
+    those of its calibrated margins. Raises ValueError for no pairs, unlike lengths, or a margin that is NaN
+    or infinite: what failed to score is for the caller to count, not for a mean to hide.
     """
     margins_N = np.asarray(margins, dtype=np.float64)
     counts = {margins_N.size, len(speech_ids), len(chosen_texts), len(rejected_texts)}

@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 import ray
 import yaml
-from ray import serve
 
 from psyray.errors import PsyrayError
 from psyray.reward.score import RewardScorer
-from serve.request import APP, HOST, ask, free_port, serve_once, wait_until_running
+from serve.request import ask, serve_once, serving
 
 CLIENT = [{"role": "user", "content": "My sister moved abroad and the flat is too quiet in the evenings."}]
 TEMPLATE = (
@@ -108,15 +107,9 @@ def ray_here() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def server(served_run: Path, ray_here: None) -> Iterator[str]:
     """The address of the run behind one HTTP port."""
-    from serve.app import build
-
-    port = free_port()
-    serve.start(http_options={"host": HOST, "port": port}, proxy_location="HeadOnly")
-    target = serve.RunTarget(build({"run": str(served_run), "device": "cpu"}), name=APP, route_prefix="/")
-    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    wait_until_running(480, print)  # a busy machine takes long
-    yield f"http://{HOST}:{port}"
-    serve.shutdown()
+    # A busy machine takes long to import the engine four times over.
+    with serving({"run": str(served_run), "device": "cpu"}, start_timeout_s=480) as url:
+        yield url
 
 
 def call(url: str, body: Any = None) -> tuple[int, Headers, str]:
@@ -168,7 +161,7 @@ def test_crisis_words_set_the_header_and_leave_the_reply(server: str, stream: bo
     ("body", "status", "words"),
     [
         ({}, 422, "messages"),
-        ({"messages": []}, 400, ""),
+        ({"messages": []}, 400, "role 'user'"),
         ({"messages": CLIENT, "model": "other"}, 404, "other"),
         ({"messages": CLIENT, "temperature": -1}, 400, "temperature"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "context length"),

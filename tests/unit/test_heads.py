@@ -13,11 +13,11 @@ from scipy.special import expit
 
 from psyray.reward.heads import FloatArray, Heads, fit_heads, standardisation
 
+Pairs = tuple[FloatArray, FloatArray, FloatArray, list[str]]
 
-def pairs(
-    n: int, d: int, seed: int = 0, noise: float = 0.3
-) -> tuple[FloatArray, FloatArray, FloatArray, list[str]]:
-    """(chosen, rejected, true weights, speeches): chosen is what scores higher under the true weights, mostly."""
+
+def pairs(n: int, d: int, seed: int = 0, noise: float = 0.3) -> Pairs:
+    """(chosen, rejected, true weights, speeches): chosen mostly scores higher under the true weights."""
     rng = np.random.default_rng(seed)
     true_D = rng.normal(size=d)
     a, b = rng.normal(loc=3, scale=2, size=(2, n, d))
@@ -83,9 +83,7 @@ def test_a_heavy_ridge_leaves_the_prior_and_a_light_one_the_data() -> None:
 def test_a_raw_reward_head_becomes_a_prior_through_the_scale() -> None:
     chosen, rejected, raw_D, speeches = pairs(50, 6)
     prior = raw_D * standardisation(chosen, rejected)[1]
-    scores = fit_heads(chosen, rejected, speeches, count=1, ridge=1e9, seed=0, prior_D=prior).scores(chosen)[
-        :, 0
-    ]
+    scores = fit_heads(chosen, rejected, speeches, count=1, ridge=1e9, seed=0, prior_D=prior).scores(chosen)[:, 0]
     raw = chosen @ raw_D
     assert scores - scores.mean() == pytest.approx(raw - raw.mean(), abs=1e-4)
 
@@ -109,9 +107,7 @@ def test_pairs_of_one_speech_are_drawn_together() -> None:
 
 def test_the_seed_decides_all() -> None:
     chosen, rejected, _, speeches = pairs(30, 4)
-    first, again, other = (
-        fit_heads(chosen, rejected, speeches, count=3, ridge=1.0, seed=s) for s in (1, 1, 2)
-    )
+    first, again, other = (fit_heads(chosen, rejected, speeches, count=3, ridge=1.0, seed=s) for s in (1, 1, 2))
     assert (first.weights_HD == again.weights_HD).all()
     assert (first.weights_HD != other.weights_HD).any()
 

@@ -174,10 +174,16 @@ def test_an_answer_to_an_unknown_question_raises_and_writes_nothing(ledger: Ledg
     assert ledger.answers(["q1"]) == {}
 
 
-@pytest.mark.parametrize("ok", [True, False])
-def test_an_answer_says_what_it_says_it_is(ok: bool) -> None:
+def test_an_answer_without_one_is_refused() -> None:
     with pytest.raises(ValueError, match="question q1"):
-        Answer("q1", ok, None if ok else {"verdict": "A"})
+        Answer("q1", True, None)
+
+
+def test_a_failure_keeps_what_was_said(ledger: Ledger) -> None:
+    ledger.reserve("run", "judge", questions(1), None)
+    ledger.answer([Answer("q1", ok=False, answer={"raw_text": "seven?"}, error="no JSON")])
+    kept = ledger.answers(["q1"])["q1"]
+    assert not kept.ok and kept.answer == {"raw_text": "seven?"} and kept.error == "no JSON"
 
 
 def test_one_id_for_two_questions_is_refused_and_nothing_is_charged(ledger: Ledger) -> None:

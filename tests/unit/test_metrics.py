@@ -66,18 +66,21 @@ def test_auc_by_hand() -> None:
     assert auc(np.array([0.0])) == 0.5
 
 
+@settings(deadline=None)
 @given(margins)
 def test_auc_is_that_of_scikit_learn_over_both_orientations(m: FloatArray) -> None:
     both, won = np.concatenate([m, -m]), np.repeat([1, 0], len(m))
     assert auc(m) == pytest.approx(roc_auc_score(won, both))
 
 
+@settings(deadline=None)
 @given(margins)
 def test_a_model_turned_round_is_as_wrong_as_it_was_right(m: FloatArray) -> None:
     assert accuracy(-m) == pytest.approx(1 - accuracy(m))
     assert auc(-m) == pytest.approx(1 - auc(m))
 
 
+@settings(deadline=None)
 @given(margins)
 def test_the_order_of_the_pairs_is_nothing(m: FloatArray) -> None:
     order = np.random.default_rng(len(m)).permutation(len(m))
@@ -150,9 +153,7 @@ def test_a_calibrated_baseline_is_never_worse_than_a_coin(lengths: list[int]) ->
 
 
 def test_all_metrics_stand_beside_those_of_length() -> None:
-    got = reward_metrics(
-        [2.0, 1.0, -1.0, 0.0], ["a", "a", "b", "c"], ["xxx", "xx", "x", "x"], ["x", "x", "x", "xx"]
-    )
+    got = reward_metrics([2.0, 1.0, -1.0, 0.0], ["a", "a", "b", "c"], ["xxx", "xx", "x", "x"], ["x", "x", "x", "xx"])
     names = {"accuracy", "accuracy_low", "accuracy_high", "auc", "ece", "brier", "log_likelihood"}
     assert set(got) == names | {f"length_{n}" for n in names}
     assert got["accuracy"] == 0.625

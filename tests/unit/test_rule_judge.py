@@ -105,10 +105,7 @@ def test_garble_markup_and_shouting_cost() -> None:
 
 
 def test_the_clients_own_words_are_never_garble() -> None:
-    assert (
-        rule.features("I chew iqmik and zorbel and plimtok.", "You chew iqmik, zorbel, plimtok.")["garble"]
-        == 0.0
-    )
+    assert rule.features("I chew iqmik and zorbel and plimtok.", "You chew iqmik, zorbel, plimtok.")["garble"] == 0.0
 
 
 def test_counsellor_biography_costs() -> None:
@@ -125,9 +122,7 @@ def test_said_back_blame_is_not_blame() -> None:
 
 
 def test_a_crisis_wants_care() -> None:
-    cared = (
-        "You feel so alone that you want to die. Are you safe right now? Can we call a crisis line together?"
-    )
+    cared = "You feel so alone that you want to die. Are you safe right now? Can we call a crisis line together?"
     passed = "You feel so alone, and you think nobody would miss you."
     assert rule.rate(CRISIS, cared)["safety"] > rule.rate(CRISIS, passed)["safety"] + 1.0
     assert rule.rate(CRISIS, passed)["safety"] < rule.rate(CLIENT, PLAIN)["safety"]
@@ -140,7 +135,4 @@ def test_one_exploring_question_pays_and_five_do_not() -> None:
 
 
 def test_unasked_advice_costs_autonomy() -> None:
-    assert (
-        rule.rate(CLIENT, f"{PLAIN} You should see a doctor.")["autonomy"]
-        < rule.rate(CLIENT, PLAIN)["autonomy"]
-    )
+    assert rule.rate(CLIENT, f"{PLAIN} You should see a doctor.")["autonomy"] < rule.rate(CLIENT, PLAIN)["autonomy"]

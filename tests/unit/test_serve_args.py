@@ -58,10 +58,10 @@ def test_wrong_words_are_named(words: dict[str, str], message: str) -> None:
 
 def test_champion_is_read_also_after_a_move(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
-    assert read_champion(run).policy.path == run / "policy"
+    assert read_champion(run).policy.path == str(run / "policy")
     moved = run.rename(tmp_path / "moved")
     champion = read_champion(moved)
-    assert (champion.policy.path, champion.reward.heads) == (moved / "policy", moved / "heads.npz")
+    assert (champion.policy.path, champion.reward.heads) == (str(moved / "policy"), moved / "heads.npz")
 
 
 def test_unready_runs_say_what_to_do(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_engine_settings_come_from_the_run(tmp_path: Path) -> None:
 
 
 def test_cpu_settings_are_chosen_without_a_gpu(tmp_path: Path) -> None:
-    policy = Policy(name="p", path=tmp_path, round=0)
+    policy = Policy(name="p", path=str(tmp_path), round=0)
     on_cpu, on_gpu = (engine_settings(policy, EngineSection(), gpu=gpu) for gpu in (False, True))
     assert (on_cpu["accelerator_config"]["kind"], on_gpu["accelerator_config"]["kind"]) == ("cpu", "gpu")
     assert "VLLM_CPU_KVCACHE_SPACE" in on_cpu["runtime_env"]["env_vars"]
@@ -105,7 +105,7 @@ class ChatBody(BaseModel):
 
 
 def test_policy_defaults_yield_to_the_client() -> None:
-    policy = Policy(name="p", path=Path(), round=1, system="Be kind.", temperature=0.5, top_p=0.9, max_tokens=7)
+    policy = Policy(name="p", path="p", round=1, system="Be kind.", temperature=0.5, top_p=0.9, max_tokens=7)
     bare = with_defaults(ChatBody(messages=[CLIENT]), policy)
     assert bare.messages[0] == {"role": "system", "content": "Be kind."}
     assert (bare.temperature, bare.top_p, bare.max_completion_tokens) == (0.5, 0.9, 7)

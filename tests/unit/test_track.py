@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,19 +247,20 @@ def test_an_unreachable_server_is_a_clear_error_within_seconds(
     assert dict(os.environ) == before
 
 
-def test_two_runs_may_make_the_database_at_once(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from psyray.config import TrackSection; from psyray.track import Tracker\n"
-        "with Tracker(TrackSection(), Path(sys.argv[1]), {}): pass"
-    )
-    settings = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name)], env=settings, stderr=subprocess.PIPE)
-        for name in ("one", "two")
-    ]
-    errors = [process.communicate()[1].decode() for process in started]
-    assert [process.returncode for process in started] == [0, 0], errors
-    assert len(all_runs(client(tmp_path))) == 2
+def test_only_one_process_at_a_time_makes_the_database(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with track._alone(f"sqlite:///{tmp_path / 'mlflow.db'}"):
+            order.append("second")
+
+    with track._alone(f"sqlite:///{tmp_path / 'mlflow.db'}"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(timeout=0.3)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
 
 
 def test_a_server_that_goes_away_in_between_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

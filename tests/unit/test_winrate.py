@@ -85,16 +85,12 @@ def test_one_outcome_throughout_is_the_rate(outcome: float) -> None:
     assert length_controlled([outcome] * 3, [1, 2, 3]) == outcome
 
 
-compared = st.lists(
-    st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(-500, 500)), min_size=1, max_size=30
-)
+compared = st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(-500, 500)), min_size=1, max_size=30)
 
 
 @settings(deadline=None)
 @given(compared, st.sampled_from([0.01, 7.0]))
-def test_the_opponent_has_the_rest_and_the_unit_is_nothing(
-    rows: list[tuple[float, int]], unit: float
-) -> None:
+def test_the_opponent_has_the_rest_and_the_unit_is_nothing(rows: list[tuple[float, int]], unit: float) -> None:
     outcome, length = np.array(rows, dtype=float).T
     rate = length_controlled(outcome, length)
     assert 0 <= rate <= 1

@@ -1,0 +1,53 @@
+"""Settings: overrides, defaults, and errors that name the mend."""
+
+import pytest
+
+from psyray.config import load_config
+from psyray.errors import PsyrayError
+
+
+def message(*words: str) -> str:
+    with pytest.raises(PsyrayError) as caught:
+        load_config(None, list(words))
+    return str(caught.value)
+
+
+def test_words_on_the_command_line_go_over_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("loop: {rounds: 3, k: 2}\n")
+    config = load_config(file, ["loop.rounds=1", "speeches.path=a.csv", "judge.budget="])
+    assert (config.loop.rounds, config.loop.k, config.speeches.path, config.judge.budget) == (1, 2, "a.csv", None)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("loop.rouns=1", "did you mean 'rounds'"),
+        ("lop.rounds=1", "did you mean 'loop'"),
+        ("loop.learning_rate=1", "unknown key 'loop.learning_rate'"),
+        ("loop.beta=1", "dpo.beta"),
+        ("reward.train.lerning_rate=1", "did you mean 'learning_rate'"),
+        ("loop.acquisition=drst", "one of random, max_min, uncertainty, drts, delta_ucb"),
+        ("loop.rounds=two", "loop.rounds"),
+        ("speeches.test_share=1", "speeches.test_share"),
+        ("judge.engine=http", "judge.url"),
+        ("dpo.train.batch_size=6", "no multiple"),
+        ("loop.rounds", "key=value"),
+        ("run.path.deep=1", "run.path"),
+    ],
+)
+def test_a_wrong_setting_is_one_error_that_names_it(word, expected):
+    assert expected in message(word)
+
+
+def test_a_missing_and_a_broken_file_are_named(tmp_path):
+    with pytest.raises(PsyrayError, match=r"no configuration file at .*nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("loop: [1\n")
+    with pytest.raises(PsyrayError, match=r"broken\.yaml is not valid YAML"):
+        load_config(broken)
+
+
+def test_a_responder_with_an_unknown_key_names_the_place():
+    assert "responses.responders.0.temprature" in message("responses.responders=[{name: a, temprature: 1}]")

@@ -1,0 +1,41 @@
+"""Ids, comparisons and the Arrow round trip."""
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psyray.records import JUDGEMENTS, Comparison, Verdict, compare, normalise, rows, speech_id, table
+
+SCORES = st.none() | st.floats(1, 5)
+
+
+@given(SCORES, SCORES, st.floats(0, 1))
+def test_swap_twice_is_the_identity_and_swapping_the_sides_swaps_the_verdict(a, b, tie):
+    comparison = compare("s", ("a", a), ("b", b), tie)
+    assert comparison.swap().swap() == comparison
+    assert compare("s", ("b", b), ("a", a), tie) == comparison.swap()
+
+
+def test_a_tie_and_an_invalid_verdict_never_become_a_pair():
+    assert compare("s", ("a", 3.0), ("b", 3.2), 0.5).chosen_rejected() is None
+    assert compare("s", ("a", None), ("b", 3.2), 0.0).verdict is Verdict.INVALID
+    assert Comparison("s", "a", "b", Verdict.INVALID).chosen_rejected() is None
+    assert compare("s", ("a", 3.0), ("b", 4.0), 0.5).chosen_rejected() == ("b", "a")
+
+
+def test_ids_see_through_white_space_and_unicode_forms_but_not_through_words():
+    def one(text: str) -> str:
+        return speech_id([{"role": "user", "content": text}])
+
+    assert one("caf\u00e9  is\nfull") == one("cafe\u0301 is full")
+    assert one("a b") != one("a c")
+    assert normalise(" a \n b ") == "a b"
+
+
+def test_rows_come_back_from_arrow_as_they_went_in():
+    row = {"response_id": "r", "speech_id": "s", "judge": "j", "ratings": {"empathy": 3.5}, "score": 3.5, "status": "ok"}
+    failed = {"response_id": "q", "status": "invalid", "error": "no JSON", "ratings": None}
+    back = rows(table([row, failed], JUDGEMENTS))
+    assert back[0]["ratings"] == {"empathy": 3.5} and math.isclose(back[0]["score"], 3.5)
+    assert back[1]["ratings"] is None and back[1]["score"] is None and back[1]["error"] == "no JSON"
