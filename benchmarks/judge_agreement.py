@@ -121,8 +121,7 @@ class Chat(NamedTuple):
 
 def load_chat(folder: Path) -> Chat:
     questions = {
-        row["questionID"]: row["questionText"] or row["questionTitle"]
-        for row in load_lines(folder / "questions.jsonl")
+        row["questionID"]: row["questionText"] or row["questionTitle"] for row in load_lines(folder / "questions.jsonl")
     }
     answers: dict[int, list[tuple[str, int]]] = {}
     for row in load_lines(folder / "answers.jsonl"):
@@ -159,9 +158,7 @@ def build_words(chat: Chat) -> dict[str, Any]:
             table.setdefault(first, []).append(second)
     return {
         "stems": " ".join(
-            s
-            for s, n in sorted(documents.items(), key=lambda item: (-item[1], item[0]))
-            if n >= 3 and len(s) > 1
+            s for s, n in sorted(documents.items(), key=lambda item: (-item[1], item[0])) if n >= 3 and len(s) > 1
         ),
         "steps": {first: " ".join(row) for first, row in table.items()},
     }
@@ -279,9 +276,7 @@ class Bench:
                 rows.setdefault(name, []).append(vector(reply.prompt, text))
         self.probe_of = {name: np.array(values) for name, values in rows.items()}
 
-    def index_pairs(
-        self, stratum: str, groups: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def index_pairs(self, stratum: str, groups: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row numbers of better and worse replies of the same prompt, for prompts where `groups` holds."""
         high, low = STRATA[stratum]
         better, worse = [], []
@@ -301,9 +296,7 @@ class Bench:
             parts.append(Pairs(self.x_NF[i], self.x_NF[j], np.full(len(i), weight / len(i))))
         keep = groups[self.group[self.hq]]
         for probe_x in self.probe_of.values():
-            parts.append(
-                Pairs(self.x_NF[self.hq][keep], probe_x[keep], np.full(keep.sum(), 0.3 / keep.sum()))
-            )
+            parts.append(Pairs(self.x_NF[self.hq][keep], probe_x[keep], np.full(keep.sum(), 0.3 / keep.sum())))
         return join(parts)
 
 
@@ -314,9 +307,7 @@ def wins(better: Array, worse: Array) -> Array:
     return np.asarray((better > worse) + 0.5 * (better == worse))
 
 
-def clustered(
-    values: Array, cluster: NDArray[Any], rounds: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
+def clustered(values: Array, cluster: NDArray[Any], rounds: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean with a 95 % bootstrap interval over clusters."""
     names, inverse = np.unique(cluster, return_inverse=True)
     sums, counts = np.bincount(inverse, values), np.bincount(inverse)
@@ -403,16 +394,10 @@ def on_samples(samples: list[dict[str, Any]], judge: Judge, chat: Chat) -> dict[
     out["doubled rates lower"] = float(np.mean(looped))
     out["with a ramble rates lower"] = float(np.mean(padded))
     out["with a ramble rates lower, both ended"] = float(np.mean(ended))
-    best = {
-        chat.questions[q]: [opening(t) for t, _ in rows]
-        for q, rows in chat.answers.items()
-        if q in chat.questions
-    }
+    best = {chat.questions[q]: [opening(t) for t, _ in rows] for q, rows in chat.answers.items() if q in chat.questions}
     hot = [i for i, s in enumerate(samples) if s["temp"] >= 1.0 and best.get(s["prompt"])]
     if hot:
-        therapist = [
-            float(np.mean([judge(samples[i]["prompt"], t) for t in best[samples[i]["prompt"]]])) for i in hot
-        ]
+        therapist = [float(np.mean([judge(samples[i]["prompt"], t) for t in best[samples[i]["prompt"]]])) for i in hot]
         out["therapists' openings, same questions"] = float(np.mean(therapist))
         out["samples at temperature 1, same questions"] = float(np.mean([score[i] for i in hot]))
         out["share of samples below the therapists' mean"] = float(
@@ -488,9 +473,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     samples = json.loads(args.samples.read_text(encoding="utf-8")) if args.samples else []
     # without samples, the therapists' openings hold the middle: a poorer scale, the same order
     middle = [(s["prompt"], s["response"]) for s in samples if s["temp"] < 1.0] or [
-        (chat.questions[q], opening(rows[0][0]))
-        for q, rows in list(chat.answers.items())[:200]
-        if q in chat.questions
+        (chat.questions[q], opening(rows[0][0])) for q, rows in list(chat.answers.items())[:200] if q in chat.questions
     ]
     middle_NF = np.array([vector(prompt, text) for prompt, text in middle])
     everything = np.ones(int(bench.group.max()) + 1, dtype=bool)
@@ -520,9 +503,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if samples:
         report["samples"] = on_samples(samples, judge, chat)
         show("Small-model samples", report["samples"])
-    report["tiers"] = {
-        t: float(mean_rating(bench.x_NF[bench.tier == t], weights).mean()) for t in ("hq", "mq", "lq")
-    }
+    report["tiers"] = {t: float(mean_rating(bench.x_NF[bench.tier == t], weights).mean()) for t in ("hq", "mq", "lq")}
     show("Mean rating by tier", report["tiers"])
     if args.fit:
         ship(weights)
@@ -537,9 +518,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=Path, help="JSON list of {prompt, response, temp, fin}")
     parser.add_argument("--fit", action="store_true", help="fit on all prompts and write the shipped weights")
-    parser.add_argument(
-        "--words", action="store_true", help="count the shipped word lists anew; run again to measure"
-    )
+    parser.add_argument("--words", action="store_true", help="count the shipped word lists anew; run again to measure")
     parser.add_argument("--folds", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here")

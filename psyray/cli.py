@@ -27,7 +27,9 @@ RunFolder = Annotated[Path, typer.Argument(help="the run folder, for example run
 def run(
     config: Annotated[Path, typer.Argument(help="YAML file, for example configs/demo.yaml")],
     settings: Settings = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and check all that needs no hardware")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the plan and check all that needs no hardware")
+    ] = False,
     serve: Annotated[bool, typer.Option("--serve", help="end with one request to the served result")] = False,
 ) -> None:
     """Run the whole path; the same command again goes on where it was cut off.

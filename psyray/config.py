@@ -20,8 +20,8 @@ from psyray.errors import PsyrayError
 EMBEDDED = "embedded:smollm2-135m-instruct"
 ASSETS = Path(__file__).parent / "assets"
 COUNSELLOR = (
-    "You are a warm, thoughtful counsellor. Answer the client in two or three short sentences, "
-    "in your own words, about what they said."
+    "You are a counsellor talking with a client. "
+    "Tell the client in one or two sentences how you understand what they feel."
 )
 
 
@@ -169,7 +169,9 @@ class LoopSection(Section):
     k: int = Field(4, ge=1, description="responses per speech; pairs need at least 2")
     acquisition: str = "drts"
     budget: int = Field(24, ge=0, description="comparisons the oracle may label per round")
-    reward_margin: float = Field(0.5, ge=0, description="the reward model labels a pair only above this margin, in logits")
+    reward_margin: float = Field(
+        0.5, ge=0, description="the reward model labels a pair only above this margin, in logits"
+    )
     reward_pairs: int = Field(1, ge=0, description="pairs per speech that the reward model may label, widest first")
     replay: int = Field(0, ge=0, description="older judge- or oracle-labelled pairs added to each round's training")
     reference: Literal["initial", "previous"] = "initial"

@@ -72,7 +72,8 @@ def online_loop(
         elif config.loop.on_gate_fail == "stop":
             break
         elif number < config.loop.rounds:
-            run.say(f"round {number} failed its gate ({'; '.join(gate.stats['reasons'])}): going on from round {policy.round}")
+            reasons = "; ".join(gate.stats["reasons"])
+            run.say(f"round {number} failed its gate ({reasons}): going on from round {policy.round}")
             samples = sample_stage(run, number, config, speeches, policy, prompts_of=number + 1, held_out=False)
             features = features_stage(run, f"round-{number}/features-again", config, reward, samples.rows(), samples)
     return outcome
@@ -91,7 +92,7 @@ class Seen:
 
 
 def prompts(speeches: Sequence[Row], number: int, config: Config) -> list[Row]:
-    """The training speeches of a round: the next ones in an order drawn by the seed, from the start again at the end."""
+    """The training speeches of a round: the next in an order drawn by the seed, from the start again at the end."""
     if number > config.loop.rounds:
         return []
     order = sorted((s for s in speeches if s["split"] == "train"), key=lambda s: s["speech_id"])
@@ -173,7 +174,7 @@ def oracle_pairs(
     for (a, b, _), given, gap in zip(asked, labels, gaps, strict=True):
         if given is None:
             continue
-        verdict, margin, said = given
+        verdict, margin, _ = given
         ties += verdict is Verdict.TIE
         invalid += verdict is Verdict.INVALID
         if verdict in (Verdict.A, Verdict.B):

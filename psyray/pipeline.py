@@ -76,7 +76,12 @@ def export_stage(run: Run, config: Config, reward: Artifact, outcome: Outcome) -
     def make(folder: Folder) -> Mapping[str, Any]:
         policy = config.policy.model_dump(exclude={"model"})
         exported = {
-            "policy": {"name": f"psyray-round-{champion.round}", "path": champion.path, "round": champion.round, **policy},
+            "policy": {
+                "name": f"psyray-round-{champion.round}",
+                "path": champion.path,
+                "round": champion.round,
+                **policy,
+            },
             "reward": {
                 "name": "psyray-reward",
                 "path": str(reward.model),

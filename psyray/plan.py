@@ -10,8 +10,8 @@ from rich.table import Table
 
 from psyray.config import Config
 from psyray.data.speeches import SHIPPED, read_file, select
-from psyray.models import resolve_model
 from psyray.errors import PsyrayError
+from psyray.models import resolve_model
 from psyray.rubric import load_rubric
 from psyray.run import run_path
 
@@ -32,7 +32,9 @@ def show_plan(config: Config, out: Console) -> None:
     for line in lines(config, len(kept), train):
         table.add_row(*line)
     out.print(table)
-    out.print(f"speeches: {path}: {len(kept)} kept ({train} train, {len(kept) - train} held out), dropped: {dict(dropped)}")
+    out.print(
+        f"speeches: {path}: {len(kept)} kept ({train} train, {len(kept) - train} held out), dropped: {dict(dropped)}"
+    )
     out.print(f"labels: {labels(config)}")
     out.print(f"ledger: {'SQLite beside the run folder' if config.ledger.url is None else 'as configured'}")
     for name in missing_models(config):
@@ -59,8 +61,11 @@ def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:
     for number in range(1, loop.rounds + 1):
         more = prompts * loop.k if number < loop.rounds else 0
         pairs = f"{min(loop.budget, prompts)} asked by {loop.acquisition}, the rest by the reward model"
-        yield f"round {number}", f"{pairs}; DPO: {training(config.dpo.train)}", config.policy.model, workers(
-            config, config.dpo.train.workers
+        yield (
+            f"round {number}",
+            f"{pairs}; DPO: {training(config.dpo.train)}",
+            config.policy.model,
+            workers(config, config.dpo.train.workers),
         )
         yield f"round {number} gate", f"{more + held_out} samples ({held_out} held out)", "", engine
 

@@ -53,7 +53,7 @@ def run_training(
     require({"GPU" if gpu else "CPU": section.workers}, cluster.wait_s, title)
     data = folder.path / "examples.parquet"
     write_parquet(data, pa.Table.from_pylist(list(examples)))
-    config = {
+    config: dict[str, Any] = {
         **settings,
         "train": section.model_dump(),
         "examples": str(data),
@@ -70,7 +70,7 @@ def run_training(
             name="ray-train",
             storage_path=str(folder.path),
             failure_config=FailureConfig(max_failures=WORKER_RESTARTS),
-            worker_runtime_env={"env_vars": worker_environment(gpu)},
+            worker_runtime_env={"env_vars": worker_environment(gpu, config["threads"])},
         ),
     )
     steps = -(-len(examples) * section.epochs // section.batch_size)
@@ -86,17 +86,19 @@ def _fit(trainer: Any, title: str) -> None:
     try:
         trainer.fit()
     except (TrainingFailedError, WorkerGroupError, ControllerError) as error:
-        cause = str(error).strip().splitlines()
+        cause = (str(error).strip().splitlines() or [repr(error)])[-1][:500]
         raise PsyrayError(
-            f"{title}: training failed {WORKER_RESTARTS + 1} times; the last cause: {cause[-1][:500] if cause else error!r}. "
-            "Mend it and run the same command again; it goes on from the last checkpoint"
+            f"{title}: training failed {WORKER_RESTARTS + 1} times; the last cause: {cause}. Mend it and run the same "
+            "command again; it goes on from the last checkpoint"
         ) from error
 
 
-def worker_environment(gpu: bool) -> dict[str, str]:
+def worker_environment(gpu: bool, threads: int = 1) -> dict[str, str]:
     """What a training worker's process needs before it imports anything."""
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
-    return QUIET | {"TORCH_EXTENSIONS_DIR": extensions} | ({} if gpu else {"DS_ACCELERATOR": "cpu"})
+    # Ray gives each worker one thread unless told otherwise.
+    common = QUIET | {"TORCH_EXTENSIONS_DIR": extensions, "OMP_NUM_THREADS": str(threads)}
+    return common if gpu else common | {"DS_ACCELERATOR": "cpu"}
 
 
 @contextmanager
@@ -250,6 +252,10 @@ def _reporter(folder: Path) -> Any:
                 entry = {"step": state.global_step} | {k: v for k, v in logs.items() if isinstance(v, int | float)}
                 with (folder / "steps.jsonl").open("a") as log:
                     log.write(json.dumps(entry) + "\n")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step >= state.max_steps:
+                control.should_save = False  # the model itself is saved next; its optimiser state is of no more use
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             dist.barrier()

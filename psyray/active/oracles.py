@@ -89,5 +89,3 @@ def verdict(desk: Desk, key: str, a: Row, b: Row) -> Answer:
         cost=a["cost"] + b["cost"],
         who=desk.judge.id,
     )
-
-

@@ -70,9 +70,7 @@ def build_pairs(judged: Sequence[Row], section: PairsSection, rubric: Rubric) ->
     return built, +dropped
 
 
-def _of_speech(
-    responses: Sequence[Row], section: PairsSection, rubric: Rubric, dropped: Counter[str]
-) -> Iterator[Row]:
+def _of_speech(responses: Sequence[Row], section: PairsSection, rubric: Rubric, dropped: Counter[str]) -> Iterator[Row]:
     times = sum(p.weight for p in rubric.principles) if section.gap_on == "total" else 1.0
     ordered = sorted(responses, key=lambda r: (r["score"], r["response_id"]))
     candidates = combinations(ordered, 2) if section.rule == "all" else [(ordered[0], ordered[-1])]
@@ -116,7 +114,9 @@ def from_layout(path: Path, rubric: Rubric, split: str = "train") -> list[Row]:
     layout = pq.read_table(path)
     missing = {"question", "chosen", "rejected"} - set(layout.column_names)
     if missing:
-        raise PsyrayError(f"{path} is not in the layout of PsychoCounsel-Preference: no column {', '.join(sorted(missing))}")
+        raise PsyrayError(
+            f"{path} is not in the layout of PsychoCounsel-Preference: no column {', '.join(sorted(missing))}"
+        )
     return [_from_layout(row, rubric, split) for row in layout.to_pylist()]
 
 

@@ -1,6 +1,6 @@
 """Client speeches from a file: read, validated, filtered, de-duplicated and split.
 
-    psyray run configs/demo.yaml speeches.path=questions.jsonl speeches.text_column=questionText
+psyray run configs/demo.yaml speeches.path=questions.jsonl speeches.text_column=questionText
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def read_file(path: Path) -> list[Row]:
         raise PsyrayError(f"no file of client speeches at {path} (speeches.path)")
     readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix.lower() not in readers:
-        raise PsyrayError(f"{path}: speeches come as .jsonl, .csv or .parquet, not {path.suffix or 'without an ending'}")
+        raise PsyrayError(
+            f"{path}: speeches come as .jsonl, .csv or .parquet, not {path.suffix or 'without an ending'}"
+        )
     if path.stat().st_size == 0:
         raise PsyrayError(f"{path} is empty")
     try:

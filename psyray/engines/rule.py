@@ -129,9 +129,7 @@ def _asset(name: str) -> str:
 
 def _version() -> str:
     """A name for the ratings: it changes with the weights, the word files and FEATURES_VERSION."""
-    text = "\n".join(
-        [FEATURES_VERSION, *(_asset(f"rule_{part}.json") for part in ("judge", "lexicon", "words"))]
-    )
+    text = "\n".join([FEATURES_VERSION, *(_asset(f"rule_{part}.json") for part in ("judge", "lexicon", "words"))])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -148,10 +146,7 @@ KNOWN_STEMS, COMMON_STEMS = frozenset(STEMS), frozenset(STEMS[:1200])
 KNOWN_STEPS = frozenset((a, b) for a, row in WORDS["steps"].items() for b in row.split())
 # the words that any kind reply to anyone is stuffed with
 UPHOLSTERY = frozenset(map(stem, LEXICON["upholstery"].split()))
-PATTERNS = {
-    name: re.compile(r"\b(?:" + "|".join(phrases) + r")(?!\w)")
-    for name, phrases in LEXICON["phrases"].items()
-}
+PATTERNS = {name: re.compile(r"\b(?:" + "|".join(phrases) + r")(?!\w)") for name, phrases in LEXICON["phrases"].items()}
 
 EXPANDED = {"re": "are", "ve": "have", "ll": "will", "d": "would", "m": "am", "s": "is"}
 CONTRACTED = {"can't": "can", "won't": "will"}
@@ -316,9 +311,7 @@ def _make_up(sentences: list[Sentence], client: frozenset[str], asked: bool) -> 
         "self_talk": part("self"),
         "lecture": part("statement"),
         # a question that anyone could be asked counts half
-        "exploring_question": max(
-            (1.0 if client.intersection(s.stems) else 0.5 for s in exploring), default=0.0
-        ),
+        "exploring_question": max((1.0 if client.intersection(s.stems) else 0.5 for s in exploring), default=0.0),
         "many_questions": upto(len(questions) - 2, 3),
     }
 
@@ -346,9 +339,7 @@ def _depth(sentences: list[Sentence], client: frozenset[str]) -> dict[str, float
     }
 
 
-def _closeness(
-    sentences: list[Sentence], client: frozenset[str], client_tokens: list[str]
-) -> dict[str, float]:
+def _closeness(sentences: list[Sentence], client: frozenset[str], client_tokens: list[str]) -> dict[str, float]:
     stems = {stem_ for s in sentences for stem_ in s.stems}
     shared = len(stems & client)
     said = {tuple(client_tokens[i : i + 5]) for i in range(len(client_tokens) - 4)}
@@ -356,9 +347,7 @@ def _closeness(
     odd = stems - client - COMMON_STEMS
     # a sentence that could be said to anyone: a formula, or no reflection and no word of the client's
     far = [
-        s
-        for s in sentences
-        if found("cliche", s.text) or not (s.kind == "reflection" or client.intersection(s.stems))
+        s for s in sentences if found("cliche", s.text) or not (s.kind == "reflection" or client.intersection(s.stems))
     ]
     return {
         # few client words can be matched by one word; many cannot be matched by listing them all
@@ -402,9 +391,7 @@ def _form(sentences: list[Sentence], client: frozenset[str], response: str) -> d
     openings = [tuple(s.tokens[:2]) for s in sentences]
     unknown = [t for t in tokens if not (t in FUNCTION_WORDS or t in client or stem(t) in KNOWN_STEMS)]
     client_stems = frozenset(content(client))
-    specific = {t for s in sentences if not found("cliche", s.text) for t in s.stems} - (
-        UPHOLSTERY - client_stems
-    )
+    specific = {t for s in sentences if not found("cliche", s.text) for t in s.stems} - (UPHOLSTERY - client_stems)
     letters = sum(c.isalpha() for c in response)
     foreign = sum(ord(c) > 0x24F for c in response.translate(_QUOTES)) + len(
         re.findall(r"[*#<>\[\]{}|_=`~\\^]", response)
@@ -419,9 +406,7 @@ def _form(sentences: list[Sentence], client: frozenset[str], response: str) -> d
         "garble": upto(share(len(unknown) - 2, len(tokens)), 0.08),
         "disfluent": upto(share(sum(p not in KNOWN_STEPS for p in pairs), len(pairs)) - 0.05, 0.3),
         "markup": upto(share(foreign, letters), 0.03),
-        "shouting": upto(
-            share(sum(map(len, loud[1:])), letters) + 0.02 * max(0, response.count("!") - 1), 0.1
-        ),
+        "shouting": upto(share(sum(map(len, loud[1:])), letters) + 0.02 * max(0, response.count("!") - 1), 0.1),
         "says_little": 1.0 - min(upto(len(set(tokens)), 5), upto(len(specific), 1)),
         "too_long": upto(len(tokens) - 65, 125),
         "long_sentences": upto(share(len(tokens), len(sentences)) - 28, 20),
@@ -455,6 +440,4 @@ def rate(client_text: str, response: str) -> dict[str, float]:
     """Seven ratings in [1, 5]; a response without a word gets 1 in all."""
     if not words(response):
         return dict.fromkeys(KEYS, 1.0)
-    return {
-        key: squash(sum(value for _, value in parts)) for key, parts in explain(client_text, response).items()
-    }
+    return {key: squash(sum(value for _, value in parts)) for key, parts in explain(client_text, response).items()}

@@ -30,6 +30,7 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, **e
     Output rows hold the input's `key`, `text`, `tokens`, `logprobs`; a failed row holds `key` and
     `__inference_error__` and does not disturb its neighbours.
     """
+    from ray.data import TaskPoolStrategy
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     gpu = use_gpu(engine.device)
@@ -62,10 +63,11 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, **e
         **placement,
         **environment,
     )
-    light = {"num_cpus": 0.05}  # a whole CPU for a light stage starves a small machine of the engine
+    # A whole CPU for a light stage starves a small machine of the engine; so do many tokenisers that start at once.
+    light = {"num_cpus": 0.05, "compute": TaskPoolStrategy(size=engine.replicas)}
     processor = build_processor(
         config,
-        preprocess=partial(_to_request, model),
+        preprocess=partial(_to_request, model, gpu),
         postprocess=_to_result,
         preprocess_map_kwargs=light,
         postprocess_map_kwargs=light,
@@ -80,11 +82,15 @@ def _tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def _to_request(model: str, row: Row) -> Row:
+def _to_request(model: str, seeded: bool, row: Row) -> Row:
     chat = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
     tokens = _tokenizer(model).apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     # Sampling travels as JSON: Arrow would give every row the union of all rows' keys.
-    return {"key": row["key"], "tokenized_prompt": list(tokens), "sampling_params": json.loads(row["sampling"])}
+    sampling = json.loads(row["sampling"])
+    if not seeded:
+        # vLLM 0.29 on CPU dies of a seeded request whose prompt is prefilled in chunks: its generator has no offset.
+        sampling.pop("seed", None)
+    return {"key": row["key"], "tokenized_prompt": list(tokens), "sampling_params": sampling}
 
 
 def _to_result(row: Row) -> Row:

@@ -1,4 +1,4 @@
-"""The policy: direct preference optimisation (Rafailov et al., arXiv 2305.18290) by TRL under Ray Train and DeepSpeed."""
+"""The policy: direct preference optimisation (arXiv 2305.18290) by TRL under Ray Train and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psyray.train import fit_and_save, freeze, prepare_worker, run_training, tra
 
 
 def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, reference: str, *, title: str) -> Any:
-    """Train `policy` on the pairs against the frozen `reference`; the model lies in `folder/model`. Returns the steps."""
+    """Train `policy` on the pairs against the frozen `reference` into `folder/model`. Returns the steps."""
     examples = [example(pair, config.policy.system) for pair in pairs]
     settings = {
         "model": policy,
@@ -34,7 +34,7 @@ def example(pair: Row, system: str) -> Row:
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """The worker: `config` holds {model, reference, beta, loss_type, loss_weights, seed, train, examples, folder, ...}."""
+    """The worker: `config` holds the settings of `train_policy` and what `run_training` adds."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer

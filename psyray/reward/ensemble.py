@@ -35,7 +35,9 @@ SCORES = pa.schema(
 )
 
 
-def features_stage(run: Run, name: str, config: Config, reward: Artifact, responses: Sequence[Row], source: Artifact) -> Artifact:
+def features_stage(
+    run: Run, name: str, config: Config, reward: Artifact, responses: Sequence[Row], source: Artifact
+) -> Artifact:
     """Features of the usable responses under the reward model's body."""
     max_length = config.reward.train.max_length
 
@@ -49,13 +51,15 @@ def features_stage(run: Run, name: str, config: Config, reward: Artifact, respon
         from ray.data import ActorPoolStrategy
 
         gpu = use_gpu(config.engine.device)
-        placement = {"num_gpus": 1} if gpu else {"num_cpus": 1}
+        threads = os.cpu_count() or 1
+        environment = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+        placement: dict[str, Any] = {"num_gpus": 1} if gpu else {"num_cpus": 1, "runtime_env": environment}
         stream(
             folder,
             parts.todo(usable),
             lambda dataset: dataset.map_batches(
                 FeatureActor,
-                fn_constructor_args=(str(reward.model), max_length, gpu, os.cpu_count() or 1),
+                fn_constructor_args=(str(reward.model), max_length, gpu, threads),
                 batch_size=32,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(size=config.engine.replicas),
@@ -163,6 +167,9 @@ def scores_stage(run: Run, name: str, heads: Artifact, features: Artifact, sampl
         parts = folder.parts(SCORES, "response_id")
         parts.append(rows)
         parts.finish()
-        return {"mean": float(np.mean([r["mean"] for r in rows])), "spread": float(np.mean([r["spread"] for r in rows]))}
+        return {
+            "mean": float(np.mean([r["mean"] for r in rows])),
+            "spread": float(np.mean([r["spread"] for r in rows])),
+        }
 
     return run.stage(name, {}, [heads, features, samples], make)

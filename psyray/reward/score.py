@@ -35,7 +35,9 @@ class RewardScorer:
 
         self.tokenizer = AutoTokenizer.from_pretrained(str(model), truncation_side="left")
         device = "cuda" if gpu else "cpu"
-        self.model = AutoModelForSequenceClassification.from_pretrained(str(model), dtype=torch.bfloat16).eval().to(device)
+        self.model = (
+            AutoModelForSequenceClassification.from_pretrained(str(model), dtype=torch.bfloat16).eval().to(device)
+        )
         self.heads = Heads.load(heads) if heads else None
         self.max_length, self.batch_size, self.device = max_length, batch_size, device
 

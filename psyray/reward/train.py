@@ -5,7 +5,7 @@ Saved as a Hugging Face sequence-classification model with one label, which vLLM
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from psyray.config import Config
@@ -27,7 +27,14 @@ def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
             raise PsyrayError("no training pair is left for the reward model; lower pairs.gap or give more speeches")
         loop_settings = {"model": resolve_model(section.model), "center": section.center, "seed": config.run.seed}
         steps = run_training(
-            folder, train_loop, examples, loop_settings, section.train, config.engine, config.cluster, title="reward model"
+            folder,
+            train_loop,
+            examples,
+            loop_settings,
+            section.train,
+            config.engine,
+            config.cluster,
+            title="reward model",
         )
         return {"train_pairs": len(examples), "steps": steps}
 
@@ -58,5 +65,3 @@ def train_loop(config: dict[str, Any]) -> None:
         processing_class=tokenizer,
     )
     fit_and_save(trainer, config)
-
-

@@ -34,7 +34,14 @@ def test_ids_see_through_white_space_and_unicode_forms_but_not_through_words():
 
 
 def test_rows_come_back_from_arrow_as_they_went_in():
-    row = {"response_id": "r", "speech_id": "s", "judge": "j", "ratings": {"empathy": 3.5}, "score": 3.5, "status": "ok"}
+    row = {
+        "response_id": "r",
+        "speech_id": "s",
+        "judge": "j",
+        "ratings": {"empathy": 3.5},
+        "score": 3.5,
+        "status": "ok",
+    }
     failed = {"response_id": "q", "status": "invalid", "error": "no JSON", "ratings": None}
     back = rows(table([row, failed], JUDGEMENTS))
     assert back[0]["ratings"] == {"empathy": 3.5} and math.isclose(back[0]["score"], 3.5)

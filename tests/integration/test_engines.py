@@ -1,0 +1,111 @@
+"""The real engines on the tiny random model: vLLM through Ray Data, DeepSpeed with two workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from psyray.config import ClusterSection, EngineSection, JudgeSection, TrainSection, load_config
+from psyray.data.generate import answer_all, draw_row
+from psyray.engines.judges import make_judge
+from psyray.errors import PsyrayError
+from psyray.records import RESPONSES
+from psyray.reward.score import RewardScorer
+from psyray.reward.train import example, train_loop
+from psyray.rubric import load_rubric
+from psyray.run import Folder
+from psyray.stream import stream
+from psyray.train import run_training
+
+ENGINE = EngineSection(max_model_len=640, max_num_seqs=8, kv_cache_gib=1)
+LIMITS = ["engine.max_model_len=640", "engine.max_num_seqs=8", "engine.kv_cache_gib=1"]
+
+
+def folder(tmp_path: Path) -> Folder:
+    (tmp_path / "stage").mkdir(exist_ok=True)
+    return Folder(tmp_path / "stage")
+
+
+def draws(config, *texts: str) -> list[dict]:
+    speeches = [
+        {"speech_id": f"s{i}", "messages": [{"role": "user", "content": t}], "split": "train"}
+        for i, t in enumerate(texts)
+    ]
+    return [draw_row(s, config.policy, "tiny", seed) for s in speeches for seed in (1, 2)]
+
+
+def test_a_prompt_longer_than_the_context_fails_alone_and_is_tried_anew(tmp_path, tiny_model, ray_cluster):
+    settings = [*LIMITS, f"policy.model={tiny_model}", "policy.max_tokens=8", "policy.system="]
+    config = load_config(None, settings)
+    rows = draws(config, "I cannot sleep.", "Nobody listens. " * 400, "My dog died.")
+    with pytest.raises(PsyrayError, match=r"2 of 6 responses failed.*(longer|length)") as caught:
+        answer_all(folder(tmp_path), rows, config, title="responses")
+    assert "aside-" in str(caught.value)
+    assert len(folder(tmp_path).parts(RESPONSES, "response_id").ids) == 4
+    lenient = load_config(None, [*settings, "responses.max_invalid_share=0.5"])
+    stats = answer_all(folder(tmp_path), rows, lenient, title="responses")
+    assert (stats["ok"], stats["failed"]) == (4, 2)
+    found = {row["response_id"]: row for row in folder(tmp_path).parts(RESPONSES, "response_id").table().to_pylist()}
+    assert set(found) == {row["response_id"] for row in rows}
+    bad = [row for row in found.values() if row["status"] != "ok"]
+    assert {row["speech_id"] for row in bad} == {"s1"} and all(row["text"] is None and row["error"] for row in bad)
+
+
+def test_vllm_judges_with_guided_decoding_and_soft_scores(tmp_path, tiny_model, ray_cluster):
+    rubric = load_rubric("counselling")
+    section = JudgeSection(engine="vllm", model=str(tiny_model), mode="soft", max_tokens=120)
+    judge = make_judge(section, rubric, ENGINE.model_copy(update={"max_model_len": 1536}), 10)
+    speech = [{"role": "user", "content": "I cannot sleep."}]
+    todo = [{"key": str(i), "messages": speech, "response": text} for i, text in enumerate(("You lie awake.", "No."))]
+    found: list[dict] = []
+    stream(folder(tmp_path), todo, judge.rate, found.extend, title="judge")
+    assert {row["key"] for row in found} == {"0", "1"}
+    for row in found:
+        assert row["error"] == ""
+        ratings = json.loads(row["ratings"])
+        assert list(ratings) == rubric.keys and all(1 <= value <= 5 for value in ratings.values())
+        assert any(value != round(value) for value in ratings.values())  # an expectation, not the digit
+        assert rubric.parse(row["raw_text"]).keys() == ratings.keys()
+
+
+PAIRS = [
+    {
+        "messages": [{"role": "user", "content": f"I keep losing sleep over number {i}."}],
+        "chosen": "You feel worn out and you wonder when it will end.",
+        "rejected": "Just sleep more and stop thinking.",
+        "margin": 1.0,
+    }
+    for i in range(16)
+]
+TRAIN = {"learning_rate": 5e-3, "batch_size": 8, "epochs": 4, "max_length": 128, "save_every": 3}
+
+
+def trained(path: Path, model: Path, **train) -> list[dict[str, float]]:
+    path.mkdir()
+    return run_training(
+        Folder(path),
+        train_loop,
+        [example(pair, use_margin=False) for pair in PAIRS],
+        {"model": str(model), "center": 0.01, "seed": 0},
+        TrainSection(**(TRAIN | train)),
+        ENGINE,
+        ClusterSection(),
+        title="reward model",
+    )
+
+
+def test_two_zero3_workers_learn_what_one_zero2_worker_learns(tmp_path, tiny_model, ray_cluster):
+    one = trained(tmp_path / "one", tiny_model, micro_batch=4, workers=1, zero_stage=2)
+    two = trained(tmp_path / "two", tiny_model, micro_batch=2, workers=2, zero_stage=3)
+    losses = np.array([[s["loss"] for s in steps] for steps in (one, two)])
+    assert losses.shape == (2, 8) and losses[:, -1].max() < 0.3 < losses[:, 0].min()
+    assert np.abs(losses[0] - losses[1]).max() < 0.1
+    for name in ("one", "two"):
+        scorer = RewardScorer(tmp_path / name / "model")
+        chats = [p["messages"] for p in PAIRS]
+        margins = scorer.scores(chats, [p["chosen"] for p in PAIRS]) - scorer.scores(chats, [p["rejected"] for p in PAIRS])
+        assert margins.min() > 0
+        assert not (tmp_path / name / "checkpoints").exists()

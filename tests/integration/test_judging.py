@@ -1,0 +1,118 @@
+"""Judging through Ray: a hostile endpoint, the ledger between, and answers that are bought once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hostile_server import hostile_server
+
+from psyray.active.ledger import Ledger
+from psyray.active.oracles import label
+from psyray.config import EngineSection, JudgeSection
+from psyray.data.judge import Desk, judge
+from psyray.engines.http import HttpRater
+from psyray.engines.judges import make_judge
+from psyray.errors import PsyrayError
+from psyray.records import Verdict
+from psyray.rubric import load_rubric
+from psyray.run import Folder
+
+RUBRIC = load_rubric("counselling")
+SPEECH = [{"role": "user", "content": "I cannot sleep since my father died."}]
+
+
+def responses(*words: str) -> list[dict]:
+    return [
+        {"response_id": w, "speech_id": "s", "messages": SPEECH, "text": f"word {w} here", "status": "ok"}
+        for w in words
+    ]
+
+
+def desk(tmp_path: Path, run: str = "run", **settings) -> Desk:
+    section = JudgeSection(**settings)
+    made = make_judge(section, RUBRIC, EngineSection(), 10)
+    return Desk(made, RUBRIC, Ledger(f"sqlite:///{tmp_path}/labels.db"), run, section)
+
+
+def folder(tmp_path: Path) -> Folder:
+    (tmp_path / "stage").mkdir(exist_ok=True)
+    return Folder(tmp_path / "stage")
+
+
+def test_each_fault_of_an_endpoint_is_one_rows_outcome():
+    words = ["fine", "prose", "busy", "broken", "six", "half", "cut", "nonsense", "refused", "hang", "garbled"]
+    with hostile_server() as server:
+        section = JudgeSection(
+            engine="http", url=server.url, model="m", retries=2, timeout_s=1, concurrency=4,
+            price_per_million_tokens=(1.0, 10.0),
+        )  # fmt: skip
+        import pyarrow as pa
+
+        rows = [{"key": w, "messages": SPEECH, "response": f"word {w} here"} for w in words]
+        found = {r["key"]: r for r in HttpRater(RUBRIC, section, "sesame")(pa.Table.from_pylist(rows)).to_pylist()}
+    rated = {key for key, row in found.items() if row["ratings"]}
+    assert rated == {"fine", "prose", "busy", "cut"}
+    assert {k: found[k]["attempts"] for k in words} == {
+        "fine": 1, "prose": 1, "busy": 3, "broken": 3, "six": 3, "half": 3, "cut": 2, "nonsense": 3, "refused": 1,
+        "hang": 3, "garbled": 3,
+    }  # fmt: skip
+    for word, reason in {
+        "broken": "HTTP 500", "six": "outside 1 to 5", "half": "not a whole number", "nonsense": "no JSON object",
+        "refused": "HTTP 401", "hang": "TimeoutError", "garbled": "no JSON",
+    }.items():  # fmt: skip
+        assert reason in found[word]["error"]
+        assert "sesame" not in found[word]["error"] and "father" not in found[word]["error"]
+    assert found["busy"]["latency_s"] >= 1.0  # Retry-After
+    assert found["fine"]["cost"] == pytest.approx(0.002) and found["six"]["cost"] == pytest.approx(0.006)
+    assert server.keys == {"Bearer sesame"} and server.most <= 4
+
+
+def test_an_answer_is_bought_once_by_all_runs(tmp_path, ray_cluster):
+    with hostile_server() as server:
+        settings = {"engine": "http", "url": server.url, "model": "m", "retries": 2, "max_invalid_share": 0.5}
+        rows = responses("fine", "prose", "six")
+        first = judge(folder(tmp_path), desk(tmp_path, "one", **settings), rows, purpose="judgements", budget=None)
+        calls = dict(server.calls)
+        again = judge(folder(tmp_path), desk(tmp_path, "one", **settings), rows, purpose="judgements", budget=None)
+        assert again == first and dict(server.calls) == calls == {"fine": 1, "prose": 1, "six": 3}
+        later = judge(folder(tmp_path), desk(tmp_path, "two", **settings), rows, purpose="judgements", budget=None)
+    assert server.calls["fine"] == 1 and server.calls["six"] == 6  # a failure may be bought again by a later run
+    assert [row["score"] for row in later] == [4.0, 4.0, None]
+    bad = later[2]
+    assert bad["status"] == "invalid" and "outside 1 to 5" in bad["error"] and '"empathy": 6' in bad["raw_text"]
+
+
+def test_a_budget_buys_so_many_judgements_and_no_more(tmp_path, ray_cluster):
+    rows = responses("fine", "prose", "six")
+    found = judge(folder(tmp_path), desk(tmp_path), rows, purpose="judgements", budget=2)
+    assert [row["response_id"] for row in found] == ["fine", "prose"]
+    assert desk(tmp_path).ledger.spent("run") == {"judgements": 2}
+    assert len(judge(folder(tmp_path), desk(tmp_path), rows, purpose="judgements", budget=2)) == 2
+
+
+def test_a_judge_that_answers_nonsense_stops_the_stage_and_its_answers_are_kept(tmp_path, ray_cluster):
+    with hostile_server() as server:
+        bad = desk(tmp_path, engine="http", url=server.url, model="m", retries=0, max_invalid_share=0.4)
+        with pytest.raises(PsyrayError, match=r"no usable answer for 2 of 3 .* 40%.* no JSON object"):
+            judge(folder(tmp_path), bad, responses("fine", "nonsense", "nonsense "), purpose="judgements", budget=None)
+    assert bad.ledger.summary("run")[0]["failed"] >= 1
+
+
+def test_the_oracle_labels_within_its_budget_and_knows_a_pair_from_both_sides(tmp_path, ray_cluster):
+    good, poor = "You feel torn since he died, and the nights are hardest.", "Calm down. You should just sleep more."
+    a, b = ({"response_id": t[:3], "messages": SPEECH, "text": t} for t in (good, poor))
+    here = desk(tmp_path)
+    labels, counts = label(folder(tmp_path), here, [(a, b, 1.0)], purpose="round-1", strategy="drts", budget=1)
+    assert labels[0] is not None and labels[0][0] is Verdict.A and labels[0][1] > 0
+    assert counts["bought"] == 1
+    swapped, counts = label(folder(tmp_path), here, [(b, a, 1.0)], purpose="round-1", strategy="drts", budget=1)
+    assert swapped[0] is not None and swapped[0][0] is Verdict.B and swapped[0][1] == -labels[0][1]
+    assert counts["bought"] == 1
+    refused, counts = label(folder(tmp_path), here, [(a, a | {"text": "x"}, 1.0)], purpose="round-1",
+                            strategy="drts", budget=1)  # fmt: skip
+    assert refused == [None] and counts["refused"] == 1
+
+
+def test_a_budget_of_nothing_asks_nothing(tmp_path, ray_cluster):
+    assert judge(folder(tmp_path), desk(tmp_path), responses("fine"), purpose="judgements", budget=0) == []

@@ -1,0 +1,97 @@
+"""The command: plans, help, and one clear error for each mistake. Commands in the docs are read by the same parser."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from psyray import docs
+from psyray.cli import app, main
+from psyray.config import load_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name != "serve.yaml")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_help_teaches():
+    text = CliRunner().invoke(app, ["run", "--help"]).output
+    assert "psyray run configs/demo.yaml" in text and "--dry-run" in text
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.name)
+def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
+    from psyray.data.speeches import SHIPPED
+
+    settings = [f"run.path={tmp_path}/run", f"speeches.path={SHIPPED}"]
+    result = CliRunner().invoke(app, ["run", str(config), *settings, "--dry-run"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for word in ("responses", "judgements", "reward", "round 1", "labels:", "every setting is valid"):
+        assert word in result.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["configs/demo.yaml", "loop.rouns=1"], "did you mean 'rounds'"),
+        (["configs/nothing.yaml"], "no configuration file at configs/nothing.yaml"),
+        (["configs/demo.yaml", "speeches.path=nothing.csv"], "no file of client speeches at nothing.csv"),
+        (["configs/demo.yaml", "responses.k=1"], "a pair needs two responses"),
+        (["configs/demo.yaml", "loop.k=1"], "a pair needs two responses"),
+        (["configs/demo.yaml", "loop.budget=0", "loop.reward_pairs=0"], "no round would have a pair"),
+        (["configs/demo.yaml", "policy.model=/no/such/model", "cluster.address="], "no model at /no/such/model"),
+        (["configs/demo.yaml", "policy.max_tokens=2000"], "no room for a prompt"),
+        (["configs/demo.yaml", "rubric=counseling"], "no rubric 'counseling'"),
+        (["configs/demo.yaml", "run.path=s3://bucket/x"], "no URI yet"),
+        (["configs/demo.yaml", "ledger.url=nonsense"], "nonsense"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_not_a_traceback(words, expected, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PSYRAY_HOME", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *words])
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.startswith("error: ") and expected in error
+    assert "Traceback" not in error
+
+
+def test_status_of_no_run_says_so(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["status", str(tmp_path)])
+    assert "no run at" in capsys.readouterr().err
+
+
+def test_the_settings_page_is_what_the_code_says():
+    assert (ROOT / "docs/configuration.md").read_text() == docs.page()
+
+
+def commands() -> list[list[str]]:
+    found = []
+    for page in PAGES:
+        for line in re.findall(r"^\s*(?:\$ )?(psyray [^`\n]*)$", page.read_text(), re.MULTILINE):
+            found.append(shlex.split(line, comments=True)[1:])
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_psyray_command_in_the_docs_is_one(words):
+    command, arguments = words[0], words[1:]
+    assert command in {"run", "status", "report", "prepare"}
+    flags = [w for w in arguments if w.startswith("-")]
+    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    assert all(flag in text for flag in flags)
+    if command == "run":
+        config, *settings = [w for w in arguments if not w.startswith("-")]
+        load_config(ROOT / config, settings)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_that_the_docs_name_are_there(page):
+    for name in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / name).exists(), name
+    for name in re.findall(r"\b((?:configs|jobs|docs|benchmarks)/[\w./-]+\.(?:yaml|py|md))", page.read_text()):
+        assert (ROOT / name).exists(), name

@@ -1,0 +1,97 @@
+"""The rubric as data, and the strict reading of a judge's answer."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from psyray.config import ASSETS
+from psyray.engines.judges import soft_ratings
+from psyray.errors import PsyrayError
+from psyray.rubric import UnusableAnswer, load_rubric
+
+RUBRIC = load_rubric("counselling")
+GOOD = dict.fromkeys(RUBRIC.keys, 4)
+
+
+def test_the_seven_principles_are_there_with_equal_weight():
+    assert RUBRIC.keys == ["empathy", "relevance", "clarity", "safety", "exploration", "autonomy", "staging"]
+    assert RUBRIC.score({key: i for i, key in enumerate(RUBRIC.keys, 1)}) == 4.0
+
+
+@pytest.mark.parametrize(
+    "text", [json.dumps(GOOD), f"Sure! {json.dumps(GOOD)} Done.", json.dumps(dict.fromkeys(GOOD, "4"))]
+)
+def test_ratings_are_read(text):
+    assert RUBRIC.parse(text) == dict.fromkeys(RUBRIC.keys, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no JSON object"),
+        ("I would give it 5 of 5", "no JSON object"),
+        (json.dumps(GOOD)[:-5], "no JSON object"),
+        ("{'empathy': 4}", "cannot be read"),
+        (json.dumps({**GOOD, "safety": 0}), "outside 1 to 5"),
+        (json.dumps({**GOOD, "safety": 6}), "outside 1 to 5"),
+        (json.dumps({**GOOD, "safety": 10}), "outside 1 to 5"),
+        (json.dumps({**GOOD, "safety": 4.5}), "not a whole number"),
+        (json.dumps({**GOOD, "safety": "4.5"}), "not a whole number"),
+        (json.dumps({**GOOD, "safety": True}), "not a whole number"),
+        (json.dumps({**GOOD, "safety": None}), "not a whole number"),
+        (json.dumps(dict.fromkeys(RUBRIC.keys[1:], 4)), "no rating for empathy"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_gives_a_reason_and_no_number(text, reason):
+    with pytest.raises(UnusableAnswer, match=reason):
+        RUBRIC.parse(text)
+
+
+def test_guided_decoding_allows_just_what_can_be_read():
+    exact = json.dumps(GOOD, separators=(",", ":"))
+    assert re.fullmatch(RUBRIC.regex(), exact) and not re.fullmatch(RUBRIC.regex(), exact.replace("4", "6"))
+    assert RUBRIC.parse(exact) == dict.fromkeys(RUBRIC.keys, 4.0)
+
+
+def test_braces_in_a_clients_words_are_not_fields():
+    question = RUBRIC.question([{"role": "user", "content": "I feel {response}."}], "You feel {low}.")
+    assert "I feel {response}." in question[0]["content"] and "You feel {low}." in question[0]["content"]
+
+
+def test_a_soft_score_is_the_expectation_over_the_digits():
+    def token(text, *digits):
+        return {str(i): {"decoded_token": t, "logprob": p} for i, (t, p) in enumerate(((text, 0.0), *digits)) if t}
+
+    even = {"a": {"decoded_token": "2", "logprob": -1.0}, "b": {"decoded_token": "4", "logprob": -1.0}}
+    answer = [token("{"), *[t for _ in RUBRIC.keys for t in (token('"key":'), even, token(","))], token("}")]
+    assert all(abs(value - 3.0) < 1e-9 for value in soft_ratings(RUBRIC, answer).values())
+    with pytest.raises(UnusableAnswer, match="6 rating digits for 7"):
+        soft_ratings(RUBRIC, [even] * 6)
+
+
+def test_another_fields_rubric_is_a_file(tmp_path):
+    tree = yaml.safe_load((ASSETS / "rubrics/counselling.yaml").read_text())
+    tree |= {"name": "code review", "scale": [0, 9], "speaker": "author"}
+    tree["principles"] = {"correct": {"name": "Correctness", "weight": 3, "guidance": "Is it right?"},
+                          "kind": {"name": "Kindness", "guidance": "Is it kind?"}}  # fmt: skip
+    path = tmp_path / "review.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    rubric = load_rubric(str(path))
+    assert rubric.parse('{"correct": 9, "kind": 1}') == {"correct": 9.0, "kind": 1.0}
+    assert rubric.score({"correct": 9.0, "kind": 1.0}) == 7.0
+    assert rubric.question([{"role": "user", "content": "x"}], "y")[0]["content"].count("Author:") == 1
+    assert rubric.id != RUBRIC.id
+
+
+@pytest.mark.parametrize("change", [{"scale": [1]}, {"principles": {}}, {"scale": [1, 12]}, {"prompt": None}])
+def test_a_broken_rubric_is_named(tmp_path, change):
+    tree = yaml.safe_load((ASSETS / "rubrics/counselling.yaml").read_text()) | change
+    tree = {k: v for k, v in tree.items() if v is not None}
+    path = tmp_path / "broken.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(PsyrayError, match=r"broken\.yaml"):
+        load_rubric(str(path))
+    with pytest.raises(PsyrayError, match="neither one that ships"):
+        load_rubric("counseling")

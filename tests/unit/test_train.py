@@ -1,0 +1,43 @@
+"""What a training job reads back after it was cut off, and what it freezes."""
+
+import json
+
+import pytest
+
+from psyray.errors import PsyrayError
+from psyray.train import COMPLETE, deepspeed_config, freeze, last_checkpoint, read_steps
+
+
+def test_a_step_done_again_counts_once_and_a_half_written_line_not_at_all(tmp_path):
+    lines = [json.dumps({"step": s, "loss": loss}) for s, loss in ((1, 0.9), (2, 0.8), (2, 0.7))]
+    (tmp_path / "steps.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']))
+    assert read_steps(tmp_path) == [{"step": 1, "loss": 0.9}, {"step": 2, "loss": 0.7}]
+    assert read_steps(tmp_path / "nothing") == []
+
+
+def test_only_a_checkpoint_that_every_rank_finished_counts(tmp_path):
+    for step in (50, 100, 150):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-50" / COMPLETE).touch()
+    (tmp_path / "checkpoint-100" / COMPLETE).touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_whole_weights_are_gathered_where_they_are_sharded(stage):
+    zero = deepspeed_config(stage)["zero_optimization"]
+    assert zero["stage"] == stage and zero.get("stage3_gather_16bit_weights_on_model_save", False) == (stage == 3)
+
+
+def test_the_lower_layers_stay_as_they_are(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    freeze(model, 0)
+    assert all(p.requires_grad for p in model.parameters())
+    freeze(model, 1)
+    free = [all(p.requires_grad for p in layer.parameters()) for layer in model.model.layers]
+    assert free == [False, True] and not model.get_input_embeddings().weight.requires_grad
+    with pytest.raises(PsyrayError, match="has 2 layers"):
+        freeze(model, 3)
