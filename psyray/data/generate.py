@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from psyray.config import Config, Responder, Sampling
@@ -100,7 +101,7 @@ def answer_all(folder: Folder, draws: list[Row], config: Config, *, title: str, 
         stream(
             folder,
             requests,
-            lambda dataset, source=source: vllm.generate(dataset, source, config.engine, config.cluster.wait_s),
+            partial(vllm.generate, model=source, engine=config.engine, wait_s=config.cluster.wait_s),
             lambda results: parts.append(_response(by_id[r["key"]], r) for r in results),
             title=title,
             done=len(parts.ids),

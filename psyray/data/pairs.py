@@ -76,9 +76,9 @@ def _of_speech(responses: Sequence[Row], section: PairsSection, rubric: Rubric, 
     candidates = combinations(ordered, 2) if section.rule == "all" else [(ordered[0], ordered[-1])]
     by_id = {r["response_id"]: r for r in responses}
     for a, b in candidates:
-        sides = [(r["response_id"], r["score"] * times) for r in (a, b)]
+        first, second = ((r["response_id"], r["score"] * times) for r in (a, b))
         # The gap is the least difference that makes a pair; just under it lies the tie.
-        comparison = compare(a["speech_id"], *sides, tie_margin=section.gap - 1e-6)
+        comparison = compare(a["speech_id"], first, second, section.gap - 1e-6)
         winner = comparison.chosen_rejected()
         if normalise(a["text"]) == normalise(b["text"]):
             dropped["same text"] += 1

@@ -58,7 +58,7 @@ class HttpRater:
                     text, tokens = await self._ask(session, question)
                 cost += self._price(tokens)
                 ratings = self.rubric.parse(text)
-                spent = {"attempts": attempts, "latency_s": time.monotonic() - started, "cost": cost}
+                spent: Row = {"attempts": attempts, "latency_s": time.monotonic() - started, "cost": cost}
                 return outcome(row["key"], ratings, raw_text=text, **spent)
             except UnusableAnswer as problem:
                 error = str(problem)

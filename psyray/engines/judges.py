@@ -23,7 +23,8 @@ from psyray.rubric import Rubric, UnusableAnswer
 class Judge(Protocol):
     """Rates responses; `id` names all that its ratings depend on beside the rubric and the question."""
 
-    id: str
+    @property
+    def id(self) -> str: ...
 
     def rate(self, dataset: Any) -> Any: ...
 

@@ -64,6 +64,7 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, **e
         **environment,
     )
     # A whole CPU for a light stage starves a small machine of the engine; so do many tokenisers that start at once.
+    _report_nothing()
     light = {"num_cpus": 0.05, "compute": TaskPoolStrategy(size=engine.replicas)}
     processor = build_processor(
         config,
@@ -73,6 +74,17 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, **e
         postprocess_map_kwargs=light,
     )
     return processor(dataset)
+
+
+def _report_nothing() -> None:
+    """Ray describes every processor to a usage actor, which takes ten seconds to start; no one is to be told anyway."""
+    from ray.llm._internal.batch.processor import vllm_engine_proc
+
+    class Silent:
+        def push_telemetry_report(self, telemetry: object) -> None:
+            """Nothing."""
+
+    vllm_engine_proc.get_or_create_telemetry_agent = Silent
 
 
 @cache

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from psyray.config import ClusterSection, EngineSection, JudgeSection, TrainSection, load_config
 from psyray.data.generate import answer_all, draw_row
 from psyray.engines.judges import make_judge
+from psyray.engines.vllm import cpu_environment
 from psyray.errors import PsyrayError
 from psyray.records import RESPONSES
 from psyray.reward.score import RewardScorer
@@ -106,6 +110,37 @@ def test_two_zero3_workers_learn_what_one_zero2_worker_learns(tmp_path, tiny_mod
     for name in ("one", "two"):
         scorer = RewardScorer(tmp_path / name / "model")
         chats = [p["messages"] for p in PAIRS]
-        margins = scorer.scores(chats, [p["chosen"] for p in PAIRS]) - scorer.scores(chats, [p["rejected"] for p in PAIRS])
+        margins = scorer.scores(chats, [p["chosen"] for p in PAIRS]) - scorer.scores(
+            chats, [p["rejected"] for p in PAIRS]
+        )
         assert margins.min() > 0
         assert not (tmp_path / name / "checkpoints").exists()
+
+
+CLASSIFY = """
+import json, sys
+from vllm import LLM, PoolingParams
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], runner="pooling", dtype="float32", enforce_eager=True, max_model_len=256)
+    found = llm.classify(json.loads(sys.argv[2]), pooling_params=PoolingParams(use_activation=False), use_tqdm=False)
+    print("SCORES", json.dumps([f.outputs.probs[0] for f in found]))
+"""
+
+
+def test_vllm_loads_the_reward_model_and_scores_as_we_do(tmp_path, tiny_model, ray_cluster):
+    trained(tmp_path / "reward", tiny_model, micro_batch=4, workers=1, zero_stage=2, epochs=1)
+    scorer = RewardScorer(tmp_path / "reward/model")
+    chats, texts = [p["messages"] for p in PAIRS[:4]], [p["chosen"] for p in PAIRS[:4]]
+    ours = scorer.scores(chats, texts)[:, 0]
+    prompts = [
+        scorer.tokenizer.apply_chat_template([*c, {"role": "assistant", "content": t}], tokenize=False).rstrip("\n")
+        for c, t in zip(chats, texts, strict=True)
+    ]
+    environment = os.environ | cpu_environment(1) | {"VLLM_NO_USAGE_STATS": "1"}
+    script = tmp_path / "classify.py"
+    script.write_text(CLASSIFY)
+    command = [sys.executable, str(script), str(tmp_path / "reward/model"), json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(done.stdout.split("SCORES", 1)[1])
+    assert np.abs(np.array(theirs) - ours).max() < 0.05  # ours are computed in bfloat16
