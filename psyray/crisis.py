@@ -34,6 +34,12 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"want (?:it all|everything) to (?:end|be over)",
         r"(?:don'?t|do not|no longer) (?:want|wish) to (?:live|be alive|exist|wake up|be here any ?more)",
         r"(?:can'?t|cannot) go on (?:like this|living|any ?more)",
+        # Passive wishes: what people say long before they say the word.
+        r"(?:tired|sick|weary) of (?:being (?:here|alive)|living|life)\b",
+        r"(?:easier|simpler|better|best|nicer) (?:if i (?:just )?(?:wasn'?t|weren'?t|was not|were not) (?:around|here|alive)"
+        r"|not to be (?:here|alive|around))",
+        r"(?:wish|wished|hope|hoped|hoping) (?:that )?i (?:wouldn'?t|would not|don'?t|did not|didn'?t|won'?t) wake up",
+        r"(?:not|never) (?:want(?:ing)? to )?wak(?:e|ing) up (?:any ?more|again|at all)",
         r"no (?:reason|point) (?:to|in) (?:live|living|go on|going on)",
         r"overdos(?:e|ed|ing)",
         r"jump(?:ing|ed)? (?:off|from) (?:a|the) (?:bridge|roof|building|balcony)",

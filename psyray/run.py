@@ -272,6 +272,7 @@ class Run:
         self.say(f"{name}: done, {manifest['rows']} rows in {manifest['seconds']:.0f} s")
 
     def _list(self, name: str, fingerprint: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         self.stages.append({"name": name, "fingerprint": fingerprint})
         state = {"pid": os.getpid(), "stages": self.stages}
         write_atomic(self.path / "run.json", json.dumps(state, indent=1))

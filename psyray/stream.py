@@ -20,7 +20,7 @@ class Progress:
     """A bar on the terminal and the same numbers in the stage's folder."""
 
     def __init__(self, folder: Folder, title: str, total: int, done: int = 0, unit: str = "rows") -> None:
-        self.folder, self.unit = folder, unit
+        self.folder, self.unit, self.total = folder, unit, total
         every = 0.5 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=every, dynamic_ncols=True)
         folder.progress(done, total, unit)
@@ -34,7 +34,7 @@ class Progress:
     def add(self, count: int) -> None:
         """Note that `count` more are done."""
         self.bar.update(count)
-        self.folder.progress(int(self.bar.n), int(self.bar.total), self.unit)
+        self.folder.progress(int(self.bar.n), self.total, self.unit)
 
     def reach(self, done: int) -> None:
         """Note that `done` are done in all."""

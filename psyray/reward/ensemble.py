@@ -60,7 +60,7 @@ def features_stage(
             lambda dataset: dataset.map_batches(
                 FeatureActor,
                 fn_constructor_args=(str(reward.model), max_length, gpu, threads),
-                batch_size=32,
+                batch_size=64,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(size=config.engine.replicas),
                 **placement,

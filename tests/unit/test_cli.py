@@ -46,7 +46,7 @@ def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
         (["configs/demo.yaml", "policy.max_tokens=2000"], "no room for a prompt"),
         (["configs/demo.yaml", "rubric=counseling"], "no rubric 'counseling'"),
         (["configs/demo.yaml", "run.path=s3://bucket/x"], "no URI yet"),
-        (["configs/demo.yaml", "ledger.url=nonsense"], "nonsense"),
+        (["configs/demo.yaml", "ledger.url=nonsense"], "the label ledger's URL cannot be read"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_not_a_traceback(words, expected, capsys, monkeypatch, tmp_path):

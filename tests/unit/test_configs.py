@@ -28,7 +28,7 @@ def test_the_papers_recipe(size: str) -> None:
     assert (config.dpo.beta, dpo.batch_size, dpo.learning_rate) == (0.1, 64, 5e-7)
     assert (loop.prompts, loop.k, loop.acquisition) == (6400, 8, "max_min")
     assert loop.rounds * loop.prompts * dpo.epochs / dpo.batch_size == 1600
-    assert (config.pairs.gap, config.pairs.on) == (1.0, "mean")
+    assert (config.pairs.gap, config.pairs.gap_on) == (1.0, "mean")
     assert len({responder.model for responder in config.responses.responders}) >= 8
 
 

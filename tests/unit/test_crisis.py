@@ -40,6 +40,10 @@ CRISES = [
     "I can't stop thinking about suicide",
     "I'm not lazy, I am suicidal",
     "I have no friends. I want to die",
+    "I lie there and think I'm tired of being here at all.",
+    "Sometimes I think it'd be easier if I just wasn't around.",
+    "It would be simpler not to be here",
+    "I go to bed hoping I won't wake up",
 ]
 
 CALM = [
@@ -48,6 +52,9 @@ CALM = [
     "My boss is killing me with these deadlines",
     "I'm killing time until the bus comes",
     "I am dying to see her again",
+    "It would be easier if she wasn't around when I study",
+    "I'm tired of being the one who is here for everybody",
+    "It is nicer to be here than at home",
     "I laughed so hard I nearly killed myself laughing",
     "I'm not suicidal, only tired.",
     "I have no thoughts of suicide.",
