@@ -46,8 +46,8 @@ class SpeechesSection(Section):
 class Sampling(Section):
     model: str = Field(EMBEDDED, description="Hugging Face folder or hub id")
     system: str = Field(COUNSELLOR, description="system prompt")
-    temperature: float = Field(0.8, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1, description="below 1 costs most of the speed on CPU: it sorts the vocabulary")
     max_tokens: int = Field(96, ge=1)
     stop: list[str] = Field(default_factory=list, description="texts that end a reply, for example a line break")
 

@@ -51,8 +51,8 @@ class Policy(BaseModel):
     path: str
     round: int
     system: str = ""
-    temperature: float = 0.8
-    top_p: float = 0.95
+    temperature: float = 0.7
+    top_p: float = 1.0
     max_tokens: int = 96
     stop: list[str] = Field(default_factory=list)
 

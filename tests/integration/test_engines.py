@@ -42,7 +42,7 @@ def draws(config, *texts: str) -> list[dict]:
 
 
 def test_a_prompt_longer_than_the_context_fails_alone_and_is_tried_anew(tmp_path, tiny_model, ray_cluster):
-    settings = [*LIMITS, f"policy.model={tiny_model}", "policy.max_tokens=8", "policy.system="]
+    settings = [*LIMITS, f"policy.model={tiny_model}", "policy.max_tokens=8", "policy.system=''"]
     config = load_config(None, settings)
     rows = draws(config, "I cannot sleep.", "Nobody listens. " * 400, "My dog died.")
     with pytest.raises(PsyrayError, match=r"2 of 6 responses failed.*(longer|length)") as caught:
