@@ -79,7 +79,7 @@ def _quiet_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.issue_detectors_config.detectors = []
-    for name in ("ray", "ray.data", "ray.llm", "ray.train"):
+    for name in ("ray", "ray.data", "ray.llm", "ray.train", "ray._private.worker"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -19,7 +19,7 @@ from psyray.active.ledger import Ledger
 from psyray.run import read_stages
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 900
+LIMIT_S = 1500
 
 
 def settings(model: Path, home: Path) -> list[str]:
