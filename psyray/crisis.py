@@ -36,8 +36,8 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"(?:can'?t|cannot) go on (?:like this|living|any ?more)",
         # Passive wishes: what people say long before they say the word.
         r"(?:tired|sick|weary) of (?:being (?:here|alive)|living|life)\b",
-        r"(?:easier|simpler|better|best|nicer) (?:if i (?:just )?(?:wasn'?t|weren'?t|was not|were not) (?:around|here|alive)"
-        r"|not to be (?:here|alive|around))",
+        r"(?:easier|simpler|better|best|nicer) (?:not to be (?:here|alive|around)"
+        r"|if i (?:just )?(?:wasn'?t|weren'?t|was not|were not) (?:around|here|alive))",
         r"(?:wish|wished|hope|hoped|hoping) (?:that )?i (?:wouldn'?t|would not|don'?t|did not|didn'?t|won'?t) wake up",
         r"(?:not|never) (?:want(?:ing)? to )?wak(?:e|ing) up (?:any ?more|again|at all)",
         r"no (?:reason|point) (?:to|in) (?:live|living|go on|going on)",
