@@ -68,17 +68,6 @@ def client_words(messages: Sequence[Message]) -> str:
 
 
 @dataclass(frozen=True)
-class Speech:
-    """A conversation that ends in the client's words."""
-
-    speech_id: str
-    messages: tuple[Message, ...]
-    split: str  # "train" | "test"
-    topic: str = ""
-    subtopic: str = ""
-
-
-@dataclass(frozen=True)
 class Comparison:
     """A verdict between two responses to one speech."""
 
