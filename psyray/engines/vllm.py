@@ -24,7 +24,7 @@ def cpu_environment(kv_cache_gib: int) -> dict[str, str]:
     }
 
 
-def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, **engine_kwargs: Any) -> Any:
+def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float) -> Any:
     """Answer every row's `messages` under its `sampling`.
 
     Output rows hold the input's `key`, `text`, `tokens`, `logprobs`; a failed row holds `key` and
@@ -45,7 +45,6 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, **e
         "enforce_eager": not gpu,
         "enable_prefix_caching": True,
         **({"tensor_parallel_size": engine.tensor_parallel} if engine.tensor_parallel > 1 else {}),
-        **engine_kwargs,
         **engine.kwargs,
     }
     config = vLLMEngineProcessorConfig(
@@ -63,8 +62,8 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, **e
         **placement,
         **environment,
     )
-    # A whole CPU for a light stage starves a small machine of the engine; so do many tokenisers that start at once.
     _report_nothing()
+    # A whole CPU for a light stage starves a small machine of the engine; so do many tokenisers that start at once.
     light = {"num_cpus": 0.05, "compute": TaskPoolStrategy(size=engine.replicas)}
     processor = build_processor(
         config,
