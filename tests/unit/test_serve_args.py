@@ -170,6 +170,7 @@ def test_bad_score_requests_are_refused(items: list[Any], message: str) -> None:
         ScoreRequest.model_validate({"items": items})
 
 
-def test_serve_once_needs_a_ray_session(tmp_path: Path) -> None:
+def test_serve_once_needs_a_ray_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(PsyrayError, match="running Ray session"):
         serve_once(tmp_path, [CLIENT])
