@@ -35,8 +35,8 @@ def pairs_stage(run: Run, section: PairsSection, rubric: Rubric, responses: Arti
             )
         parts = folder.parts(PAIRS, "pair_id")
         parts.append(built)
-        merged = parts.finish()
-        write_parquet(folder.path / LAYOUT, to_layout(merged.to_pylist(maps_as_pydicts="strict"), rubric.keys))
+        parts.finish()
+        write_parquet(folder.path / LAYOUT, to_layout(built, rubric.keys))
         return {"train": splits["train"], "test": splits["test"], "dropped": dict(dropped)}
 
     return run.stage("pairs", section.model_dump() | {"rubric": rubric.id}, [responses, judgements], make)
