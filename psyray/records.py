@@ -98,17 +98,20 @@ def compare(speech: str, a: tuple[str, float | None], b: tuple[str, float | None
     return Comparison(speech, a_id, b_id, verdict, margin)
 
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _OUTCOME = [("status", pa.string()), ("error", pa.string()), ("raw_text", pa.string()), ("attempts", pa.int32())]
 
 SPEECHES = pa.schema(
     [
         ("speech_id", pa.string()),
-        ("messages", _MESSAGES),
+        ("messages", MESSAGES),
         ("split", pa.string()),
         ("topic", pa.string()),
         ("subtopic", pa.string()),
         ("crisis", pa.bool_()),
+        ("crisis_kinds", pa.list_(pa.string())),
+        ("source", pa.string()),
+        ("answered", pa.bool_()),  # responses come with it: none need to be drawn
     ]
 )
 
@@ -116,8 +119,9 @@ RESPONSES = pa.schema(
     [
         ("response_id", pa.string()),
         ("speech_id", pa.string()),
-        ("messages", _MESSAGES),
+        ("messages", MESSAGES),
         ("split", pa.string()),
+        ("crisis", pa.bool_()),
         ("responder", pa.string()),
         ("model", pa.string()),
         ("seed", pa.int64()),
@@ -133,6 +137,7 @@ JUDGEMENTS = pa.schema(
     [
         ("response_id", pa.string()),
         ("speech_id", pa.string()),
+        ("crisis", pa.bool_()),
         ("judge", pa.string()),
         ("ratings", pa.map_(pa.string(), pa.float32())),
         ("score", pa.float32()),  # weighted mean of the ratings; null unless status is ok
@@ -144,7 +149,7 @@ PAIRS = pa.schema(
     [
         ("pair_id", pa.string()),
         ("speech_id", pa.string()),
-        ("messages", _MESSAGES),
+        ("messages", MESSAGES),
         ("chosen_id", pa.string()),
         ("rejected_id", pa.string()),
         ("chosen", pa.string()),
@@ -155,7 +160,8 @@ PAIRS = pa.schema(
         ("rejected_ratings", pa.map_(pa.string(), pa.float32())),
         ("margin", pa.float32()),
         ("split", pa.string()),
-        ("source", pa.string()),  # who labelled it: "judge", "oracle", "reward"
+        ("crisis", pa.bool_()),
+        ("source", pa.string()),  # who labelled it: "judge", "oracle", "reward", "data set"
     ]
 )
 
@@ -167,6 +173,7 @@ def pair_row(speech: Mapping[str, Any], chosen: Row, rejected: Row, *, margin: f
         "speech_id": speech["speech_id"],
         "messages": speech["messages"],
         "split": speech["split"],
+        "crisis": speech.get("crisis"),
         "margin": margin,
         "source": source,
         **{
