@@ -54,6 +54,10 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"(?:wrote|written|writing) (?:a |my )?goodbye (?:letter|note)s?",
         rf"{_HARM} my ?self\b(?! (?:off|short|shaving|cooking|some slack))",
         r"self[- ]?harm\w*",
+        r"(?:kill|hang|cut|harm|drown)(?:ting|ing|ed)? (?:himself|herself|themselves)",
+        r"(?:hit|hitting|punch|punching) my ?self|(?:hitting|bang|banging) my head (?:on|against|into)",
+        r"better off not (?:being )?(?:in this world|here|alive)",
+        r"(?:care|matters?|cares) (?:if|whether) i (?:live|die)\b",
         r"(?:cut|cutting|slit|slitting) my (?:wrists?|arms?|thighs?|legs?)",
         rf"{_HAS} (?:to my head|in my hand|ready|next to me|in front of me|saved up)",
         r"(?:took|taken|swallowed) (?:all|too many|a (?:whole )?(?:bottle|box|pack|lot|bunch))(?: of)?"
@@ -62,10 +66,15 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
     "abuse": (
         rf"{_THEM} (?:hits?|beats?|punche[sd]|kick(?:s|ed)|chok(?:es|ed)|strangl(?:es|ed)|slap(?:s|ped)) {_US}\b"
-        r"(?! (?:up for|to it|at|in) )",
+        r"(?! (?:up for|to it|at|out|off)\b)",
         rf"{_THEM} (?:is|are|was|were|keeps?|started) (?:hitting|beating|kicking|choking|strangling) {_US}\b",
         rf"{_THEM} (?:rap(?:es|ed)|molest(?:s|ed)|sexually (?:abuse[sd]?|assault(?:s|ed)?)) {_US}\b",
-        r"(?:was|been|being|got|get) (?:raped|molested|sexually (?:abused|assaulted))",
+        r"(?:was|were|been|being|got|get) (?:\w+ly )?(?:raped|molested|sexually (?:abused|assaulted))",
+        r"(?:sexual|physical|domestic|child) (?:abuse|violence|assault)\b",
+        r"(?:physically|sexually) (?:(?:and|or) \w+ )?abus(?:ed|es|ing|ive)",
+        r"abusive (?:relationship|marriage|home|house|household|childhood|situation|husband|wife|partner|boyfriend|"
+        r"girlfriend|ex|father|mother|parents?|dad|mom|mum|men|man)",
+        r"(?:hit|hits|hitting|beat|beating) each other(?! at\b)",
         r"(?:force[sd]?|made|makes) me (?:to )?have sex",
         r"(?:is|are|am|was|been) being (?:physically |sexually )?abused",
         rf"(?:going to|gonna|will|(?:he|she|they)'ll|might|wants? to) kill {_US}\b(?! (?:for|if i|when i)\b)",
@@ -87,8 +96,10 @@ PHRASES: dict[str, tuple[str, ...]] = {
         rf"{_FEAR} (?:that )?i(?:'ll| will| might| may| could|'m going to) (?:snap and )?"
         rf"(?:{_ATTACK}|hurt) {_OTHERS}\b",
         rf"\bi (?:have |once |sometimes )?(?:hit|beat|slapped|shook|punched|choked|strangled|kicked) {_OTHERS}\b"
-        r"(?! (?:up for|to it|at|in|up with|off) )",
-        r"(?:homicid(?:e|al)\w*)",
+        r"(?! (?:up for|to it|at|up with|out|off)\b)",
+        rf"how i (?:could|would|can|might) (?:{_ATTACK}|hurt) {_OTHERS}\b",
+        r"violent (?:thoughts|urges|impulses|fantasies)",
+        r"homicid(?:e|al)\w*",
         rf"{_HAS} to (?:her|his|their) (?:head|throat)",
     ),
 }

@@ -19,7 +19,26 @@ from psyray.run import write_parquet
 from psyray.tables import connect
 
 SECTION = SpeechesSection(min_chars=1, test_share=0.5)
-WORDS = "the rain and my dog wait for a train that never comes home on sunday when i cook".split()
+WORDS = [
+    "the",
+    "rain",
+    "and",
+    "my",
+    "dog",
+    "wait",
+    "for",
+    "a",
+    "train",
+    "that",
+    "never",
+    "comes",
+    "home",
+    "on",
+    "sunday",
+    "when",
+    "i",
+    "cook",
+]
 
 
 def stay(folder: Path, texts: list[str], chunks: int = 1, section: SpeechesSection = SECTION) -> list[str]:

@@ -17,14 +17,32 @@ from psyray.run import Run
 SECTION = SpeechesSection(test_share=0.5)
 
 
-THINGS = "rain dog train letter garden window piano kettle river winter ladder bread coat lamp market stairs".split()
+THINGS = [
+    "rain",
+    "dog",
+    "train",
+    "letter",
+    "garden",
+    "window",
+    "piano",
+    "kettle",
+    "river",
+    "winter",
+    "ladder",
+    "bread",
+    "coat",
+    "lamp",
+    "market",
+    "stairs",
+]
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
     """Texts of 100 to 1,000 characters that have little in common."""
     draw = Random(seed)
     return [
-        f"Speech number {i}. " + " ".join(f"The {draw.choice(THINGS)} and my {draw.choice(THINGS)} {i + n}." for n in range(8))
+        f"Speech number {i}. "
+        + " ".join(f"The {draw.choice(THINGS)} and my {draw.choice(THINGS)} {i + n}." for n in range(8))
         for i in range(count)
     ]
 
@@ -160,7 +178,9 @@ def test_nothing_in_or_near_an_excluded_set_is_kept(tmp_path):
     assert dropped == {"in an excluded set": 2} and len(kept) == 38
 
 
-@pytest.mark.parametrize(("crisis", "left", "sides"), [("keep", 24, None), ("drop", 20, set()), ("test_only", 24, {"test"})])
+@pytest.mark.parametrize(
+    ("crisis", "left", "sides"), [("keep", 24, None), ("drop", 20, set()), ("test_only", 24, {"test"})]
+)
 def test_flagged_speeches_are_kept_or_dropped_or_held_out(tmp_path, crisis, left, sides):
     values = texts(20) + [f"{text} He hits me. I want to die." for text in texts(4, seed=9)]
     kept, stats = preview(SECTION.model_copy(update={"path": str(write(tmp_path / "s.csv", values)), "crisis": crisis}))
