@@ -251,6 +251,9 @@ class ClusterSection(Section):
 class Config(Section):
     run: RunSection = RunSection()
     speeches: SpeechesSection = SpeechesSection()
+    topics: JudgeSection | None = Field(
+        None, description="the engine (keys as in `judge`, vllm or http) that picks topics where no column does"
+    )
     rubric: str = Field("counselling", description="a name in psyray/assets/rubrics, or a YAML file")
     engine: EngineSection = EngineSection()
     responses: ResponsesSection = ResponsesSection()

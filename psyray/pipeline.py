@@ -15,6 +15,7 @@ from psyray.data.judge import Desk, judgements_stage
 from psyray.data.pairs import pairs_stage
 from psyray.data.ready import Ready, ready_stage
 from psyray.data.speeches import speeches_stage
+from psyray.data.topics import topic_judge, topics_stage
 from psyray.engines.judges import make_judge
 from psyray.errors import PsyrayError
 from psyray.loop import Outcome, Seen, online_loop
@@ -54,6 +55,7 @@ def run_pipeline(config: Config, *, serve: bool = False, say: Callable[[str], No
 def run_stages(run: Run, config: Config, desk: Desk) -> Artifact:
     """All stages in order, up to the exported champion."""
     speeches = speeches_stage(run, config.speeches)
+    topics_stage(run, config, speeches)
     ready = ready_stage(run, config.speeches, desk.rubric, speeches)
     responses = responses_stage(run, config, speeches)
     judgements = judgements_stage(run, desk, responses)
@@ -138,6 +140,7 @@ def check(config: Config) -> None:
 
 def check_settings(config: Config) -> None:
     """Settings that cannot work together; PsyrayError names them."""
+    topic_judge(config)
     make_judge(config.judge, load_rubric(config.rubric), config.engine, config.cluster.wait_s)
     if config.responses.k < 2:
         raise PsyrayError("responses.k is 1: a pair needs two responses to one speech; set responses.k to 2 or more")
