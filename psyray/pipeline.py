@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def run_stages(run: Run, config: Config, desk: Desk) -> Artifact:
 
 def in_pairs(responses: Artifact, pairs: Artifact, ready: Ready | None) -> list[Row]:
     """The responses that stand in a pair: only they need features."""
-    wanted = {row[side] for row in pairs.rows() for side in ("chosen_id", "rejected_id")}
-    known = [*responses.rows(), *(ready.responses() if ready else [])]
+    sides = ["chosen_id", "rejected_id"]
+    wanted = {row[side] for row in pairs.each(sides) for side in sides}
+    known = chain(responses.each(), ready.responses() if ready else [])
     return [row for row in known if row["response_id"] in wanted]
 
 

@@ -47,8 +47,8 @@ def pairs_stage(
             )
         parts = folder.parts(PAIRS, "pair_id")
         parts.append(built)
-        merged = parts.finish()
-        write_parquet(folder.path / LAYOUT, to_layout(merged.to_pylist(maps_as_pydicts="strict"), rubric.keys))
+        parts.finish()
+        write_parquet(folder.path / LAYOUT, to_layout(built, rubric.keys))
         return {"train": splits["train"], "test": splits["test"], "dropped": dict(dropped)}
 
     inputs = [responses, judgements, *([ready.artifact] if ready else [])]

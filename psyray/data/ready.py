@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,21 +43,27 @@ class Ready:
 
     def pairs(self) -> list[Row]:
         """The ready pairs."""
-        return [row for row in self.artifact.rows() if row["source"] != POOL]
+        return [row for row in self.artifact.each() if row["source"] != POOL]
 
-    def responses(self) -> list[Row]:
-        """RESPONSES rows of all its responses, each once."""
-        return list({r["response_id"]: r for row in self.artifact.rows() for r in responses_of(row)}.values())
+    def responses(self) -> Iterator[Row]:
+        """RESPONSES rows of all its responses, each once, with `ratings` beside."""
+        return _unique(response for row in self.artifact.each() for response in responses_of(row))
 
     def judged(self, rubric: Rubric) -> list[Row]:
         """The pool as the gap rule takes it: RESPONSES rows with `ratings` and `score`; unrated ones are left out."""
-        found = {}
-        for row in self.artifact.rows():
-            if row["source"] == POOL:
-                for response in responses_of(row):
-                    if set(rubric.keys) <= set(response["ratings"] or {}):
-                        found[response["response_id"]] = response | {"score": rubric.score(response["ratings"])}
-        return list(found.values())
+        return [
+            row | {"score": rubric.score(row["ratings"])}
+            for row in self.responses()
+            if row["responder"] == POOL and set(rubric.keys) <= set(row["ratings"] or {})
+        ]
+
+
+def _unique(responses: Iterable[Row]) -> Iterator[Row]:
+    seen = set[str]()
+    for row in responses:
+        if row["response_id"] not in seen:
+            seen.add(row["response_id"])
+            yield row
 
 
 def responses_of(pair: Row) -> Iterator[Row]:
@@ -93,8 +99,7 @@ def ready_stage(run: Run, section: SpeechesSection, rubric: Rubric, speeches: Ar
         files = list(gather(sources, rubric, scrubber(section.scrub), counts, work))
         parts = folder.parts(PAIRS, "pair_id")
         with connect(work) as database:
-            known = [speeches.path / name for name in speeches.manifest["files"]]
-            for batch in usable(database, files, known, counts):
+            for batch in usable(database, files, speeches.files, counts):
                 parts.append(batch)
         parts.finish()
         shutil.rmtree(work)

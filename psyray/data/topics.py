@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from psyray.engines.judges import Judge, make_judge
 from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Message, Row, Status, content_id
 from psyray.rubric import Rubric, UnusableAnswer
-from psyray.run import Artifact, Folder, Parts, Run
+from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
 from psyray.stream import stream
 
 TOPICS = pa.schema(
@@ -108,8 +109,9 @@ def topics_stage(run: Run, config: Config, speeches: Artifact) -> Artifact | Non
 
     def make(folder: Folder) -> Mapping[str, Any]:
         parts = folder.parts(TOPICS, "speech_id")
-        for given in _given(speeches):
-            parts.append(given)
+        given = _given(speeches)
+        while batch := list(islice(given, ROWS_IN_MEMORY)):
+            parts.append(batch)
         count = int(speeches.manifest["rows"])
         keep = partial(_keep, parts, judge.id)
         todo = _open(speeches, parts)
@@ -122,9 +124,10 @@ def topics_stage(run: Run, config: Config, speeches: Artifact) -> Artifact | Non
     return run.stage("topics", settings, [speeches], make)
 
 
-def _given(speeches: Artifact) -> Iterator[list[Row]]:
-    for batch in speeches.batches(["speech_id", "topic", "subtopic"]):
-        yield [row | {"by": "column", "status": Status.OK, "attempts": 0} for row in batch.to_pylist() if row["topic"]]
+def _given(speeches: Artifact) -> Iterator[Row]:
+    for row in speeches.each(["speech_id", "topic", "subtopic"]):
+        if row["topic"]:
+            yield row | {"by": "column", "status": Status.OK, "attempts": 0}
 
 
 def _open(speeches: Artifact, parts: Parts) -> Iterator[Row]:
