@@ -56,6 +56,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"self[- ]?harm\w*",
         r"(?:kill|hang|cut|harm|drown)(?:ting|ing|ed)? (?:himself|herself|themselves)",
         r"(?:hit|hitting|punch|punching) my ?self|(?:hitting|bang|banging) my head (?:on|against|into)",
+        r"hit my head (?:on|against) (?:the |a )?walls?\b",
         r"better off not (?:being )?(?:in this world|here|alive)",
         r"(?:care|matters?|cares) (?:if|whether) i (?:live|die)\b",
         r"(?:cut|cutting|slit|slitting) my (?:wrists?|arms?|thighs?|legs?)",
@@ -70,6 +71,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
         rf"{_THEM} (?:is|are|was|were|keeps?|started) (?:hitting|beating|kicking|choking|strangling) {_US}\b",
         rf"{_THEM} (?:rap(?:es|ed)|molest(?:s|ed)|sexually (?:abuse[sd]?|assault(?:s|ed)?)) {_US}\b",
         r"(?:was|were|been|being|got|get) (?:\w+ly )?(?:raped|molested|sexually (?:abused|assaulted))",
+        r"raped (?:at|by|when)\b",
         r"(?:sexual|physical|domestic|child) (?:abuse|violence|assault)\b",
         r"(?:physically|sexually) (?:(?:and|or) \w+ )?abus(?:ed|es|ing|ive)",
         r"abusive (?:relationship|marriage|home|house|household|childhood|situation|husband|wife|partner|boyfriend|"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -47,23 +47,23 @@ class Ready:
 
     def responses(self) -> Iterator[Row]:
         """RESPONSES rows of all its responses, each once, with `ratings` beside."""
-        return _unique(response for row in self.artifact.each() for response in responses_of(row))
+        return self._responses(lambda row: True)
 
     def judged(self, rubric: Rubric) -> list[Row]:
         """The pool as the gap rule takes it: RESPONSES rows with `ratings` and `score`; unrated ones are left out."""
         return [
             row | {"score": rubric.score(row["ratings"])}
-            for row in self.responses()
-            if row["responder"] == POOL and set(rubric.keys) <= set(row["ratings"] or {})
+            for row in self._responses(lambda pair: pair["source"] == POOL)
+            if set(rubric.keys) <= set(row["ratings"] or {})
         ]
 
-
-def _unique(responses: Iterable[Row]) -> Iterator[Row]:
-    seen = set[str]()
-    for row in responses:
-        if row["response_id"] not in seen:
-            seen.add(row["response_id"])
-            yield row
+    def _responses(self, wanted: Callable[[Row], bool]) -> Iterator[Row]:
+        seen = set[str]()
+        for pair in filter(wanted, self.artifact.each()):
+            for row in responses_of(pair):
+                if row["response_id"] not in seen:
+                    seen.add(row["response_id"])
+                    yield row
 
 
 def responses_of(pair: Row) -> Iterator[Row]:
