@@ -31,8 +31,8 @@ def show_plan(config: Config, out: Console) -> None:
     for line in lines(config, speeches["kept"], speeches["train"]):
         table.add_row(*line)
     out.print(table)
-    for line in speech_lines(speeches):
-        out.print(line)
+    for words in speech_lines(speeches):
+        out.print(words)
     out.print(f"labels: {labels(config)}")
     out.print(f"ledger: {'SQLite beside the run folder' if config.ledger.url is None else 'as configured'}")
     for name in missing_models(config):
