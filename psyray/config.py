@@ -52,7 +52,9 @@ class SourceSection(Section):
 
 
 class SpeechesSection(Section):
-    path: str | None = Field(None, description="JSONL, CSV, Parquet, a data set's folder, hf://owner/name; none: what ships")
+    path: str | None = Field(
+        None, description="JSONL, CSV, Parquet, a data set's folder, hf://owner/name; none: what ships"
+    )
     text_column: str | None = Field(None, description="the column with the client's words; none: recognised")
     sources: list[SourceSection] = Field([], description="several sets, each with a name; docs/speeches.md")
     exclude: list[str] = Field([], description="test sets: no speech in them, or near one in them, is used")

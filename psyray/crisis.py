@@ -122,9 +122,7 @@ _DENIED = re.compile(rf"(?:{'|'.join(_DENIALS)})\s*$")
 # The wish may be the phrase's own first word, so that the denial stands right before it.
 _WISHED, _DENIED_WISH = re.compile(rf"{_WISH}\b"), re.compile(rf"(?:{_NOT}|\bnot)\s*$")
 _CLAUSE = re.compile(r"[.!?;:,()]|\b(?:but|although|though|except)\b")
-_KINDS = {
-    kind: re.compile("|".join(rf"(?<!\w)(?:{phrase})" for phrase in phrases)) for kind, phrases in PHRASES.items()
-}
+_KINDS = {kind: re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})") for kind, phrases in PHRASES.items()}
 
 
 def flag(text: str) -> bool:

@@ -45,14 +45,14 @@ _PERSON = (
 _SOMEONE = r"(?:girl|boy|man|woman|guy|lady|someone|somebody|person|people|kid|child|baby|lad|bloke|one|friend)"
 # Case decides in a name, not in what leads to it.
 _CUES = (
-    r"(?i:\bmy name(?:'s|\u2019s| is| was)) ",
-    r"(?i:\b(?:his|her|their|whose|husband's|wife's|son's|daughter's) name(?:'s|\u2019s| is| was)) ",
-    r"(?i:\b(?:i'm|i\u2019m|i am) called|\b(?:just |please |you can |everyone |people |they )call(?:s)? me) ",
-    r"(?i:\b(?:hi|hello|hey)(?: there| all| everyone)?[,.!]? (?:i'm|i\u2019m|i am|this is|it's|my name is)) ",
-    rf"(?i:\bmy (?:\w+ )?{_PERSON},? (?:named |called )?\(?)",
-    rf"(?i:\b(?:{_SOMEONE}|{_PERSON})(?: who is| who's)? (?:named|called)) ",
+    r"(?i:my name(?:'s|\u2019s| is| was)) ",
+    r"(?i:(?:his|her|their|whose|husband's|wife's|son's|daughter's) name(?:'s|\u2019s| is| was)) ",
+    r"(?i:(?:i'm|i\u2019m|i am) called|(?:just |please |you can |everyone |people |they )call(?:s)? me) ",
+    r"(?i:(?:hi|hello|hey)(?: there| all| everyone)?[,.!]? (?:i'm|i\u2019m|i am|this is|it's|my name is)) ",
+    rf"(?i:my (?:\w+ )?{_PERSON},? (?:named |called )?\(?)",
+    rf"(?i:(?:{_SOMEONE}|{_PERSON})(?: who is| who's)? (?:named|called)) ",
 )
-_CUED = re.compile(rf"(?:{'|'.join(_CUES)}){_FULL}")
+_CUED = re.compile(rf"\b(?:{'|'.join(_CUES)}){_FULL}")
 _CLOSING = re.compile(
     r"(?i:\b(?:thanks|thank you|regards|sincerely|yours|love|cheers|best wishes)(?: so much| in advance| again)?)"
     rf"[,.!\s-]+{_FULL}[.!]?\s*$"

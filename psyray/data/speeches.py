@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 SHIPPED = ASSETS / "speeches.jsonl"
 CHUNK = 4_000  # speeches that a worker cleans together
+TOPICS_SHOWN = 100  # of a column with more, the largest stand in the numbers
 
 
 @dataclass
@@ -229,10 +230,6 @@ def _numbers(
 ) -> dict[str, Any]:
     splits = _counts(database, "SELECT split, count(*) FROM kept GROUP BY split")
     about = "FROM kept JOIN clean USING (row)"
-    topics: dict[str, dict[str, int]] = {}
-    by_topic = f"SELECT topic, split, count(*) {about} GROUP BY ALL ORDER BY ALL"
-    for topic, split, count in database.execute(by_topic).fetchall():
-        topics.setdefault(topic or "none", {"train": 0, "test": 0})[split] = count
     kinds = f"SELECT kind, count(*) FROM (SELECT unnest(crisis_kinds) AS kind {about}) GROUP BY kind ORDER BY kind"
     found = f"SELECT {', '.join(f'sum({kind})' for kind in KINDS)} {about}"
     scrubbed = dict(zip(KINDS, database.execute(found).fetchone() or (), strict=False))
@@ -248,8 +245,20 @@ def _numbers(
         "scrubbed": {kind: int(count or 0) for kind, count in scrubbed.items()},
         "sources": dict(raw.read),
         "kept_of": _counts(database, f"SELECT source, count(*) {about} GROUP BY source ORDER BY source"),
-        "topics": topics,
+        "topics": _topics(database, splits),
     }
+
+
+def _topics(database: duckdb.DuckDBPyConnection, splits: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Both sides of the split for each of the largest topics, and for the rest together."""
+    query = """
+    SELECT topic, count(*) FILTER (split = 'train'), count(*) FILTER (split = 'test')
+    FROM kept JOIN clean USING (row) GROUP BY topic ORDER BY count(*) DESC, topic LIMIT $most
+    """
+    found = database.execute(query, {"most": TOPICS_SHOWN}).fetchall()
+    topics = {topic or "none": {"train": train, "test": test} for topic, train, test in found}
+    rest = {side: splits.get(side, 0) - sum(topic[side] for topic in topics.values()) for side in ("train", "test")}
+    return topics | ({"others": rest} if any(rest.values()) else {})
 
 
 def _nothing_left(section: SpeechesSection, dropped: Counter[str]) -> PsyrayError:

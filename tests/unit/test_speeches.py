@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from psyray.config import SpeechesSection
+from psyray.data import speeches
 from psyray.data.speeches import SHIPPED, preview, speeches_stage
 from psyray.errors import PsyrayError
 from psyray.run import Run
@@ -156,6 +157,15 @@ def test_several_sources_keep_their_names_and_share_no_speech(tmp_path):
     assert stats["sources"] == {"b": 20, "a": 20} and stats["kept_of"] == {"a": 20, "b": 10}
     assert stats["dropped"] == {"duplicate": 10}
     assert kept == several(a, b)[0], "the order of the sources decides nothing"
+
+
+def test_many_topics_are_summed_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(speeches, "TOPICS_SHOWN", 3)
+    rows = [{"text": text, "topic": f"t{n // 4}"} for n, text in enumerate(texts(20))]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, stats = several(source("a", tmp_path / "s.jsonl"))
+    assert list(stats["topics"]) == ["t0", "t1", "t2", "others"]
+    assert [sum(sides.values()) for sides in stats["topics"].values()] == [4, 4, 4, 8]
 
 
 def test_a_sources_side_is_kept_and_test_wins(tmp_path):
