@@ -5,27 +5,39 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from psyray.config import PairsSection
 from psyray.errors import PsyrayError
-from psyray.records import PAIRS, Row, Status, compare, content_id, normalise, pair_row, speech_id
+from psyray.records import PAIRS, Message, Row, Status, compare, content_id, normalise, pair_row, speech_id
 from psyray.rubric import Rubric
 from psyray.run import Artifact, Folder, Run, write_parquet
+
+if TYPE_CHECKING:
+    from psyray.data.ready import Ready
 
 LAYOUT = "psychocounsel.parquet"
 
 
-def pairs_stage(run: Run, section: PairsSection, rubric: Rubric, responses: Artifact, judgements: Artifact) -> Artifact:
-    """The stage `pairs`: rows of PAIRS, the same in the published layout, and counts of what was left out."""
+def pairs_stage(
+    run: Run,
+    section: PairsSection,
+    rubric: Rubric,
+    responses: Artifact,
+    judgements: Artifact,
+    ready: Ready | None = None,
+) -> Artifact:
+    """The stage `pairs`: rows of PAIRS, the same in the published layout, and counts of what was left out.
+
+    Pairs of a data set join those that the gap rule makes; rated responses of one go through the rule.
+    """
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        judged = join(responses.rows(), judgements.rows())
+        judged = join(responses.rows(), judgements.rows()) + (ready.judged(rubric) if ready else [])
         built, dropped = build_pairs(judged, section, rubric)
+        built += ready.pairs() if ready else []
         splits = Counter(row["split"] for row in built)
         if not splits["train"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "there were no responses"
@@ -39,7 +51,8 @@ def pairs_stage(run: Run, section: PairsSection, rubric: Rubric, responses: Arti
         write_parquet(folder.path / LAYOUT, to_layout(built, rubric.keys))
         return {"train": splits["train"], "test": splits["test"], "dropped": dict(dropped)}
 
-    return run.stage("pairs", section.model_dump() | {"rubric": rubric.id}, [responses, judgements], make)
+    inputs = [responses, judgements, *([ready.artifact] if ready else [])]
+    return run.stage("pairs", section.model_dump() | {"rubric": rubric.id}, inputs, make)
 
 
 def join(responses: Iterable[Row], judgements: Iterable[Row]) -> list[Row]:
@@ -109,24 +122,16 @@ def to_layout(pairs: Sequence[Row], keys: Sequence[str]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=pa.schema([("ID", pa.string()), ("prefID", pa.int64()), *text, *rated]))
 
 
-def from_layout(path: Path, rubric: Rubric, split: str = "train") -> list[Row]:
-    """PAIRS rows of a Parquet file in the published layout; PsyrayError names a missing column."""
-    layout = pq.read_table(path)
-    missing = {"question", "chosen", "rejected"} - set(layout.column_names)
-    if missing:
-        raise PsyrayError(
-            f"{path} is not in the layout of PsychoCounsel-Preference: no column {', '.join(sorted(missing))}"
-        )
-    return [_from_layout(row, rubric, split) for row in layout.to_pylist()]
+def from_layout(row: Row, messages: list[Message], rubric: Rubric) -> Row:
+    """The PAIRS row of one in the published layout, answering `messages`; its side of the split is still open.
 
-
-def _from_layout(row: Row, rubric: Rubric, split: str) -> Row:
-    messages = [{"role": "user", "content": row["question"]}]
-    speech = {"speech_id": speech_id(messages), "messages": messages, "split": split}
+    The margin is 0 where a rating is missing.
+    """
+    speech = {"speech_id": speech_id(messages), "messages": messages, "split": None}
     responses = []
     for side in ("chosen", "rejected"):
         rated = {key: row.get(f"{side}_{key}_rating") for key in rubric.keys}
-        ratings = {key: float(value) for key, value in rated.items() if value is not None}
+        ratings = {key: float(value) for key, value in rated.items() if value not in (None, "")}
         key = content_id("response", speech["speech_id"], normalise(row[side]))
         model = row.get(f"{side}_model") or ""
         responses.append({"response_id": key, "text": row[side], "model": model, "ratings": ratings or None})
