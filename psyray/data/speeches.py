@@ -29,8 +29,7 @@ from psyray.errors import PsyrayError
 from psyray.records import SPEECHES, Row, content_id, table
 from psyray.run import Artifact, Folder, Run, write_parquet
 from psyray.stream import Progress
-from psyray.tables import batches, connect
-from psyray.tables import sources as escaped
+from psyray.tables import batches, connect, view
 
 if TYPE_CHECKING:
     import duckdb
@@ -179,9 +178,7 @@ def select(
     """
     if not files:
         raise _nothing_left(section, Counter({"no text": raw.without_text}))
-    # A view takes no parameters; the paths are the run's own.
-    names = ", ".join("'" + name.replace("'", "''") + "'" for name in escaped(files))
-    database.execute(f"CREATE TEMP VIEW clean AS SELECT * FROM read_parquet([{names}])")
+    view(database, "clean", files)
     database.execute(_POOL)
     database.execute("CREATE TEMP TABLE gone (n BIGINT, keeper BIGINT)")
     if section.near_duplicates is not None:
