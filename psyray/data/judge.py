@@ -6,16 +6,20 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from psyray.active.ledger import Answer, Ledger, Question
 from psyray.config import JudgeSection
-from psyray.engines.judges import Judge
-from psyray.errors import PsyrayError
+from psyray.engines import journal
+from psyray.engines.judges import Judge, error_class
+from psyray.errors import PsyrayError, from_workers
 from psyray.records import JUDGEMENTS, Row, Status, content_id
 from psyray.rubric import Rubric
 from psyray.run import Artifact, Folder, Run
 from psyray.stream import stream
+
+CALLS = "calls"  # where in a stage's folder an engine keeps the journal of its calls
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
         folder.parts(JUDGEMENTS, "response_id").append(judged)
         folder.parts(JUDGEMENTS, "response_id").finish()
         usable = sum(row["status"] == Status.OK for row in responses.rows())
-        return summary(judged, desk) | {"unjudged": usable - len(judged)}
+        calls = journal.stats(folder.path / CALLS)
+        return summary(judged, desk) | {"unjudged": usable - len(judged)} | ({"calls": calls} if calls else {})
 
     return run.stage("judgements", desk.identity | {"budget": desk.section.budget}, [responses], make)
 
@@ -81,7 +86,8 @@ def ask(folder: Folder, desk: Desk, questions: Sequence[Question], *, title: str
         desk.ledger.answer(_answer(r, desk.judge.id) for r in results)
 
     todo = [{"key": q.question_id, **q.payload} for q in questions]
-    stream(folder, todo, desk.judge.rate, keep, title=title, done=done)
+    with from_workers():
+        stream(folder, todo, partial(desk.judge.rate, folder=folder.path / CALLS), keep, title=title, done=done)
 
 
 def _answer(result: Row, who: str) -> Answer:
@@ -134,6 +140,9 @@ def summary(judged: Sequence[Row], desk: Desk) -> dict[str, Any]:
         "judge": desk.judge.id,
         "ok": len(good),
         "invalid_share": 1 - len(good) / len(judged) if judged else 0.0,
+        "errors": dict(
+            Counter(error_class(row["error"]) for row in judged if row["status"] != Status.OK).most_common()
+        ),
         "mean_score": sum(row["score"] for row in good) / len(good) if good else None,
         "principles": {k: sum(r["ratings"][k] for r in good) / len(good) for k in desk.rubric.keys} if good else {},
     }

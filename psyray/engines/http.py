@@ -1,118 +1,404 @@
-"""Ratings from an OpenAI-compatible endpoint: concurrent, retried with back-off, one outcome for each row."""
+"""OpenAI-compatible endpoints: one actor asks for all rows, under one pace, one purse and one journal.
+
+`Client.ask` puts one question until there is an answer that can be read, `retries` further times at most; every way
+to fail is an error text that starts with its class (`timeout`, `http 503`, `refused 401`, `not json`, ...) and holds
+nothing that a client said. `HttpRater` and `HttpGenerator` are the batch functions around it. Rows flow: each block
+of rows has a thread of the actor, all threads share one event loop, and a block that waits for a slow answer keeps
+none of the others.
+
+A stage stops early, with the requests under way finished and kept, when the money does not reach, when the endpoint
+fails `IN_A_ROW` rows one after the other, or when it asks for a longer rest than `LONGEST_REST_S`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-import random
 import time
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any, Generic, TypeVar
 
-from psyray.config import JudgeSection
-from psyray.records import Row
+from pydantic import SecretStr
+
+from psyray.config import EndpointSection
+from psyray.engines.journal import Call, Journal
+from psyray.engines.pace import NO_MONEY, Halted, Pace, Purse, backoff, pause, retry_after
+from psyray.errors import PsyrayError
+from psyray.records import Message, Row
 from psyray.rubric import Rubric, UnusableAnswer
 
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
-LONGEST_WAIT_S = 60.0
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
+IN_A_ROW = 20  # rows, or answers without usage
+LONGEST_REST_S = 600.0
+LARGEST_ANSWER = 4 * 2**20  # bytes
+BYTES_PER_TOKEN = 4.0  # of a request, until the first usage says better
+BLOCKS_AT_ONCE = 256  # each is a thread of the actor
+
+T = TypeVar("T")
 
 
-def api_key(section: JudgeSection) -> str:
+def api_key(endpoint: EndpointSection) -> SecretStr:
     """The endpoint's key, from the environment only; empty where it needs none."""
-    return os.environ.get(section.api_key_env, "")
+    return SecretStr(os.environ.get(endpoint.api_key_env, "").strip())
 
 
-class RefusedRequest(Exception):
-    """The endpoint gave no answer that a further try could mend."""
+@dataclass(frozen=True)
+class Reply:
+    """What one request brought: an answer's text, or an error and whether a further try may mend it."""
+
+    status: str
+    error: str = ""
+    again: bool = False
+    rest_s: float | None = None  # the endpoint's Retry-After
+    text: str | None = None
+    finish: str = ""
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
-class HttpRater:
-    """A Ray Data batch function; keeps `concurrency` requests under way."""
+@dataclass
+class Outcome(Generic[T]):
+    """What became of one row; `value` is None where there is an error."""
 
-    def __init__(self, rubric: Rubric, section: JudgeSection, key: str) -> None:
-        self.rubric, self.section = rubric, section
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+    value: T | None = None
+    call: Call | None = None  # the last answer
+    error: str = ""
+    attempts: int = 0
+    cost: float = 0.0
+    latency_s: float = 0.0  # from the first request of this process to the end
 
-    def __call__(self, batch: Any) -> Any:
+
+class Client:
+    """Asks one endpoint for one model's answers; lives in an event loop. `name` stands for it in errors."""
+
+    def __init__(
+        self, endpoint: EndpointSection, model: str, key: SecretStr, journal: Journal, name: str = "judge"
+    ) -> None:
+        self.endpoint, self.model, self.key, self.journal, self.name = endpoint, model, key, journal, name
+        self.url = f"{(endpoint.url or '').rstrip('/')}/chat/completions"
+        purse = Purse(endpoint.max_cost, journal.totals.cost)
+        self.pace = Pace(endpoint.concurrency, purse, endpoint.requests_per_minute, endpoint.tokens_per_minute)
+        self.failed_in_a_row = self.unpriced_in_a_row = 0
+        self._bytes, self._tokens = 0, 0
+        self._session: Any = None
+
+    async def ask(self, key: str, messages: list[Message], sampling: Row, read: Callable[[Call], T]) -> Outcome[T]:
+        """The first answer that `read` does not refuse with UnusableAnswer; Halted where no more may be asked.
+
+        Answers that the journal holds come first and are free. They count as attempts; failed requests of earlier
+        processes do not, since what failed them may be mended.
+        """
+        outcome, began = Outcome[T](), 0.0
+        for call in self.journal.answers(key):
+            if _take(outcome, call, read):
+                return outcome
+        body = json.dumps({"model": self.model, "messages": messages, **sampling}).encode()
+        while outcome.attempts <= self.endpoint.retries:
+            attempt = outcome.attempts + 1
+            reply, call = await self._call(key, attempt, body, int(sampling["max_tokens"]))
+            began = began or time.monotonic() - call.latency_s
+            outcome.latency_s = time.monotonic() - began
+            if reply.text is not None:
+                if _take(outcome, call, read):
+                    break
+                continue
+            outcome.attempts, outcome.error = attempt, reply.error
+            outcome.cost += call.cost or 0.0
+            if not reply.again:
+                break
+            if attempt <= self.endpoint.retries:
+                await self._rest(reply, attempt)
+        self._watch(outcome)
+        return outcome
+
+    async def _call(self, key: str, attempt: int, body: bytes, most_tokens: int) -> tuple[Reply, Call]:
+        """One request, in its turn, with a line in the journal before and after it."""
+        prompt = len(body) / (self._bytes / self._tokens if self._tokens else BYTES_PER_TOKEN)
+        held = self._price(prompt, most_tokens)
+        await self.pace.turn(prompt + most_tokens, held)
+        sent_at, used, cost = time.monotonic(), None, 0.0
+        try:
+            self.journal.sent(key, attempt)
+            reply = await self._post(body)
+            priced = reply.prompt_tokens is not None and reply.completion_tokens is not None
+            if priced:
+                used = float((reply.prompt_tokens or 0) + (reply.completion_tokens or 0))
+                cost = self._price(reply.prompt_tokens or 0, reply.completion_tokens or 0)
+                self._bytes, self._tokens = self._bytes + len(body), self._tokens + (reply.prompt_tokens or 0)
+            # A refusal is no service and costs nothing; a cut connection or an answer without usage may have cost.
+            known = priced or (reply.status.isdigit() and reply.status != "200")
+            call = Call(
+                key, attempt, reply.status, reply.prompt_tokens, reply.completion_tokens, cost if known else None,
+                round(time.monotonic() - sent_at, 3), reply.text, reply.finish,
+            )  # fmt: skip
+            self.journal.got(call)
+        finally:
+            self.pace.done(prompt + most_tokens, used, held, cost)
+        if reply.status == "429" or reply.rest_s is not None:
+            self._slow_down(reply, attempt, sent_at)
+        elif reply.text is not None:
+            self.pace.good()
+            self._check_usage(priced)
+        return reply, call
+
+    async def _post(self, body: bytes) -> Reply:
+        import aiohttp
+
+        if self._session is None:
+            headers = {"Content-Type": "application/json"}
+            if secret := self.key.get_secret_value():
+                headers["Authorization"] = f"Bearer {secret}"
+            self._session = aiohttp.ClientSession(
+                headers=headers,
+                timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout_s),
+                connector=aiohttp.TCPConnector(limit=self.endpoint.concurrency),
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        try:
+            # A redirect could lead to a host that nobody configured.
+            async with self._session.post(self.url, data=body, allow_redirects=False) as reply:
+                if reply.status != 200:
+                    again = reply.status in RETRIED
+                    error = f"{'http' if again else 'refused'} {reply.status}"
+                    return Reply(str(reply.status), error, again, retry_after(reply.headers) if again else None)
+                raw = bytearray()
+                async for chunk in reply.content.iter_any():
+                    raw += chunk
+                    if len(raw) > LARGEST_ANSWER:
+                        return Reply("too large", f"too large: an answer of more than {LARGEST_ANSWER} bytes", True)
+        except TimeoutError:
+            return Reply("timeout", f"timeout: no answer within {self.endpoint.timeout_s:g} s", True)
+        except (aiohttp.ClientError, OSError) as error:  # unreachable, or cut off
+            return Reply("connection", f"connection: {type(error).__name__}", True)
+        return _read_reply(bytes(raw))
+
+    def _price(self, prompt_tokens: float, completion_tokens: float) -> float:
+        prompt, completion = self.endpoint.price_per_million_tokens
+        return (prompt_tokens * prompt + completion_tokens * completion) / 1e6
+
+    async def _rest(self, reply: Reply, attempt: int) -> None:
+        await pause(self.pace.halted, backoff(attempt, reply.rest_s))
+        if self.pace.halted.is_set():
+            raise Halted
+
+    def _slow_down(self, reply: Reply, attempt: int, sent_at: float) -> None:
+        """One answer `busy` is meant for all requests."""
+        if (reply.rest_s or 0.0) > LONGEST_REST_S:
+            self.pace.halt(f"the endpoint answers {reply.error} and asks for a rest of {reply.rest_s:.0f} s")
+        self.pace.busy(backoff(attempt, None) if reply.rest_s is None else reply.rest_s, sent_at)
+
+    def _check_usage(self, priced: bool) -> None:
+        self.unpriced_in_a_row = 0 if priced else self.unpriced_in_a_row + 1
+        if self.endpoint.max_cost is not None and self.unpriced_in_a_row >= IN_A_ROW:
+            self.pace.halt(f"{IN_A_ROW} answers in a row hold no usage, so {self.name}.max_cost cannot be kept")
+
+    def _watch(self, outcome: Outcome[T]) -> None:
+        """Halt where the endpoint serves nobody any more, and keep the rows that failed by it open (Halted).
+
+        An answer that cannot be used is service all the same.
+        """
+        self.failed_in_a_row = 0 if outcome.call is not None else self.failed_in_a_row + 1
+        if self.failed_in_a_row < IN_A_ROW:
+            return
+        hint = f": is the key in ${self.endpoint.api_key_env} right, and the model's name?"
+        self.pace.halt(
+            f"the endpoint failed {IN_A_ROW} rows in a row, the last with `{outcome.error}`"
+            + (hint if outcome.error.startswith("refused") else "")
+        )
+        raise Halted
+
+    async def close(self) -> None:
+        """Let go of the connections and the journal."""
+        if self._session is not None:
+            await self._session.close()
+        self.journal.close()
+
+    async def stopped(self) -> PsyrayError:
+        """Why no more is asked, what was spent, and how to go on; waits until no request is under way."""
+        await self.pace.idle()
+        spent, name, why = self.journal.totals, self.name, self.pace.why
+        mend = "mend the cause"
+        if why == NO_MONEY:
+            why = f"{name}.max_cost ({self.endpoint.max_cost:g}) does not reach for a further request"
+            mend = f"raise {name}.max_cost"
+        counts = {"lost": spent.lost, "without a price": spent.unpriced}
+        unknown = [f"{count} {what}" for what, count in counts.items() if count]
+        return PsyrayError(
+            f"{name}: {why}. So far {spent.cost:.4f} was spent: {spent.calls} calls"
+            + (f" ({', '.join(unknown)}: what they cost is not known)" if unknown else "")
+            + f", {spent.prompt_tokens} prompt and {spent.completion_tokens} completion tokens. Every answer is kept; "
+            f"{mend} and run the same command again to go on"
+        )
+
+
+def _take(outcome: Outcome[T], call: Call, read: Callable[[Call], T]) -> bool:
+    """Add an answer to a row's outcome; whether it can be used."""
+    outcome.call, outcome.attempts, outcome.error = call, call.attempt, ""
+    outcome.cost += call.cost or 0.0
+    try:
+        outcome.value = read(call)
+    except UnusableAnswer as problem:
+        outcome.error = str(problem)
+    return not outcome.error
+
+
+def _read_reply(raw: bytes) -> Reply:
+    """An answer in the OpenAI chat format; an error of the class `garbled` for anything else."""
+    try:
+        answer = json.loads(raw)
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        text, finish = choice["message"].get("content") or "", choice.get("finish_reason") or ""
+        prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    except (ValueError, RecursionError):
+        return Reply("garbled", "garbled: the answer is no JSON", True)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return Reply("garbled", "garbled: the answer is not in the OpenAI chat format", True)
+    if not isinstance(text, str):
+        error = "garbled: the answer's content is no text"
+        return Reply("garbled", error, True, prompt_tokens=prompt, completion_tokens=completion)
+    # A lone surrogate is valid in JSON and nowhere else.
+    clean = text.encode("utf-8", "replace").decode()
+    return Reply("200", text=clean, finish=str(finish), prompt_tokens=prompt, completion_tokens=completion)
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+class _Worker:
+    """A Ray Data batch function: many threads bring rows, one event loop asks for them all."""
+
+    def __init__(self, endpoint: EndpointSection, model: str, key: SecretStr, folder: Path, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        Thread(target=self.loop.run_forever, daemon=True).start()
+        self.client = Client(endpoint, model, key, Journal(folder), name)
+
+    def __call__(self, batch: Any) -> Iterator[Any]:
+        """One row out for each row in; PsyrayError where the client stopped."""
         import pyarrow as pa
 
-        return pa.Table.from_pylist(asyncio.run(self._rate_all(batch.to_pylist())))
+        rows = asyncio.run_coroutine_threadsafe(self._all(batch.to_pylist()), self.loop).result()
+        yield pa.Table.from_pylist(rows, schema=self.schema())
 
-    async def _rate_all(self, rows: list[Row]) -> list[Row]:
-        import aiohttp
+    async def _all(self, rows: list[Row]) -> list[Row]:
+        done = await asyncio.gather(*(self.one(row) for row in rows), return_exceptions=True)
+        failed = [result for result in done if isinstance(result, BaseException)]
+        if not failed:
+            return [row for row in done if not isinstance(row, BaseException)]
+        for error in failed:
+            if not isinstance(error, Halted):
+                self.client.pace.halt(type(error).__name__)
+                await self.client.pace.idle()
+                raise error
+        raise await self.client.stopped()
 
-        slots = asyncio.Semaphore(self.section.concurrency)
-        timeout = aiohttp.ClientTimeout(total=self.section.timeout_s)
-        async with aiohttp.ClientSession(headers=self.headers, timeout=timeout) as session:
-            return list(await asyncio.gather(*(self._rate(session, slots, row) for row in rows)))
+    def close(self) -> None:
+        """Let go of connections, journal and thread."""
+        asyncio.run_coroutine_threadsafe(self.client.close(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
-    async def _rate(self, session: Any, slots: asyncio.Semaphore, row: Row) -> Row:
+    def one(self, row: Row) -> Coroutine[Any, Any, Row]:
+        """The row that answers a row."""
+        raise NotImplementedError
+
+    def schema(self) -> Any:
+        """The Arrow schema of the rows that come out."""
+        raise NotImplementedError
+
+
+class HttpRater(_Worker):
+    """Rows {key, messages, response} in, one judge's outcome (psyray.engines.judges) for each out."""
+
+    def __init__(
+        self, rubric: Rubric, endpoint: EndpointSection, model: str, max_tokens: int, key: SecretStr, folder: Path
+    ) -> None:
+        super().__init__(endpoint, model, key, folder, "judge")
+        self.rubric, self.sampling = rubric, {"temperature": 0, "max_tokens": max_tokens}
+
+    async def one(self, row: Row) -> Row:
         from psyray.engines.judges import outcome
 
-        started, attempts, cost, text, error = time.monotonic(), 0, 0.0, "", ""
         question = self.rubric.question(row["messages"], row["response"])
-        while attempts <= self.section.retries:
-            attempts += 1
-            try:
-                async with slots:
-                    text, tokens = await self._ask(session, question)
-                cost += self._price(tokens)
-                ratings = self.rubric.parse(text)
-                spent: Row = {"attempts": attempts, "latency_s": time.monotonic() - started, "cost": cost}
-                return outcome(row["key"], ratings, raw_text=text, **spent)
-            except UnusableAnswer as problem:
-                error = str(problem)
-            except RefusedRequest as problem:
-                error = str(problem)
-                break
-            except _Again as again:
-                error = str(again)
-                if attempts <= self.section.retries:
-                    await asyncio.sleep(again.wait(attempts))
-        spent = {"attempts": attempts, "latency_s": time.monotonic() - started, "cost": cost}
-        return outcome(row["key"], None, raw_text=text, error=error, **spent)
+        found = await self.client.ask(
+            row["key"], question, self.sampling, lambda call: self.rubric.parse(call.text or "")
+        )
+        return outcome(
+            row["key"],
+            found.value,
+            raw_text=(found.call.text or "") if found.call else "",
+            error=found.error,
+            attempts=found.attempts,
+            latency_s=found.latency_s,
+            cost=found.cost,
+        )
 
-    async def _ask(self, session: Any, question: list[dict[str, str]]) -> tuple[str, dict[str, int]]:
-        """The answer's text and token counts; _Again for what may pass, RefusedRequest for what will not."""
-        import aiohttp
+    def schema(self) -> Any:
+        import pyarrow as pa
 
-        body = {
-            "model": self.section.model,
-            "messages": question,
-            "temperature": 0,
-            "max_tokens": self.section.max_tokens,
+        texts = [(name, pa.string()) for name in ("key", "ratings", "raw_text", "error")]
+        return pa.schema([*texts, ("attempts", pa.int64()), ("latency_s", pa.float64()), ("cost", pa.float64())])
+
+
+class HttpGenerator(_Worker):
+    """Rows {key, messages, sampling} in, {key, text, tokens, logprobs, __inference_error__} out, as vLLM gives them."""
+
+    async def one(self, row: Row) -> Row:
+        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        found = await self.client.ask(row["key"], messages, json.loads(row["sampling"]), lambda call: call)
+        call = found.value
+        return {
+            "key": row["key"],
+            "text": call.text if call else None,
+            "tokens": call.completion_tokens if call else None,
+            "logprobs": "",
+            "__inference_error__": found.error,
         }
-        url = f"{(self.section.url or '').rstrip('/')}/chat/completions"
-        try:
-            async with session.post(url, json=body) as reply:
-                if reply.status in RETRIED:
-                    raise _Again(f"HTTP {reply.status}", reply.headers.get("Retry-After"))
-                if reply.status != 200:
-                    raise RefusedRequest(f"HTTP {reply.status} from {url}")
-                answer = json.loads(await reply.text())
-        except (aiohttp.ClientError, TimeoutError) as error:  # unreachable, cut off, or too slow
-            raise _Again(f"{type(error).__name__} from {url}") from error
-        except json.JSONDecodeError as error:
-            raise _Again(f"no JSON from {url}") from error
-        try:
-            return answer["choices"][0]["message"]["content"] or "", answer.get("usage") or {}
-        except (KeyError, IndexError, TypeError) as error:
-            raise RefusedRequest(f"{url} does not answer in the OpenAI chat format") from error
 
-    def _price(self, tokens: dict[str, int]) -> float:
-        prompt, completion = self.section.price_per_million_tokens
-        return (tokens.get("prompt_tokens", 0) * prompt + tokens.get("completion_tokens", 0) * completion) / 1e6
+    def schema(self) -> Any:
+        import pyarrow as pa
+
+        texts = [(name, pa.string()) for name in ("key", "text", "logprobs", "__inference_error__")]
+        return pa.schema([*texts, ("tokens", pa.int64())])
 
 
-class _Again(Exception):
-    """A failure that may pass."""
+def rate(dataset: Any, rubric: Rubric, endpoint: EndpointSection, model: str, max_tokens: int, folder: Path) -> Any:
+    """Rate every row's `response` to its `messages`; the journal of calls lies in `folder`, which all nodes see."""
+    arguments = (rubric, endpoint, model, max_tokens, api_key(endpoint), folder)
+    return _on_one_actor(dataset, HttpRater, endpoint, arguments)
 
-    def __init__(self, what: str, retry_after: str | None = None) -> None:
-        super().__init__(what)
-        self.retry_after = retry_after
 
-    def wait(self, attempt: int) -> float:
-        """Seconds to wait: what the server asked for, else exponential with full jitter."""
-        if self.retry_after and self.retry_after.strip().isdigit():
-            return min(float(self.retry_after), LONGEST_WAIT_S)
-        return random.uniform(0, min(2.0**attempt, LONGEST_WAIT_S))
+def generate(dataset: Any, model: str, endpoint: EndpointSection, folder: Path, name: str = "responder") -> Any:
+    """Answer every row's `messages` under its `sampling`; the rows of `psyray.engines.vllm.generate`.
+
+    `folder` holds the journal of calls, is seen by all nodes, and belongs to this endpoint and model alone; `name`
+    stands before `max_cost` in errors. A PsyrayError of the actor stops the dataset (psyray.errors.from_workers).
+    """
+    return _on_one_actor(dataset, HttpGenerator, endpoint, (endpoint, model, api_key(endpoint), folder, name))
+
+
+def _on_one_actor(dataset: Any, function: type[_Worker], endpoint: EndpointSection, arguments: tuple[Any, ...]) -> Any:
+    """One process for all rows, so that its limits are the limits.
+
+    As long as fewer rows are stuck than there are blocks in the actor, there is work for every request that may be
+    under way, however slow some answers are.
+    """
+    from ray.data import ActorPoolStrategy
+
+    blocks = min(endpoint.concurrency + 4, BLOCKS_AT_ONCE)
+    return dataset.map_batches(
+        function,
+        fn_constructor_args=arguments,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=1,
+            max_concurrent_calls_per_actor=blocks,
+            max_tasks_in_flight_per_actor=blocks + 4,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=0.25,
+    )
