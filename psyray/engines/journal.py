@@ -103,7 +103,8 @@ class Journal:
             for offset, line in _lines(Path(file.name)):
                 self._note(line, number, offset)
         self._number = len(self._files)
-        path = folder / f"calls-{self._number:06d}.jsonl"
+        last = int(Path(self._files[-1].name).stem[6:]) if self._files else -1
+        path = folder / f"calls-{last + 1:06d}.jsonl"
         self._out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         self._files.append(path.open("rb"))
         self._size = 0

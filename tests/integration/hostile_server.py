@@ -29,7 +29,7 @@ class Say:
     headers: dict[str, str] = field(default_factory=dict)
     usage: dict[str, int] | None = field(default_factory=lambda: dict(USAGE))
     raw: bytes | None = None  # the whole body, in place of a chat answer
-    do: str = ""  # "hang", "reset", "cut"
+    do: str = ""  # "hang", "reset", "cut", "last": answer after 200 others have come, or never
     after_s: float = 0.0
 
 
@@ -44,7 +44,7 @@ def soon() -> str:
 # What is answered to a response that holds the word; a list is gone through call by call, its last entry repeated.
 SCRIPT: dict[str, list[Say]] = {
     "fine": [Say()],
-    "slow": [Say(after_s=5.0)],
+    "last": [Say(do="last"), Say(status=400)],
     "steady": [Say(after_s=0.05)],
     "prose": [Say(f"Of course! Here you go: {GOOD} I hope that helps.")],
     "busy": [Say(status=429, headers={"Retry-After": "1"}), Say(status=503), Say()],
@@ -128,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
             return
+        while say.do == "last" and self.server.calls.total() < 200 and not self.server.stopped.wait(0.05):
+            pass
         self.server.stopped.wait(say.after_s)
         answer = {"choices": [{"message": {"content": say.text}, "finish_reason": "stop"}]}
         content = say.raw or json.dumps(answer | ({"usage": say.usage} if say.usage else {})).encode()
