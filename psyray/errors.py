@@ -13,6 +13,8 @@ def from_workers() -> Iterator[None]:
     """Raise a PsyrayError of a Ray worker as it was there; Ray's version of it is a traceback around the message."""
     try:
         yield
+        return
     except PsyrayError as error:
-        cause = getattr(error, "cause", None)
-        raise (cause if isinstance(cause, PsyrayError) else error) from None
+        cause = getattr(error, "cause", None)  # of Ray's; Ray Data adds a line on retries to the message
+        told = PsyrayError(str(cause).partition("\nFailed to ")[0]) if isinstance(cause, PsyrayError) else error
+    raise told  # out here, so that Ray's traceback keeps no actor alive

@@ -81,6 +81,8 @@ class Client:
         Answers that the journal holds come first and are free. They count as attempts; failed requests of earlier
         processes do not, since what failed them may be mended.
         """
+        if self.pace.halted.is_set():
+            raise Halted
         outcome, began = Outcome[T](), 0.0
         for call in self.journal.answers(key):
             if _take(outcome, call, read):
@@ -201,14 +203,15 @@ class Client:
         raise Halted
 
     async def close(self) -> None:
-        """Let go of the connections and the journal."""
+        """Let go of the connections and of the journal, so that another process may go on; for a client at rest."""
         if self._session is not None:
             await self._session.close()
         self.journal.close()
 
     async def stopped(self) -> PsyrayError:
-        """Why no more is asked, what was spent, and how to go on; waits until no request is under way."""
+        """Why no more is asked, what was spent, and how to go on; waits until no request is under way, and closes."""
         await self.pace.idle()
+        await self.close()
         spent, name, why = self.journal.totals, self.name, self.pace.why
         mend = "mend the cause"
         if why == NO_MONEY:

@@ -56,7 +56,7 @@ class _Worker:
         for error in failed:
             if not isinstance(error, Halted):
                 self.client.pace.halt(str(error) if isinstance(error, PsyrayError) else type(error).__name__)
-                await self.client.pace.idle()
+                await self.client.stopped()
                 raise error
         raise await self.client.stopped()
 

@@ -130,8 +130,9 @@ class Journal:
         return found
 
     def close(self) -> None:
-        """Let go of the folder."""
-        os.close(self._out)
+        """Let go of the folder; once more does nothing."""
+        if not self._lock.closed:
+            os.close(self._out)
         for file in (*self._files, self._lock):
             file.close()
 

@@ -35,7 +35,7 @@ def desk(tmp_path: Path, run: str = "run", **settings) -> Desk:
 
 
 def folder(tmp_path: Path) -> Folder:
-    (tmp_path / "stage").mkdir(exist_ok=True)
+    (tmp_path / "stage").mkdir(parents=True, exist_ok=True)
     return Folder(tmp_path / "stage")
 
 
@@ -47,7 +47,9 @@ def test_an_answer_is_bought_once_by_all_runs(tmp_path, ray_cluster):
         calls = dict(server.calls)
         again = judge(folder(tmp_path), desk(tmp_path, "one", **settings), rows, purpose="judgements", budget=None)
         assert again == first and dict(server.calls) == calls == {"fine": 1, "prose": 1, "six": 3}
-        later = judge(folder(tmp_path), desk(tmp_path, "two", **settings), rows, purpose="judgements", budget=None)
+        later = judge(
+            folder(tmp_path / "two"), desk(tmp_path, "two", **settings), rows, purpose="judgements", budget=None
+        )
     assert server.calls["fine"] == 1 and server.calls["six"] == 6  # a failure may be bought again by a later run
     assert [row["score"] for row in later] == [4.0, 4.0, None]
     bad = later[2]
