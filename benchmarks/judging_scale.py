@@ -182,8 +182,8 @@ class Watch:
         except psutil.NoSuchProcess:  # ended since the last look
             return self.done()
         self.peak, done, now = max(self.peak, resident), self.done(), time.monotonic() - self.began
-        while done * 10 >= self.rows * (self.tenth + 1):
-            self.tenth += 1
+        if (tenth := done * 10 // self.rows) > self.tenth:
+            self.tenth = tenth
             then, before = self.last
             speed = (done - before) / max(now - then, 1e-9)
             memory = f"driver {resident / MIB:6,.0f} MiB"
