@@ -240,6 +240,7 @@ def audit(path: Path, rows: int, asked: dict[str, int]) -> tuple[dict[str, Any],
         "endpoint: rows asked again": asked["again"],
         "journal: calls": totals.calls,
         "journal: lost": totals.lost,
+        "manifest: calls": json.loads((stage / "manifest.json").read_text())["stats"]["calls"]["calls"],
         "journal: cost": round(totals.cost, 6),
         "ledger: bought": charge["bought"],
         "ledger: answered": charge["answered"],
@@ -247,6 +248,8 @@ def audit(path: Path, rows: int, asked: dict[str, int]) -> tuple[dict[str, Any],
     }
     wrong = [f"{what}: {found[what]}" for what in ("ids missing", "ids twice") if found[what]]
     wrong += [f"{what}: {found[what]}, not {rows}" for what in ("rows usable", "ledger: bought") if found[what] != rows]
+    if found["manifest: calls"] != totals.calls:
+        wrong.append("the stage's own count of calls is another")
     # A call is in the journal before it goes out: the last of a killed process may never have reached the endpoint.
     if not totals.calls - totals.lost <= asked["calls"] <= totals.calls:
         wrong.append("the endpoint saw other calls than the journal")

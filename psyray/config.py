@@ -94,8 +94,10 @@ class EndpointSection(Section):
     max_cost: float | None = Field(None, gt=0, description="what one stage may spend, in the unit of the price")
 
     @model_validator(mode="after")
-    def money_needs_a_price(self) -> Self:
-        if min(self.price_per_million_tokens) < 0 or (self.max_cost and not any(self.price_per_million_tokens)):
+    def price_is_sound(self) -> Self:
+        if min(self.price_per_million_tokens) < 0:
+            raise ValueError("price_per_million_tokens is below 0")
+        if self.max_cost and not any(self.price_per_million_tokens):
             raise ValueError("max_cost needs price_per_million_tokens: what a million prompt and answer tokens cost")
         return self
 

@@ -31,6 +31,7 @@ from psyray.errors import PsyrayError
 FILES = "calls-*.jsonl"
 OFFSET_BITS = 40  # of a place: the number of the file, then the offset in it
 RECENT = 100_000
+_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Journal:
 
     def got(self, call: Call) -> None:
         """Note what came back."""
-        line = asdict(call)
+        line = dict(vars(call))  # asdict copies deeply, which costs as much as the rest
         self._write({"got": line.pop("key"), **line})
 
     def answers(self, key: str) -> list[Call]:
@@ -137,7 +138,7 @@ class Journal:
             file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        raw = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+        raw = _as_json(line).encode("utf-8", "replace") + b"\n"
         if os.write(self._out, raw) < len(raw):
             os.ftruncate(self._out, self._size)  # no torn line may stand before a whole one
             raise PsyrayError(f"no room for the journal of calls {self._files[-1].name}; make room and run again")

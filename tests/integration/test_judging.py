@@ -10,7 +10,7 @@ from hostile_server import hostile_server
 from psyray.active.ledger import Ledger
 from psyray.active.oracles import label
 from psyray.config import EngineSection, JudgeSection
-from psyray.data.judge import Desk, judge
+from psyray.data.judge import Desk, judge, summary
 from psyray.engines.judges import make_judge
 from psyray.errors import PsyrayError
 from psyray.records import Verdict
@@ -52,6 +52,7 @@ def test_an_answer_is_bought_once_by_all_runs(tmp_path, ray_cluster):
         )
     assert server.calls["fine"] == 1 and server.calls["six"] == 6  # a failure may be bought again by a later run
     assert [row["score"] for row in later] == [4.0, 4.0, None]
+    assert summary(later, desk(tmp_path))["errors"] == {"out of scale": 1}
     bad = later[2]
     assert bad["status"] == "invalid" and "outside 1 to 5" in bad["error"] and '"empathy": 6' in bad["raw_text"]
 
