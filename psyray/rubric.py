@@ -95,9 +95,9 @@ class Rubric:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UnusableAnswer(f"wrong schema: {key} is a {type(value).__name__}, not a whole number")
         if not self.low <= value <= self.high:
-            raise UnusableAnswer(f"out of scale: {key} is {value:g}, outside {self.low} to {self.high}")
+            raise UnusableAnswer(f"out of scale: {key} is {value!s:.12}, outside {self.low} to {self.high}")
         if value != int(value):
-            raise UnusableAnswer(f"out of scale: {key} is {value:g}, not a whole number")
+            raise UnusableAnswer(f"out of scale: {key} is {value!s:.12}, not a whole number")
         return float(value)
 
 
