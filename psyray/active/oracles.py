@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from psyray.active.ledger import Answer, Question
-from psyray.data.judge import TODO, Desk
+from psyray.data.judge import CALLS, TODO, Desk
+from psyray.errors import from_workers
 from psyray.records import Row, Verdict, compare, content_id
 from psyray.run import Folder
 from psyray.stream import stream
@@ -69,7 +71,9 @@ def put(folder: Folder, desk: Desk, questions: Sequence[Question], *, title: str
                 complete.append(verdict(desk, key, **halves.pop(key)))
         desk.ledger.answer(complete)
 
-    stream(folder, todo, desk.judge.rate, keep, title=title, schema=TODO, total=len(todo))
+    rate = partial(desk.judge.rate, folder=folder.path / CALLS)
+    with from_workers():
+        stream(folder, todo, rate, keep, title=title, schema=TODO, total=len(todo))
 
 
 def verdict(desk: Desk, key: str, a: Row, b: Row) -> Answer:
