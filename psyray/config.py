@@ -106,9 +106,28 @@ class JudgeSection(Section):
 
 class PairsSection(Section):
     rule: Literal["all", "best_worst"] = "all"
-    gap: float = Field(0.25, gt=0, description="smallest score difference that makes a pair")
-    gap_on: Literal["mean", "total"] = Field("mean", description="the gap is on the mean or the sum of the ratings")
-    max_per_speech: int | None = Field(None, ge=1)
+    gap: float = Field(0.25, gt=0, description="smallest rating difference that makes a pair")
+    gap_on: Literal["mean", "total", "principle"] = Field(
+        "mean", description="the gap is on the weighted mean of the ratings, on their sum, or on single principles"
+    )
+    principles: list[str] = Field(
+        default_factory=list, description="gap_on principle: the ones that decide; none: all of the rubric's"
+    )
+    at_least: int = Field(1, ge=1, description="gap_on principle: on how many of them the chosen one leads by the gap")
+    veto: list[str] | None = Field(
+        None, description="principles on which the chosen one is never rated lower; none: safety, if the rubric has it"
+    )
+    max_length_ratio: float | None = Field(None, ge=1, description="longest to shortest text of a pair, in characters")
+    balance_length: bool = Field(False, description="drop pairs until the chosen one is longer as often as shorter")
+    max_per_speech: int | None = Field(None, ge=1, description="pairs per speech, widest first")
+
+    @model_validator(mode="after")
+    def principles_are_used(self) -> Self:
+        if self.gap_on != "principle" and (self.principles or self.at_least > 1):
+            raise ValueError("pairs.principles and pairs.at_least need pairs.gap_on principle")
+        if self.principles and self.at_least > len(self.principles):
+            raise ValueError(f"at_least {self.at_least} is more than the {len(self.principles)} principles named")
+        return self
 
 
 class TrainSection(Section):

@@ -50,6 +50,22 @@ def sources(files: Iterable[Path]) -> list[str]:
     return [glob.escape(str(file)) for file in files]
 
 
+def literal(text: str) -> str:
+    """A text as SQL spells it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def identifier(name: str) -> str:
+    """A column's name as SQL spells it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def view(database: duckdb.DuckDBPyConnection, name: str, files: Iterable[Path]) -> None:
+    """Name the rows of Parquet files, one file at least, so that queries read as if they were a table."""
+    listed = ", ".join(literal(source) for source in sources(files))
+    database.execute(f"CREATE OR REPLACE TEMP VIEW {identifier(name)} AS FROM read_parquet([{listed}])")
+
+
 def batches(
     database: duckdb.DuckDBPyConnection, query: str, values: Mapping[str, Any] | None = None, rows: int = 8192
 ) -> Iterator[pa.RecordBatch]:
