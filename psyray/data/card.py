@@ -27,7 +27,8 @@ BY_SPLIT = """
 SELECT pairs.split, count(*) AS pairs, count(DISTINCT pairs.speech_id) AS speeches, round(avg(margin), 3) AS margin,
     round(avg((length(chosen) > length(rejected))::INT), 4) AS chosen_longer,
     round(avg(length(chosen)), 1) AS chosen_chars, round(avg(length(rejected)), 1) AS rejected_chars,
-    round(avg(coalesce(crisis, false)::INT), 4) AS crisis, count_if(len(pairs.messages) > 1) AS several_turns
+    round(avg(coalesce(crisis, false)::INT), 4) AS crisis,
+    count(*) FILTER (WHERE len(pairs.messages) > 1) AS several_turns
 FROM pairs LEFT JOIN speeches ON speeches.speech_id = pairs.speech_id
 GROUP BY pairs.split ORDER BY pairs.split DESC
 """
@@ -37,7 +38,7 @@ FROM pairs LEFT JOIN speeches ON speeches.speech_id = pairs.speech_id
 GROUP BY 1 ORDER BY pairs DESC, topic
 """
 BY_MODEL = """
-SELECT model, count_if(side = 'chosen') AS chosen, count_if(side = 'rejected') AS rejected
+SELECT model, count(*) FILTER (WHERE side = 'chosen') AS chosen, count(*) FILTER (WHERE side = 'rejected') AS rejected
 FROM (SELECT 'chosen' AS side, chosen_model AS model FROM pairs
       UNION ALL SELECT 'rejected', rejected_model FROM pairs)
 GROUP BY model ORDER BY model
@@ -102,7 +103,9 @@ def _rounded_not_ahead(database: duckdb.DuckDBPyConnection, source: Source) -> i
         )
         for side in SIDES
     }
-    (row,) = _query(database, f"SELECT count_if({totals['chosen']} <= {totals['rejected']}) AS n FROM pairs")
+    (row,) = _query(
+        database, f"SELECT count(*) FILTER (WHERE {totals['chosen']} <= {totals['rejected']}) AS n FROM pairs"
+    )
     return int(row["n"])
 
 

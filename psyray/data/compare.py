@@ -115,7 +115,7 @@ def _size(database: duckdb.DuckDBPyConnection, name: str) -> dict[str, Any]:
         database,
         f"""SELECT coalesce(sum({name}_rows), 0)::BIGINT AS rows, count(*) AS pairs,
             count(DISTINCT question) AS questions, count(DISTINCT nullif({name}_id, '')) AS ids,
-            count_if({name}_ever AND NOT {name}_always) AS labelled_both_ways FROM {name}""",
+            count(*) FILTER (WHERE {name}_ever AND NOT {name}_always) AS labelled_both_ways FROM {name}""",
     )
 
 
@@ -140,7 +140,7 @@ def _shift(database: duckdb.DuckDBPyConnection, number: int) -> dict[str, Any]:
     """How many of both sides' ratings of one principle changed, and their mean change from A to B."""
     return _row(
         database,
-        f"""SELECT count_if(a <> b) AS changed, round(avg(b - a), 4) AS mean_change FROM (
+        f"""SELECT count(*) FILTER (WHERE a <> b) AS changed, round(avg(b - a), 4) AS mean_change FROM (
             SELECT unnest([a_ratings[{number}], a_ratings[len(a_ratings) // 2 + {number}]]) AS a,
                 unnest([b_ratings[{number}], b_ratings[len(b_ratings) // 2 + {number}]]) AS b FROM met)""",
     )

@@ -11,18 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from psyray.data.card import facts, render
-from psyray.data.layout import ROWS_PER_GROUP, to_layout
+from psyray.data.layout import ROWS_PER_GROUP, to_layout, write_batches
 from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
 from psyray.run import ROWS_PER_FILE, Artifact, read_stages, run_path, write_atomic
@@ -144,22 +145,22 @@ def write_shards(folder: Path, split: str, rows: int, stream: Iterable[pa.Record
     """Write `rows` rows as SPLIT-i-of-n.parquet, ROWS_PER_FILE in each; the files' names."""
     count = -(-rows // ROWS_PER_FILE)
     names = [f"{split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
-    left, room = iter(names), 0
-    writer: pq.ParquetWriter | None = None
     with tqdm(total=rows, desc=f"{folder.name}, {split}", unit="pairs", dynamic_ncols=True) as bar:
-        for batch in stream:
-            while batch.num_rows:
-                if not room:
-                    if writer:
-                        writer.close()
-                    writer, room = pq.ParquetWriter(folder / next(left), batch.schema), ROWS_PER_FILE
-                piece = batch.slice(0, room)
-                writer.write_batch(piece)
-                batch, room = batch.slice(piece.num_rows), room - piece.num_rows
-                bar.update(piece.num_rows)
-    if writer:
-        writer.close()
+        for number, pieces in groupby(_numbered(stream, bar), key=itemgetter(0)):
+            write_batches(folder / names[number], (piece for _, piece in pieces))
     return names
+
+
+def _numbered(stream: Iterable[pa.RecordBatch], bar: tqdm[Any]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Batches with the number of the file that each goes into, cut where a file is full."""
+    done = 0
+    for batch in stream:
+        while batch.num_rows:
+            piece = batch.slice(0, ROWS_PER_FILE - done % ROWS_PER_FILE)
+            yield done // ROWS_PER_FILE, piece
+            done += piece.num_rows
+            batch = batch.slice(piece.num_rows)
+            bar.update(piece.num_rows)
 
 
 def other_content(to: Path) -> list[str]:

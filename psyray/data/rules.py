@@ -71,7 +71,7 @@ class Rules:
             return bool(lead >= gap)
         keys = self.section.principles or self.rubric.keys
         wide = sum(chosen["ratings"][key] - rejected["ratings"][key] >= gap for key in keys)
-        return lead > 0 and wide >= self.section.at_least
+        return bool(lead > 0 and wide >= self.section.at_least)
 
 
 def _longer(a: str, b: str) -> float:

@@ -1,6 +1,5 @@
 """The pair rules, by hand and as laws, and the stage that applies them to a run's rows."""
 
-import random
 from collections import Counter
 from dataclasses import replace
 
@@ -9,29 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_pairs import RUBRIC, judged, made_pairs, made_rows
 
 from psyray.config import PairsSection, load_config
 from psyray.data.layout import from_layout
-from psyray.data.pairs import LAYOUT, build_pairs, pairs_stage
+from psyray.data.pairs import LAYOUT, build_pairs
 from psyray.data.rules import Rules
 from psyray.errors import PsyrayError
-from psyray.records import JUDGEMENTS, RESPONSES, content_id
-from psyray.rubric import load_rubric
-from psyray.run import Run
+from psyray.records import content_id
 
-RUBRIC = load_rubric("counselling")
-SPEECH = [{"role": "user", "content": "I cannot sleep."}]
 FLAT = dict.fromkeys(RUBRIC.keys, 3.0)
-
-
-def judged(*ratings, speech="s", texts=None):
-    """Rows of one speech; a number rates every principle alike."""
-    every = [r if isinstance(r, dict) else dict.fromkeys(RUBRIC.keys, r) for r in ratings]
-    return [
-        {"response_id": f"{speech}{i}", "speech_id": speech, "messages": SPEECH, "split": "train", "model": "m",
-         "text": texts[i] if texts else f"reply {i}", "ratings": rated}
-        for i, rated in enumerate(every)
-    ]  # fmt: skip
 
 
 def build(rows, rubric=RUBRIC, **settings):
@@ -211,45 +197,9 @@ def test_pairs_do_not_depend_on_the_order_of_the_responses(scores, order):
     assert build(rows, gap=0.5) == build(mixed, gap=0.5)
 
 
-def stage(home, responses, judgements, **settings):
-    """The stage over rows that come in any order, in two files each."""
-    run = Run(home, say=lambda line: None)
-
-    def keep(schema, rows):
-        def make(folder):
-            parts = folder.parts(schema, "response_id")
-            parts.append(rows)
-            parts.finish()
-            return {}
-
-        return make
-
-    with run.open({}):
-        given = run.stage("responses", {"of": len(responses)}, [], keep(RESPONSES, responses))
-        rated = run.stage("judgements", {"of": len(judgements)}, [given], keep(JUDGEMENTS, judgements))
-        return pairs_stage(run, PairsSection(**settings), RUBRIC, given, rated)
-
-
-def made_rows(speeches, seed=1):
-    order = random.Random(seed)
-    responses = [
-        row | {"status": "ok", "split": "test" if number % 4 == 0 else "train", "responder": "r", "seed": 0}
-        for number in range(speeches)
-        for row in judged(*(order.choice([1.0, 2.0, 3.0, 4.0]) for _ in range(3)), speech=content_id(number))
-    ]
-    judgements = [
-        {"response_id": r["response_id"], "speech_id": r["speech_id"], "judge": "j", "ratings": r["ratings"],
-         "score": RUBRIC.score(r["ratings"]), "status": "ok"}
-        for r in responses
-    ]  # fmt: skip
-    for rows in (responses, judgements):
-        order.shuffle(rows)
-    return responses, judgements
-
-
 def test_the_stage_makes_the_pairs_that_the_rules_make(tmp_path):
     responses, judgements = made_rows(40)
-    made = stage(tmp_path / "run [1]", responses, judgements, gap=1.0)
+    made = made_pairs(tmp_path / "run [1]", responses, judgements, gap=1.0)
     together = sorted(responses, key=lambda r: (r["speech_id"], r["response_id"]))
     expected, dropped = build(together, gap=1.0)
     assert {p["pair_id"]: p["chosen_id"] for p in made.rows()} == {p["pair_id"]: p["chosen_id"] for p in expected}
@@ -263,7 +213,7 @@ def test_the_stage_leaves_out_failed_rows_on_either_side(tmp_path):
     responses[0] |= {"status": "failed", "text": None}
     judgements[0] |= {"status": "invalid", "ratings": None, "score": None}
     out = {responses[0]["response_id"], judgements[0]["response_id"]}
-    made = stage(tmp_path / "run", responses, judgements, gap=0.5)
+    made = made_pairs(tmp_path / "run", responses, judgements, gap=0.5)
     assert made.rows() and not out & {row[f"{side}_id"] for row in made.rows() for side in ("chosen", "rejected")}
 
 
@@ -271,7 +221,7 @@ def test_the_stage_balances_lengths_over_all_speeches(tmp_path):
     responses, judgements = made_rows(40)
     for number, row in enumerate(responses):
         row["text"] = f"reply {row['response_id']} " + "word " * (number % 7)
-    made = stage(tmp_path / "run", responses, judgements, gap=1.0, balance_length=True)
+    made = made_pairs(tmp_path / "run", responses, judgements, gap=1.0, balance_length=True)
     for split in ("train", "test"):
         differences = [
             len(p["chosen"].strip()) - len(p["rejected"].strip()) for p in made.rows() if p["split"] == split
@@ -283,12 +233,12 @@ def test_the_stage_balances_lengths_over_all_speeches(tmp_path):
 def test_no_training_pair_is_an_error_that_names_the_reasons(tmp_path):
     responses, judgements = made_rows(4)
     with pytest.raises(PsyrayError, match=r"no training pair is left \(.*gap too small.*lower pairs.gap \(now 9.0\)"):
-        stage(tmp_path / "run", responses, judgements, gap=9.0)
+        made_pairs(tmp_path / "run", responses, judgements, gap=9.0)
 
 
 def test_the_published_layout_goes_out_and_comes_back(tmp_path):
     responses, judgements = made_rows(12)
-    made = stage(tmp_path / "run", responses, judgements, gap=1.0)
+    made = made_pairs(tmp_path / "run", responses, judgements, gap=1.0)
     layout = pq.read_table(made.path / LAYOUT)
     assert layout.column_names[:7] == [
         "ID", "prefID", "question", "chosen", "rejected", "chosen_model", "rejected_model"
