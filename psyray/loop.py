@@ -114,7 +114,8 @@ def sample_stage(
         seeds = [(s, config.loop.k) for s in prompts(rows, prompts_of, config)] + [(s, 1) for s in test]
         base = config.run.seed * 1_000_003 + 10_007 * number
         draws = [draw_row(s, config.policy, identity, base + i, name) for s, k in seeds for i in range(k)]
-        return answer_all(folder, draws, config, title=f"samples of round {number}", model=policy.path)
+        title = f"samples of round {number}"
+        return answer_all(folder, lambda: draws, len(draws), config, title=title, model=policy.path)
 
     settings = {
         "policy": identity,
@@ -122,7 +123,7 @@ def sample_stage(
         "prompts": [s["speech_id"] for s in prompts(rows, prompts_of, config)],
         "test": [s["speech_id"] for s in test],
         "seed": config.run.seed,
-        **engine_identity(config),
+        **engine_identity(config.engine),
     }
     return run.stage(f"round-{number}/samples" + ("" if held_out else "-again"), settings, [speeches], make)
 

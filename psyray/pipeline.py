@@ -65,8 +65,9 @@ def run_stages(run: Run, config: Config, desk: Desk) -> Artifact:
 
 def in_pairs(responses: Artifact, pairs: Artifact) -> list[Row]:
     """The responses that stand in a pair: only they need features."""
-    wanted = {row[side] for row in pairs.rows() for side in ("chosen_id", "rejected_id")}
-    return [row for row in responses.rows() if row["response_id"] in wanted]
+    sides = ["chosen_id", "rejected_id"]
+    wanted = {row[side] for row in pairs.each(sides) for side in sides}
+    return [row for row in responses.each() if row["response_id"] in wanted]
 
 
 def export_stage(run: Run, config: Config, reward: Artifact, outcome: Outcome) -> Artifact:

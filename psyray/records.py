@@ -98,13 +98,13 @@ def compare(speech: str, a: tuple[str, float | None], b: tuple[str, float | None
     return Comparison(speech, a_id, b_id, verdict, margin)
 
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _OUTCOME = [("status", pa.string()), ("error", pa.string()), ("raw_text", pa.string()), ("attempts", pa.int32())]
 
 SPEECHES = pa.schema(
     [
         ("speech_id", pa.string()),
-        ("messages", _MESSAGES),
+        ("messages", MESSAGES),
         ("split", pa.string()),
         ("topic", pa.string()),
         ("subtopic", pa.string()),
@@ -116,7 +116,7 @@ RESPONSES = pa.schema(
     [
         ("response_id", pa.string()),
         ("speech_id", pa.string()),
-        ("messages", _MESSAGES),
+        ("messages", MESSAGES),
         ("split", pa.string()),
         ("responder", pa.string()),
         ("model", pa.string()),
@@ -144,7 +144,7 @@ PAIRS = pa.schema(
     [
         ("pair_id", pa.string()),
         ("speech_id", pa.string()),
-        ("messages", _MESSAGES),
+        ("messages", MESSAGES),
         ("chosen_id", pa.string()),
         ("rejected_id", pa.string()),
         ("chosen", pa.string()),

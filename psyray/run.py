@@ -33,8 +33,10 @@ import yaml
 
 from psyray.errors import PsyrayError
 from psyray.records import Row, content_id, rows, table
+from psyray.tables import batches, connect, sources
 
 ROWS_PER_FILE = 50_000
+ROWS_IN_MEMORY = 4_096
 
 
 def runs_home() -> Path:
@@ -67,6 +69,14 @@ def write_atomic(path: Path, text: str) -> None:
     draft.replace(path)
 
 
+def each(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """The rows of Parquet files as dicts, a few thousand in memory at a time."""
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS_IN_MEMORY, columns=columns):
+                yield from rows(pa.Table.from_batches([batch]))
+
+
 def write_parquet(path: Path, arrow: pa.Table) -> None:
     """Write a Parquet file that exists only when it is whole."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -83,13 +93,18 @@ class Artifact:
     fingerprint: str
     manifest: Mapping[str, Any]
 
-    def table(self) -> pa.Table:
-        """The stage's rows as one Arrow table."""
-        return pa.concat_tables([pq.read_table(self.path / name) for name in self.manifest["files"]])
+    @property
+    def files(self) -> list[Path]:
+        """The Parquet files that hold the stage's rows, in order."""
+        return [self.path / name for name in self.manifest["files"]]
+
+    def each(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """The stage's rows as dicts, one after another: for stages of any size."""
+        return each(self.files, columns)
 
     def rows(self) -> list[Row]:
-        """The stage's rows as dicts."""
-        return rows(self.table())
+        """The stage's rows as dicts, all at once: for what fits into memory."""
+        return list(self.each())
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -128,15 +143,18 @@ class Parts:
     def __init__(self, path: Path, schema: pa.Schema, key: str) -> None:
         self.path, self.schema, self.key = path, schema, key
         self.ids: set[str] = set()
-        for part in self._files():
+        for part in self.files():
             self.ids.update(pq.read_table(part, columns=[key])[key].to_pylist())
+        last = self.files()[-1:]
+        self._number = int(last[0].stem[5:]) + 1 if last else 0
 
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """The part files so far, in the order in which they came."""
         return sorted(self.path.glob("part-*.parquet"))
 
-    def _next(self) -> Path:
-        last = self._files()[-1:]
-        return self.path / f"part-{int(last[0].stem[5:]) + 1 if last else 0:06d}.parquet"
+    def each(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """The rows so far as dicts, in the order in which they came."""
+        return each(self.files(), columns)
 
     def todo(self, candidates: Iterable[Mapping[str, Any]]) -> list[Row]:
         """The candidates, each key once, that have no row yet."""
@@ -147,34 +165,49 @@ class Parts:
         """Keep a batch of new rows; a row whose key is known already is dropped. Returns how many were kept."""
         fresh = self.todo(batch)
         if fresh:
-            write_parquet(self._next(), table(fresh, self.schema))
+            write_parquet(self.path / f"part-{self._number:06d}.parquet", table(fresh, self.schema))
+            self._number += 1
             self.ids.update(row[self.key] for row in fresh)
         return len(fresh)
 
-    def table(self) -> pa.Table:
-        """All rows so far, sorted by key, so that a resumed stage equals an undisturbed one."""
-        parts = [pq.read_table(part, schema=self.schema) for part in self._files()]
-        return pa.concat_tables([self.schema.empty_table(), *parts]).sort_by(self.key)
-
-    def finish(self) -> pa.Table:
-        """Merge the parts into data files and return all rows."""
-        merged = self.table()
-        for number, start in enumerate(range(0, max(merged.num_rows, 1), ROWS_PER_FILE)):
-            write_parquet(self.path / f"data-{number:05d}.parquet", merged.slice(start, ROWS_PER_FILE))
-        return merged
+    def finish(self) -> None:
+        """Merge the parts into data files, sorted by key, so that a resumed stage equals an undisturbed one."""
+        if not (files := self.files()):
+            write_parquet(self.path / "data-00000.parquet", self.schema.empty_table())
+            return
+        with connect(self.path) as database:
+            query = f'SELECT * FROM read_parquet($files) ORDER BY "{self.key}"'
+            found = batches(database, query, {"files": sources(files)}, ROWS_IN_MEMORY)
+            for number, ordered in enumerate(_whole(found, ROWS_PER_FILE)):
+                write_parquet(self.path / f"data-{number:05d}.parquet", ordered.cast(self.schema))
 
     def set_aside(self, ids: set[str]) -> Path:
         """Move rows out into a file beside the stage's, so that the next attempt makes them again."""
-        merged = self.table()
-        out = pc.is_in(merged[self.key], value_set=pa.array(sorted(ids), pa.string()))
         aside = self.path / f"aside-{time.time_ns()}.parquet"
-        write_parquet(aside, merged.filter(out))
-        old = self._files()
-        write_parquet(self._next(), merged.filter(pc.invert(out)))
-        for part in old:
-            part.unlink()
+        out = pa.array(sorted(ids), pa.string())
+        with pq.ParquetWriter(aside, self.schema) as writer:
+            for part in self.files():
+                held = pq.read_table(part, schema=self.schema)
+                leaves = pc.is_in(held[self.key], value_set=out)
+                writer.write_table(held.filter(leaves))
+                write_parquet(part, held.filter(pc.invert(leaves)))
         self.ids -= ids
         return aside
+
+
+def _whole(found: Iterable[pa.RecordBatch], count: int) -> Iterator[pa.Table]:
+    """Tables of exactly `count` rows, and a last one of what is left."""
+    held, size = list[pa.RecordBatch](), 0
+    for batch in found:
+        while size + batch.num_rows >= count:
+            held.append(batch.slice(0, count - size))
+            yield pa.Table.from_batches(held)
+            batch, held, size = batch.slice(count - size), [], 0
+        if batch.num_rows:
+            held.append(batch)
+            size += batch.num_rows
+    if held:
+        yield pa.Table.from_batches(held)
 
 
 Make = Callable[[Folder], Mapping[str, Any]]

@@ -1,19 +1,29 @@
 """Rows through a Ray Data pipeline into a stage's folder, kept as they arrive.
 
-The driver writes each finished block before it asks for the next, so a run that is cut off loses only what was
-in flight, and its next attempt sends only the rows that have no result yet.
+What is to be done lies in one Arrow file in the stage's folder, from which Ray's tasks read a block when its turn
+comes; the driver keeps each result before it asks for the next. So neither the input nor the output of a stage has
+to fit into memory, a run that is cut off loses only what was in flight, and its next attempt sends only the rows
+that have no result yet.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from psyray.records import Row
 from psyray.run import Folder
+
+BLOCKS = 4_000  # more blocks than this cost the driver more than they win
+KEEP_EVERY_S = 1.0
 
 
 class Progress:
@@ -43,33 +53,80 @@ class Progress:
 
 def stream(
     folder: Folder,
-    todo: list[Row],
+    todo: Iterable[Row],
     pipeline: Callable[[Any], Any],
     sink: Callable[[list[Row]], object],
     *,
     title: str,
+    schema: pa.Schema,
+    total: int,
     done: int = 0,
-    block_rows: int = 32,
 ) -> None:
-    """Send `todo` through `pipeline(dataset)`; `sink` keeps each batch of results before the next is taken.
+    """Send `todo` through `pipeline(dataset)`; `sink` keeps the results, a second's worth at a time.
 
-    `done` rows of an earlier attempt count in the progress bar.
+    `todo` may be longer than memory; its rows have the columns of `schema`. `total` rows are expected in all, with
+    the `done` ones of an earlier attempt: it sets the size of the blocks, and the progress bar shows both.
     """
-    if not todo:
-        return
-    import pyarrow as pa
+    path = folder.path / "todo.arrow"
+    counts = write_blocks(path, todo, schema, max(32, -(-total // BLOCKS)))
+    if counts:
+        with Progress(folder, title, done + sum(counts), done) as progress:
+            for results in _in_time(pipeline(_dataset(path, counts)), sink):
+                progress.add(results)
+    path.unlink()
+
+
+def write_blocks(path: Path, todo: Iterable[Row], schema: pa.Schema, block_rows: int) -> list[int]:
+    """Write rows as the blocks of one Arrow file; returns the number of rows in each."""
+    counts, rows = list[int](), iter(todo)
+    with pa.OSFile(str(path), "wb") as out, pa.ipc.new_file(out, schema) as writer:
+        while block := list(islice(rows, block_rows)):
+            writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
+            counts.append(len(block))
+    return counts
+
+
+def read_block(path: str, number: int) -> list[pa.Table]:
+    """One block of the file, as a Ray Data read task gives it."""
+    with pa.memory_map(path) as source:
+        return [pa.Table.from_batches([pa.ipc.open_file(source).get_batch(number)])]
+
+
+def _dataset(path: Path, counts: list[int]) -> Any:
     import ray
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
 
-    blocks = [pa.Table.from_pylist(todo[i : i + block_rows]) for i in range(0, len(todo), block_rows)]
-    dataset = pipeline(ray.data.from_arrow(blocks))
-    with Progress(folder, title, done + len(todo), done) as progress:
+    block_bytes = max(1, path.stat().st_size // len(counts))
+
+    class Blocks(Datasource):  # type: ignore[misc]
+        def estimate_inmemory_data_size(self) -> int:
+            return block_bytes * len(counts)
+
+        def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[Any]:
+            return [
+                ReadTask(
+                    partial(read_block, str(path), number),
+                    BlockMetadata(num_rows=rows, size_bytes=block_bytes, input_files=None, exec_stats=None),
+                )
+                for number, rows in enumerate(counts)
+            ]
+
+    # A whole CPU for reading a block would starve the engines on a small machine.
+    return ray.data.read_datasource(Blocks(), num_cpus=0.05, override_num_blocks=len(counts))
+
+
+def _in_time(dataset: Any, sink: Callable[[list[Row]], object]) -> Iterator[int]:
+    """Hand results to the sink once a second has passed, and whatever is there when the pipeline ends or fails."""
+    held, kept = list[Row](), time.monotonic()
+    try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            results = batch.to_pylist()
-            sink(results)
-            progress.add(len(results))
-
-
-def share(values: Iterable[bool]) -> float:
-    """The share that is true; 0 for none."""
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else 0.0
+            held.extend(batch.to_pylist())
+            if time.monotonic() - kept >= KEEP_EVERY_S:
+                sink(held)
+                yield len(held)
+                held, kept = [], time.monotonic()
+    finally:
+        if held:
+            sink(held)
+    yield len(held)

@@ -28,6 +28,8 @@ from psyray.stream import Progress
 
 COMPLETE = "psyray-complete"
 WORKER_RESTARTS = 2
+# glibc gives a step's large buffers back and faults them in anew: a tenth of the step's time.
+CPU_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 Loop = Callable[[dict[str, Any]], None]
 
 
@@ -98,7 +100,7 @@ def worker_environment(gpu: bool, threads: int = 1) -> dict[str, str]:
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
     # Ray gives each worker one thread unless told otherwise.
     common = QUIET | {"TORCH_EXTENSIONS_DIR": extensions, "OMP_NUM_THREADS": str(threads)}
-    return common if gpu else common | {"DS_ACCELERATOR": "cpu"}
+    return common if gpu else common | CPU_MEMORY | {"DS_ACCELERATOR": "cpu"}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from psyray.active.ledger import Answer, Question
-from psyray.data.judge import Desk
+from psyray.data.judge import TODO, Desk
 from psyray.records import Row, Verdict, compare, content_id
 from psyray.run import Folder
 from psyray.stream import stream
@@ -69,7 +69,7 @@ def put(folder: Folder, desk: Desk, questions: Sequence[Question], *, title: str
                 complete.append(verdict(desk, key, **halves.pop(key)))
         desk.ledger.answer(complete)
 
-    stream(folder, todo, desk.judge.rate, keep, title=title)
+    stream(folder, todo, desk.judge.rate, keep, title=title, schema=TODO, total=len(todo))
 
 
 def verdict(desk: Desk, key: str, a: Row, b: Row) -> Answer:

@@ -117,14 +117,13 @@ def read_source(run: Path) -> Source:
 def open_views(database: duckdb.DuckDBPyConnection, source: Source, rounds: bool) -> None:
     """The views `pairs`, `speeches` and, where asked for, `rounds`; PsyrayError where no round is finished."""
     for name in ("pairs", "speeches"):
-        stage = source.stages[name]
-        view(database, name, (stage.path / file for file in stage.manifest["files"]))
+        view(database, name, source.stages[name].files)
     if not rounds:
         return
     if not source.rounds:
         raise PsyrayError("the run has no finished round, so there is nothing to export for --rounds")
     for number, stage in source.rounds.items():
-        view(database, f"round-{number}", (stage.path / file for file in stage.manifest["files"]))
+        view(database, f"round-{number}", stage.files)
     every = " UNION ALL ".join(f'SELECT *, {number} AS round FROM "round-{number}"' for number in source.rounds)
     database.execute(f"CREATE TEMP VIEW rounds AS {every}")
 

@@ -4,45 +4,55 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from psyray.config import Config, Responder, Sampling
+import pyarrow as pa
+
+from psyray.config import Config, EngineSection, Responder, Sampling
 from psyray.data.quality import LOOP_SHARE, repetition
 from psyray.engines import vllm
 from psyray.errors import PsyrayError
 from psyray.models import model_identity, resolve_model
-from psyray.records import RESPONSES, Message, Row, Status, content_id, response_id, rows
-from psyray.run import Artifact, Folder, Run
-from psyray.stream import share, stream
+from psyray.records import MESSAGES, RESPONSES, Message, Row, Status, content_id, response_id
+from psyray.run import Artifact, Folder, Parts, Run
+from psyray.stream import stream
 
 
 def responses_stage(run: Run, config: Config, speeches: Artifact) -> Artifact:
     """The stage `responses`: `k` responders drawn for each training and test speech."""
     responders = config.responses.responders
-    identities = {r.name: content_id(r.model_dump(), model_identity(r.model)) for r in responders}
+    identities = {r.name: identity(r, config.engine) for r in responders}
     settings = {
         "k": config.responses.k,
         "responders": identities,
         "seed": config.run.seed,
-        **engine_identity(config),
     }
 
+    def draws() -> Iterator[Row]:
+        for speech in speeches.each():
+            for responder, seed in draw(speech["speech_id"], responders, config.responses.k, config.run.seed):
+                yield draw_row(speech, responder, identities[responder.name], seed)
+
     def make(folder: Folder) -> Mapping[str, Any]:
-        draws = [
-            draw_row(speech, responder, identities[responder.name], seed)
-            for speech in speeches.rows()
-            for responder, seed in draw(speech["speech_id"], responders, config.responses.k, config.run.seed)
-        ]
-        return answer_all(folder, draws, config, title="responses")
+        count = speeches.manifest["rows"] * config.responses.k
+        return answer_all(folder, draws, count, config, title="responses")
 
     return run.stage("responses", settings, [speeches], make)
 
 
-def engine_identity(config: Config) -> dict[str, Any]:
+def identity(responder: Responder, engine: EngineSection) -> str:
+    """What a responder's answers depend on."""
+    files = [model_identity(name) for name in (responder.model, responder.adapter) if name]
+    own = own_engine(engine, json.dumps(responder.engine))
+    return content_id(responder.model_dump(exclude={"engine"}), files, engine_identity(own))
+
+
+def engine_identity(engine: EngineSection) -> dict[str, Any]:
     """The engine's settings that a result depends on."""
-    return {"max_model_len": config.engine.max_model_len, "dtype": config.engine.dtype}
+    return {"max_model_len": engine.max_model_len, "dtype": engine.dtype}
 
 
 def draw(speech: str, responders: Sequence[Responder], k: int, seed: int) -> list[tuple[Responder, int]]:
@@ -54,8 +64,11 @@ def draw(speech: str, responders: Sequence[Responder], k: int, seed: int) -> lis
     return [(responder, seed * 1_000_003 + i) for i, responder in enumerate(drawn[:k])]
 
 
+DRAWN = ("response_id", "speech_id", "messages", "split", "responder", "model", "seed")
+
+
 def draw_row(speech: Row, responder: Sampling, identity: str, seed: int, name: str = "") -> Row:
-    """One draw before it is answered: a RESPONSES row with `prompt` and `sampling` beside it."""
+    """One draw before it is answered: the columns `DRAWN` of RESPONSES, and what its engine needs beside them."""
     key = response_id(speech["speech_id"], identity, seed)
     return {
         "response_id": key,
@@ -65,6 +78,8 @@ def draw_row(speech: Row, responder: Sampling, identity: str, seed: int, name: s
         "responder": name or getattr(responder, "name", ""),
         "model": responder.model,
         "seed": seed,
+        "adapter": getattr(responder, "adapter", None) or "",
+        "engine": json.dumps(getattr(responder, "engine", {}), sort_keys=True),
         "prompt": with_system(speech["messages"], responder.system),
         "sampling": {
             "temperature": responder.temperature,
@@ -83,66 +98,136 @@ def with_system(messages: Sequence[Message], system: str) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def answer_all(folder: Folder, draws: list[Row], config: Config, *, title: str, model: str = "") -> Mapping[str, Any]:
+REQUESTS = pa.schema(
+    [("key", pa.string()), ("messages", MESSAGES), *((n, pa.string()) for n in ("sampling", "adapter", "draw"))]
+)
+TOO_LONG = ("maximum model length", "maximum context length", "longer than the maximum")  # as vLLM says it
+
+
+def answer_all(
+    folder: Folder, draws: Callable[[], Iterable[Row]], count: int, config: Config, *, title: str, model: str = ""
+) -> Mapping[str, Any]:
     """Answer the draws that have no row yet, one engine start for each model, and return the numbers of all.
 
-    PsyrayError where more than `responses.max_invalid_share` failed.
+    `draws()` gives the same `count` rows each time; `model` is where the one model of all draws lies, if it is not
+    to be looked up. PsyrayError where more than `responses.max_invalid_share` failed.
     """
     parts = folder.parts(RESPONSES, "response_id")
-    todo = parts.todo(draws)
-    by_id = {row["response_id"]: row for row in draws}
-    for name in sorted({row["model"] for row in todo}):
-        requests = [
-            {"key": row["response_id"], "messages": row["prompt"], "sampling": json.dumps(row["sampling"])}
-            for row in todo
-            if row["model"] == name
-        ]
-        source = model or resolve_model(name)
-        stream(
-            folder,
-            requests,
-            partial(vllm.generate, model=source, engine=config.engine, wait_s=config.cluster.wait_s),
-            lambda results: parts.append(_response(by_id[r["key"]], r) for r in results),
-            title=title,
-            done=len(parts.ids),
-        )
-    found = rows(parts.table())
-    bad = [row for row in found if row["status"] != Status.OK]
-    ceiling = config.responses.max_invalid_share
-    if found and len(bad) / len(found) > ceiling:
-        aside = parts.set_aside({row["response_id"] for row in bad})
-        raise PsyrayError(
-            f"{title}: {len(bad)} of {len(found)} responses failed, more than responses.max_invalid_share "
-            f"({ceiling:.0%}). The first says: {bad[0]['error'][:300]}. They are in {aside}; mend the cause and run "
-            "the same command again: the good ones are kept, the failed ones are tried anew"
-        )
+    tries = config.responses.retries + 1
+    for attempt in range(1, tries + 1):
+        for start, adapters in starts(draws(), parts).items():
+            stream(
+                folder,
+                (request(row) for row in draws() if start_of(row) == start and row["response_id"] not in parts.ids),
+                partial(
+                    vllm.generate,
+                    model=model or resolve_model(start[0]),
+                    engine=own_engine(config.engine, start[1]),
+                    wait_s=config.cluster.wait_s,
+                    adapters=adapters,
+                ),
+                partial(keep, parts, attempt, final=attempt == tries),
+                title=title,
+                schema=REQUESTS,
+                total=count,
+                done=len(parts.ids),
+            )
+    check_share(parts, config.responses.max_invalid_share, title)
     parts.finish()
-    return summary(found)
+    return summary(parts.each(SUMMED))
 
 
-def _response(draw: Row, result: Row) -> Row:
+Start = tuple[str, str]  # a model and, as JSON, its settings over those of the section `engine`
+
+
+def start_of(draw: Row) -> Start:
+    """The engine start that answers a draw."""
+    return draw["model"], draw["engine"]
+
+
+def starts(draws: Iterable[Row], parts: Parts) -> dict[Start, list[str]]:
+    """The engine starts that the draws without a row need, each with the adapters that its model wears."""
+    found: dict[Start, set[str]] = defaultdict(set)
+    for draw in draws:
+        if draw["response_id"] not in parts.ids:
+            found[start_of(draw)].add(draw["adapter"])
+    return {start: sorted(filter(None, found[start])) for start in sorted(found)}
+
+
+def own_engine(engine: EngineSection, over: str) -> EngineSection:
+    """The section `engine` with a responder's own settings over it."""
+    return EngineSection.model_validate(engine.model_dump() | json.loads(over))
+
+
+def request(draw: Row) -> Row:
+    """What an engine is asked for a draw; the draw itself goes along, so that the answer finds its place."""
+    kept = {key: draw[key] for key in DRAWN} | {"max_tokens": draw["sampling"]["max_tokens"]}
+    return {
+        "key": draw["response_id"],
+        "messages": draw["prompt"],
+        "sampling": json.dumps(draw["sampling"]),
+        "adapter": draw["adapter"],
+        "draw": json.dumps(kept),
+    }
+
+
+def keep(parts: Parts, attempt: int, results: list[Row], *, final: bool) -> None:
+    """Keep answers, and the failures that no further try could mend."""
+    rows = [_response(result) | {"attempts": attempt} for result in results]
+    parts.append(
+        row for row in rows
+        if final or row["status"] != Status.FAILED or any(words in row["error"] for words in TOO_LONG)
+    )  # fmt: skip
+
+
+def check_share(parts: Parts, ceiling: float, title: str) -> None:
+    """PsyrayError where too large a share of the draws has no usable answer; those are set aside, to be made anew."""
+    bad = {row["response_id"]: row["error"] for row in parts.each(["response_id", "status", "error"])
+           if row["status"] != Status.OK}  # fmt: skip
+    if bad and len(bad) / len(parts.ids) > ceiling:
+        found = len(parts.ids)
+        aside = parts.set_aside(set(bad))
+        raise PsyrayError(
+            f"{title}: {len(bad)} of {found} responses failed, more than responses.max_invalid_share "
+            f"({ceiling:.0%}). The first says: {next(iter(bad.values()))[:300]}. They are in {aside}; mend the cause "
+            "and run the same command again: the good ones are kept, the failed ones are tried anew"
+        )
+
+
+def _response(result: Row) -> Row:
+    draw: Row = json.loads(result["draw"])
     error = result.get("__inference_error__") or ""
     text = (result.get("text") or "").strip()
     status = Status.FAILED if error else Status.OK if text else Status.INVALID
     return draw | {
         "text": text if status is Status.OK else None,
         "tokens": result.get("tokens"),
-        "truncated": result.get("tokens") is not None and result["tokens"] >= draw["sampling"]["max_tokens"],
+        "truncated": result.get("tokens") is not None and result["tokens"] >= draw["max_tokens"],
         "repeated": repetition(text),
         "status": status,
         "error": error or ("" if text else "empty answer"),
         "raw_text": result.get("text"),
-        "attempts": 1,
     }
 
 
-def summary(responses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts and shares over response rows."""
-    good = [row for row in responses if row["status"] == Status.OK]
+SUMMED = ("status", "truncated", "repeated", "text")
+
+
+def summary(responses: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts and shares over response rows, of which only the columns `SUMMED` are read."""
+    counts, words = Counter[str](), 0
+    for row in responses:
+        counts["all"] += 1
+        if row["status"] == Status.OK:
+            counts["ok"] += 1
+            counts["truncated"] += row["truncated"]
+            counts["repeated"] += row["repeated"] >= LOOP_SHARE
+            words += len(row["text"].split())
+    good = counts["ok"] or 1
     return {
-        "ok": len(good),
-        "failed": len(responses) - len(good),
-        "truncated_share": share(row["truncated"] for row in good),
-        "repeated_share": share(row["repeated"] >= LOOP_SHARE for row in good),
-        "mean_words": sum(len(row["text"].split()) for row in good) / len(good) if good else 0.0,
+        "ok": counts["ok"],
+        "failed": counts["all"] - counts["ok"],
+        "truncated_share": counts["truncated"] / good,
+        "repeated_share": counts["repeated"] / good,
+        "mean_words": words / good,
     }

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
+
+import pyarrow as pa
 
 from psyray.active.ledger import Answer, Ledger, Question
 from psyray.config import JudgeSection
 from psyray.engines.judges import Judge
 from psyray.errors import PsyrayError
-from psyray.records import JUDGEMENTS, Row, Status, content_id
+from psyray.records import JUDGEMENTS, MESSAGES, Row, Status, content_id
 from psyray.rubric import Rubric
-from psyray.run import Artifact, Folder, Run
+from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
 from psyray.stream import stream
 
 
@@ -34,37 +38,63 @@ class Desk:
         return {"judge": self.judge.id, "rubric": self.rubric.id}
 
 
+TODO = pa.schema([("key", pa.string()), ("messages", MESSAGES), ("response", pa.string())])
+Responses = Callable[[], Iterable[Row]]  # gives the same response rows each time
+
+
 def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
     """The stage `judgements`: every usable response rated by the rubric."""
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        judged = judge(folder, desk, responses.rows(), purpose="judgements", budget=desk.section.budget)
-        folder.parts(JUDGEMENTS, "response_id").append(judged)
-        folder.parts(JUDGEMENTS, "response_id").finish()
-        usable = sum(row["status"] == Status.OK for row in responses.rows())
-        return summary(judged, desk) | {"unjudged": usable - len(judged)}
+        count = responses.manifest["rows"]
+        parts = judge(folder, desk, responses.each, count, purpose="judgements", budget=desk.section.budget)
+        parts.finish()
+        usable = sum(row["status"] == Status.OK for row in responses.each(["status"]))
+        return summary(parts.each(), desk) | {"unjudged": usable - len(parts.ids)}
 
     return run.stage("judgements", desk.identity | {"budget": desk.section.budget}, [responses], make)
 
 
-def judge(folder: Folder, desk: Desk, responses: Sequence[Row], *, purpose: str, budget: int | None) -> list[Row]:
+def judge(folder: Folder, desk: Desk, responses: Responses, count: int, *, purpose: str, budget: int | None) -> Parts:
     """JUDGEMENTS rows of the usable responses, as many as the budget buys; answers known to the ledger are free.
 
     PsyrayError where more than `judge.max_invalid_share` of the answers cannot be used.
     """
-    usable = [row for row in responses if row["status"] == Status.OK]
-    asked = {row["response_id"]: question(desk, row) for row in usable}
-    unique = list({q.question_id: q for q in asked.values()}.values())
-    reserved = desk.ledger.reserve(desk.run_id, purpose, unique, budget)
-    ask(folder, desk, reserved.to_ask, title=purpose, done=len(reserved.answered))
-    answers = desk.ledger.answers([q.question_id for q in unique])
-    judged = [
-        judgement(desk, row, answers[asked[row["response_id"]].question_id])
-        for row in usable
-        if asked[row["response_id"]].question_id in answers
-    ]
-    check_share(judged, desk.section.max_invalid_share)
-    return judged
+    parts = folder.parts(JUDGEMENTS, "response_id")
+    todo = open_questions(desk, responses, parts, purpose, budget)
+    stream(folder, todo, desk.judge.rate, partial(keep, desk), title=purpose, schema=TODO, total=count)
+    settle(desk, responses, parts)
+    check_share(parts.each(["status", "error"]), desk)
+    return parts
+
+
+def chunks(desk: Desk, responses: Responses, parts: Parts) -> Iterator[list[tuple[Row, Question]]]:
+    """The usable responses that have no row yet, each with its question, some thousands at a time."""
+    open_rows = (row for row in responses() if row["status"] == Status.OK and row["response_id"] not in parts.ids)
+    while chunk := [(row, question(desk, row)) for row in islice(open_rows, ROWS_IN_MEMORY)]:
+        yield chunk
+
+
+def open_questions(desk: Desk, responses: Responses, parts: Parts, purpose: str, budget: int | None) -> Iterator[Row]:
+    """What the judge still has to be asked: reserved in the ledger, each question once however many have its text."""
+    seen = set[str]()
+    for chunk in chunks(desk, responses, parts):
+        fresh = {q.question_id: q for _, q in chunk if q.question_id not in seen}
+        seen.update(fresh)
+        for asked in desk.ledger.reserve(desk.run_id, purpose, list(fresh.values()), budget).to_ask:
+            yield {"key": asked.question_id, **asked.payload}
+
+
+def keep(desk: Desk, results: list[Row]) -> None:
+    """Put the judge's answers into the ledger."""
+    desk.ledger.answer(_answer(result, desk.judge.id) for result in results)
+
+
+def settle(desk: Desk, responses: Responses, parts: Parts) -> None:
+    """A row for each response whose question is answered."""
+    for chunk in chunks(desk, responses, parts):
+        answers = desk.ledger.answers(q.question_id for _, q in chunk)
+        parts.append(judgement(desk, row, answers[q.question_id]) for row, q in chunk if q.question_id in answers)
 
 
 def question(desk: Desk, response: Row) -> Question:
@@ -72,16 +102,6 @@ def question(desk: Desk, response: Row) -> Question:
     payload = {"messages": response["messages"], "response": response["text"]}
     key = content_id("rating", desk.judge.id, desk.rubric.id, payload)
     return Question(key, "rating", desk.judge.id, desk.rubric.id, payload)
-
-
-def ask(folder: Folder, desk: Desk, questions: Sequence[Question], *, title: str, done: int = 0) -> None:
-    """Put the questions to the judge; each answer is in the ledger before the next batch is taken."""
-
-    def keep(results: list[Row]) -> None:
-        desk.ledger.answer(_answer(r, desk.judge.id) for r in results)
-
-    todo = [{"key": q.question_id, **q.payload} for q in questions]
-    stream(folder, todo, desk.judge.rate, keep, title=title, done=done)
 
 
 def _answer(result: Row, who: str) -> Answer:
@@ -115,25 +135,34 @@ def judgement(desk: Desk, response: Row, answer: Answer) -> Row:
     }
 
 
-def check_share(judged: Sequence[Row], ceiling: float) -> None:
+def check_share(judged: Iterable[Row], desk: Desk) -> None:
     """PsyrayError where too large a share of a judge's answers cannot be used; the answers stay in the ledger."""
-    bad = [row for row in judged if row["status"] != Status.OK]
-    if judged and len(bad) / len(judged) > ceiling:
-        (error, _), *_ = Counter(row["error"] for row in bad).most_common(1)
+    ceiling, count, bad = desk.section.max_invalid_share, 0, Counter[str]()
+    for row in judged:
+        count += 1
+        if row["status"] != Status.OK:
+            bad[row["error"]] += 1
+    if bad.total() > ceiling * count:
+        (error, _), *_ = bad.most_common(1)
         raise PsyrayError(
-            f"the judge {bad[0]['judge']} gave no usable answer for {len(bad)} of {len(judged)} responses, more than "
+            f"the judge {desk.judge.id} gave no usable answer for {bad.total()} of {count} responses, more than "
             f"judge.max_invalid_share ({ceiling:.0%}); most often: {error[:300]}. The answers are in the ledger; "
             "change the judge, or raise the ceiling to leave those responses out, and run the same command again"
         )
 
 
-def summary(judged: Sequence[Row], desk: Desk) -> dict[str, Any]:
+def summary(judged: Iterable[Row], desk: Desk) -> dict[str, Any]:
     """Counts, shares and means over JUDGEMENTS rows."""
-    good = [row for row in judged if row["status"] == Status.OK]
+    count, good, total = 0, 0, Counter[str]()
+    for row in judged:
+        count += 1
+        if row["status"] == Status.OK:
+            good += 1
+            total.update({"score": row["score"], **{f"/{key}": value for key, value in row["ratings"].items()}})
     return {
         "judge": desk.judge.id,
-        "ok": len(good),
-        "invalid_share": 1 - len(good) / len(judged) if judged else 0.0,
-        "mean_score": sum(row["score"] for row in good) / len(good) if good else None,
-        "principles": {k: sum(r["ratings"][k] for r in good) / len(good) for k in desk.rubric.keys} if good else {},
+        "ok": good,
+        "invalid_share": 1 - good / count if count else 0.0,
+        "mean_score": total["score"] / good if good else None,
+        "principles": {key: total[f"/{key}"] / good for key in desk.rubric.keys} if good else {},
     }

@@ -65,7 +65,7 @@ def judged(
 ) -> Iterator[Row]:
     """Usable responses with their usable ratings, joined by id, those of one speech together."""
     for name, artifact in (("responses", responses), ("judgements", judgements)):
-        view(database, name, (artifact.path / file for file in artifact.manifest["files"]))
+        view(database, name, artifact.files)
     for batch in batches(database, JUDGED):
         yield from rows(pa.Table.from_batches([batch]))
         progress.add(batch.num_rows)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from psyray.cluster import require, use_gpu
 from psyray.config import EngineSection
+from psyray.errors import PsyrayError
 from psyray.records import Row
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 BATCH = 32  # rows that travel through the pipeline, and come back, together
 
 
@@ -24,11 +28,11 @@ def cpu_environment(kv_cache_gib: int) -> dict[str, str]:
     }
 
 
-def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float) -> Any:
-    """Answer every row's `messages` under its `sampling`.
+def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, adapters: Sequence[str] = ()) -> Any:
+    """Answer every row's `messages` under its `sampling`, and where it names an `adapter`, by the model that wears it.
 
-    Output rows hold the input's `key`, `text`, `tokens`, `logprobs`; a failed row holds `key` and
-    `__inference_error__` and does not disturb its neighbours.
+    Output rows hold the input's `key` (and `draw`, where it has one), `text`, `tokens`, `logprobs`; a failed row
+    holds `key`, `draw` and `__inference_error__` and does not disturb its neighbours.
     """
     from ray.data import TaskPoolStrategy
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
@@ -45,6 +49,7 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float) -> 
         "enforce_eager": not gpu,
         "enable_prefix_caching": True,
         **({"tensor_parallel_size": engine.tensor_parallel} if engine.tensor_parallel > 1 else {}),
+        **lora(adapters),
         **engine.kwargs,
     }
     config = vLLMEngineProcessorConfig(
@@ -75,6 +80,26 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float) -> 
     return processor(dataset)
 
 
+def lora(adapters: Sequence[str]) -> Row:
+    """vLLM's settings for LoRA adapters; PsyrayError for a folder that holds none."""
+    ranks = [adapter_rank(Path(adapter)) for adapter in adapters]
+    if not ranks:
+        return {}
+    # vLLM takes these ranks only.
+    room = next((size for size in LORA_RANKS if size >= max(ranks)), None)
+    if room is None:
+        raise PsyrayError(f"a LoRA adapter of rank {max(ranks)} is more than vLLM takes ({LORA_RANKS[-1]})")
+    return {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": room}
+
+
+def adapter_rank(folder: Path) -> int:
+    """The rank of the LoRA adapter in a folder; PsyrayError if there is none."""
+    described = folder / "adapter_config.json"
+    if not described.is_file():
+        raise PsyrayError(f"no LoRA adapter in {folder}: adapter_config.json is missing")
+    return int(json.loads(described.read_text())["r"])
+
+
 def _report_nothing() -> None:
     """Ray describes every processor to a usage actor, which takes ten seconds to start; no one is to be told anyway."""
     from ray.llm._internal.batch.processor import vllm_engine_proc
@@ -101,12 +126,16 @@ def _to_request(model: str, seeded: bool, row: Row) -> Row:
     if not seeded:
         # vLLM 0.29 on CPU dies of a seeded request whose prompt is prefilled in chunks: its generator has no offset.
         sampling.pop("seed", None)
-    return {"key": row["key"], "tokenized_prompt": list(tokens), "sampling_params": sampling}
+    carried = {"draw": row["draw"]} if "draw" in row else {}
+    if adapter := row.get("adapter"):
+        carried["model"] = adapter  # a row's model that is not the engine's is one of its adapters
+    return {"key": row["key"], **carried, "tokenized_prompt": list(tokens), "sampling_params": sampling}
 
 
 def _to_result(row: Row) -> Row:
     return {
         "key": row["key"],
+        **({"draw": row["draw"]} if "draw" in row else {}),
         "text": row["generated_text"],
         "tokens": row["num_generated_tokens"],
         "logprobs": json.dumps(row["logprobs"]) if row.get("logprobs") is not None else "",

@@ -15,7 +15,7 @@ from psyray.data.judge import Desk, judge
 from psyray.data.judge import summary as judgement_summary
 from psyray.errors import PsyrayError
 from psyray.evaluate.winrate import length_controlled, outcomes, win_rate
-from psyray.records import JUDGEMENTS, Comparison, Row, Status, Verdict, compare
+from psyray.records import Comparison, Row, Status, Verdict, compare
 from psyray.run import Artifact, Folder, Run
 
 
@@ -33,10 +33,9 @@ def gate_stage(
 
     def make(folder: Folder) -> Mapping[str, Any]:
         answers = held_out(samples)
-        judged = judge(folder, desk, answers, purpose=f"evaluation-{number}", budget=None)
-        parts = folder.parts(JUDGEMENTS, "response_id")
-        parts.append(judged)
+        parts = judge(folder, desk, lambda: answers, len(answers), purpose=f"evaluation-{number}", budget=None)
         parts.finish()
+        judged = list(parts.each())
         stats = response_summary(answers) | judgement_summary(judged, desk) | {"n": len(answers)}
         if start is None:
             return stats | {"win_rate": 0.5, "passed": True, "reasons": [], "start_words": stats["mean_words"]}

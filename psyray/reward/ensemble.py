@@ -14,7 +14,7 @@ import pyarrow as pa
 from psyray.cluster import use_gpu
 from psyray.config import Config
 from psyray.errors import PsyrayError
-from psyray.records import Row, Status
+from psyray.records import MESSAGES, Row, Status
 from psyray.reward.heads import Heads, fit_heads, standardisation
 from psyray.reward.metrics import calibration, reward_metrics
 from psyray.reward.score import FeatureActor
@@ -25,6 +25,7 @@ FloatArray = npt.NDArray[np.float64]
 Features = Mapping[str, FloatArray]  # response id -> [D]
 
 FEATURES = pa.schema([("response_id", pa.string()), ("features", pa.list_(pa.float32()))])
+TODO = pa.schema([("response_id", pa.string()), ("messages", MESSAGES), ("text", pa.string())])
 SCORES = pa.schema(
     [
         ("response_id", pa.string()),
@@ -43,11 +44,7 @@ def features_stage(
 
     def make(folder: Folder) -> Mapping[str, Any]:
         parts = folder.parts(FEATURES, "response_id")
-        usable = [
-            {"response_id": r["response_id"], "messages": r["messages"], "text": r["text"]}
-            for r in responses
-            if r["status"] == Status.OK
-        ]
+        usable = [{key: r[key] for key in TODO.names} for r in responses if r["status"] == Status.OK]
         from ray.data import ActorPoolStrategy
 
         gpu = use_gpu(config.engine.device)
@@ -67,6 +64,8 @@ def features_stage(
             ),
             parts.append,
             title=name,
+            schema=TODO,
+            total=len(usable),
             done=len(parts.ids),
         )
         parts.finish()

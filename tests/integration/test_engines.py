@@ -13,6 +13,7 @@ import pytest
 
 from psyray.config import ClusterSection, EngineSection, JudgeSection, TrainSection, load_config
 from psyray.data.generate import answer_all, draw_row
+from psyray.data.judge import TODO
 from psyray.engines.judges import make_judge
 from psyray.engines.vllm import cpu_environment
 from psyray.errors import PsyrayError
@@ -46,13 +47,13 @@ def test_a_prompt_longer_than_the_context_fails_alone_and_is_tried_anew(tmp_path
     config = load_config(None, settings)
     rows = draws(config, "I cannot sleep.", "Nobody listens. " * 400, "My dog died.")
     with pytest.raises(PsyrayError, match=r"2 of 6 responses failed.*(longer|length)") as caught:
-        answer_all(folder(tmp_path), rows, config, title="responses")
+        answer_all(folder(tmp_path), lambda: rows, len(rows), config, title="responses")
     assert "aside-" in str(caught.value)
     assert len(folder(tmp_path).parts(RESPONSES, "response_id").ids) == 4
     lenient = load_config(None, [*settings, "responses.max_invalid_share=0.5"])
-    stats = answer_all(folder(tmp_path), rows, lenient, title="responses")
+    stats = answer_all(folder(tmp_path), lambda: rows, len(rows), lenient, title="responses")
     assert (stats["ok"], stats["failed"]) == (4, 2)
-    found = {row["response_id"]: row for row in folder(tmp_path).parts(RESPONSES, "response_id").table().to_pylist()}
+    found = {row["response_id"]: row for row in folder(tmp_path).parts(RESPONSES, "response_id").each()}
     assert set(found) == {row["response_id"] for row in rows}
     bad = [row for row in found.values() if row["status"] != "ok"]
     assert {row["speech_id"] for row in bad} == {"s1"} and all(row["text"] is None and row["error"] for row in bad)
@@ -65,7 +66,7 @@ def test_vllm_judges_with_guided_decoding_and_soft_scores(tmp_path, tiny_model, 
     speech = [{"role": "user", "content": "I cannot sleep."}]
     todo = [{"key": str(i), "messages": speech, "response": text} for i, text in enumerate(("You lie awake.", "No."))]
     found: list[dict] = []
-    stream(folder(tmp_path), todo, judge.rate, found.extend, title="judge")
+    stream(folder(tmp_path), todo, judge.rate, found.extend, title="judge", schema=TODO, total=len(todo))
     assert {row["key"] for row in found} == {"0", "1"}
     for row in found:
         assert row["error"] == ""

@@ -35,9 +35,14 @@ def desk(tmp_path: Path, run: str = "run", **settings) -> Desk:
     return Desk(made, RUBRIC, Ledger(f"sqlite:///{tmp_path}/labels.db"), run, section)
 
 
-def folder(tmp_path: Path) -> Folder:
-    (tmp_path / "stage").mkdir(exist_ok=True)
-    return Folder(tmp_path / "stage")
+def folder(tmp_path: Path, name: str = "stage") -> Folder:
+    (tmp_path / name).mkdir(exist_ok=True)
+    return Folder(tmp_path / name)
+
+
+def judged(place: Folder, here: Desk, rows: list[dict], budget: int | None = None) -> list[dict]:
+    """The rows that judging leaves in the folder."""
+    return list(judge(place, here, lambda: rows, len(rows), purpose="judgements", budget=budget).each())
 
 
 def test_each_fault_of_an_endpoint_is_one_rows_outcome():
@@ -72,11 +77,11 @@ def test_an_answer_is_bought_once_by_all_runs(tmp_path, ray_cluster):
     with hostile_server() as server:
         settings = {"engine": "http", "url": server.url, "model": "m", "retries": 2, "max_invalid_share": 0.5}
         rows = responses("fine", "prose", "six")
-        first = judge(folder(tmp_path), desk(tmp_path, "one", **settings), rows, purpose="judgements", budget=None)
+        first = judged(folder(tmp_path), desk(tmp_path, "one", **settings), rows)
         calls = dict(server.calls)
-        again = judge(folder(tmp_path), desk(tmp_path, "one", **settings), rows, purpose="judgements", budget=None)
+        again = judged(folder(tmp_path, "again"), desk(tmp_path, "one", **settings), rows)
         assert again == first and dict(server.calls) == calls == {"fine": 1, "prose": 1, "six": 3}
-        later = judge(folder(tmp_path), desk(tmp_path, "two", **settings), rows, purpose="judgements", budget=None)
+        later = judged(folder(tmp_path, "later"), desk(tmp_path, "two", **settings), rows)
     assert server.calls["fine"] == 1 and server.calls["six"] == 6  # a failure may be bought again by a later run
     assert [row["score"] for row in later] == [4.0, 4.0, None]
     bad = later[2]
@@ -85,17 +90,17 @@ def test_an_answer_is_bought_once_by_all_runs(tmp_path, ray_cluster):
 
 def test_a_budget_buys_so_many_judgements_and_no_more(tmp_path, ray_cluster):
     rows = responses("fine", "prose", "six")
-    found = judge(folder(tmp_path), desk(tmp_path), rows, purpose="judgements", budget=2)
+    found = judged(folder(tmp_path), desk(tmp_path), rows, budget=2)
     assert [row["response_id"] for row in found] == ["fine", "prose"]
     assert desk(tmp_path).ledger.spent("run") == {"judgements": 2}
-    assert len(judge(folder(tmp_path), desk(tmp_path), rows, purpose="judgements", budget=2)) == 2
+    assert len(judged(folder(tmp_path, "again"), desk(tmp_path), rows, budget=2)) == 2
 
 
 def test_a_judge_that_answers_nonsense_stops_the_stage_and_its_answers_are_kept(tmp_path, ray_cluster):
     with hostile_server() as server:
         bad = desk(tmp_path, engine="http", url=server.url, model="m", retries=0, max_invalid_share=0.4)
         with pytest.raises(PsyrayError, match=r"no usable answer for 2 of 3 .*40%.*no JSON object"):
-            judge(folder(tmp_path), bad, responses("fine", "nonsense", "nonsense "), purpose="judgements", budget=None)
+            judged(folder(tmp_path), bad, responses("fine", "nonsense", "nonsense "))
     assert bad.ledger.summary("run")[0]["failed"] >= 1
 
 
@@ -115,4 +120,14 @@ def test_the_oracle_labels_within_its_budget_and_knows_a_pair_from_both_sides(tm
 
 
 def test_a_budget_of_nothing_asks_nothing(tmp_path, ray_cluster):
-    assert judge(folder(tmp_path), desk(tmp_path), responses("fine"), purpose="judgements", budget=0) == []
+    assert judged(folder(tmp_path), desk(tmp_path), responses("fine"), budget=0) == []
+
+
+def test_equal_texts_are_one_question_and_each_response_has_its_row(tmp_path, ray_cluster):
+    first, second = responses("fine", "prose")
+    twin = first | {"response_id": "twin"}
+    with hostile_server() as server:
+        here = desk(tmp_path, engine="http", url=server.url, model="m")
+        found = {r["response_id"]: r for r in judged(folder(tmp_path), here, [first, second, twin])}
+    assert dict(server.calls) == {"fine": 1, "prose": 1}
+    assert found["twin"]["ratings"] == found["fine"]["ratings"] and len(found) == 3
