@@ -13,6 +13,7 @@ from psyray.config import Config
 from psyray.data.generate import responses_stage
 from psyray.data.judge import Desk, judgements_stage
 from psyray.data.pairs import pairs_stage
+from psyray.data.rules import Rules
 from psyray.data.speeches import speeches_stage
 from psyray.engines.judges import make_judge
 from psyray.errors import PsyrayError
@@ -136,7 +137,9 @@ def check(config: Config) -> None:
 
 def check_settings(config: Config) -> None:
     """Settings that cannot work together; PsyrayError names them."""
-    make_judge(config.judge, load_rubric(config.rubric), config.engine, config.cluster.wait_s)
+    rubric = load_rubric(config.rubric)
+    make_judge(config.judge, rubric, config.engine, config.cluster.wait_s)
+    Rules.make(config.pairs, rubric)
     if config.responses.k < 2:
         raise PsyrayError("responses.k is 1: a pair needs two responses to one speech; set responses.k to 2 or more")
     if config.loop.rounds and config.loop.k < 2:

@@ -57,11 +57,11 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
 
 def data_files(path: Path) -> list[Path]:
     """The Parquet files of an export's main table, or of any other folder, or the one file."""
-    if path.is_file():
+    if path.is_file() and path.suffix == ".parquet":
         return [path]
-    found = sorted((path / "data").glob("*.parquet")) or sorted(path.glob("*.parquet"))
+    found = sorted((path / "data").glob("*.parquet")) or sorted(path.rglob("*.parquet"))
     if not found:
-        raise PsyrayError(f"no Parquet file in {path}; `psyray export RUN --to {path}` writes some")
+        raise PsyrayError(f"no Parquet file at {path}; `psyray export RUN --to FOLDER` writes some")
     return found
 
 

@@ -28,7 +28,7 @@ from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
 from psyray.run import ROWS_PER_FILE, Artifact, read_stages, run_path, write_atomic
 from psyray.status import read_config
-from psyray.tables import batches, connect, view
+from psyray.tables import connect, in_order, view
 
 CARD, MARKER, DATA, ROUNDS, DRAFT = "README.md", "psyray.json", "data", "rounds", ".draft"
 OWN = (CARD, DATA, ROUNDS, MARKER)
@@ -60,7 +60,7 @@ class Subset:
     folder: str
     view: str
     columns: list[str]
-    order: str
+    order: list[str]
     files: dict[str, list[str]] = field(default_factory=dict)  # by split, once written
 
 
@@ -81,10 +81,10 @@ def export_run(
             f"{', ...' if len(foreign) > 3 else ''}): give another --to, or --force to replace {', '.join(OWN)} in it"
         )
     keys = to_layout(source.rubric.keys)
-    subsets = [Subset(DATA, "pairs", [keys, *(FULL if full else [])], "pairs.speech_id, pairs.pair_id")]
+    subsets = [Subset(DATA, "pairs", [keys, *(FULL if full else [])], ["ID", "prefID"])]
     if rounds:
         extra = ["pairs.round", *(FULL if full else ["pairs.source"])]
-        subsets.append(Subset(ROUNDS, "rounds", [keys, *extra], "pairs.round, pairs.speech_id, pairs.pair_id"))
+        subsets.append(Subset(ROUNDS, "rounds", [keys, *extra], ["ID", "prefID", "round"]))
     draft = to / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -135,8 +135,8 @@ def write_subset(database: duckdb.DuckDBPyConnection, draft: Path, subset: Subse
     for split, rows in database.execute(counts).fetchall():
         query = f"""SELECT {", ".join(subset.columns)}
             FROM {subset.view} pairs LEFT JOIN speeches ON speeches.speech_id = pairs.speech_id
-            WHERE pairs.split = $split ORDER BY {subset.order}"""
-        stream = batches(database, query, {"split": split}, ROWS_PER_GROUP)
+            WHERE pairs.split = $split"""
+        stream = in_order(database, query, subset.order, {"split": split}, ROWS_PER_GROUP)
         subset.files[split] = write_shards(draft / subset.folder, split, rows, stream)
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from psyray.errors import PsyrayError
 from psyray.records import Row, content_id, normalise, pair_row, speech_id
 from psyray.rubric import Rubric
-from psyray.tables import batches, identifier, literal
+from psyray.tables import identifier, in_order, literal
 
 SIDES = ("chosen", "rejected")
 TEXTS = ("question", "chosen", "rejected")
@@ -56,8 +56,7 @@ def to_layout(keys: Sequence[str]) -> str:
 
 def layout(database: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of the view `pairs` of PAIRS in the published layout, by speech and pair."""
-    query = f"SELECT {to_layout(keys)} FROM pairs ORDER BY pairs.speech_id, pairs.pair_id"
-    return batches(database, query, rows=ROWS_PER_GROUP)
+    return in_order(database, f"SELECT {to_layout(keys)} FROM pairs", ["ID", "prefID"], rows=ROWS_PER_GROUP)
 
 
 def write_batches(path: Path, stream: Iterable[pa.RecordBatch]) -> None:

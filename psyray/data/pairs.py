@@ -19,7 +19,7 @@ from psyray.records import PAIRS, Row, rows
 from psyray.rubric import Rubric
 from psyray.run import Artifact, Folder, Run
 from psyray.stream import Progress
-from psyray.tables import batches, connect, view
+from psyray.tables import connect, in_order, view
 
 LAYOUT = "psychocounsel.parquet"
 ROWS_PER_PART = 8192
@@ -28,7 +28,6 @@ JUDGED = """
 SELECT r.speech_id, r.response_id, r.messages, r.split, r.model, r.text, j.ratings
 FROM responses r JOIN judgements j USING (response_id)
 WHERE r.status = 'ok' AND j.status = 'ok'
-ORDER BY r.speech_id, r.response_id
 """
 
 
@@ -66,7 +65,7 @@ def judged(
     """Usable responses with their usable ratings, joined by id, those of one speech together."""
     for name, artifact in (("responses", responses), ("judgements", judgements)):
         view(database, name, artifact.files)
-    for batch in batches(database, JUDGED):
+    for batch in in_order(database, JUDGED, ["speech_id", "response_id"]):
         yield from rows(pa.Table.from_batches([batch]))
         progress.add(batch.num_rows)
 
