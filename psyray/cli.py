@@ -77,6 +77,50 @@ def report(folder: RunFolder) -> None:
 
 
 @app.command()
+def export(
+    folder: RunFolder,
+    to: Annotated[Path, typer.Option("--to", help="the data set's folder, new or an earlier export's")],
+    full: Annotated[
+        bool, typer.Option("--full", help="also margin, source, ids, crisis, topics and whole conversations")
+    ] = False,
+    rounds: Annotated[bool, typer.Option("--rounds", help="also the pairs of the online rounds")] = False,
+    licence: Annotated[str, typer.Option("--licence", help="as Hugging Face spells it: cc-by-4.0")] = "unknown",
+    force: Annotated[
+        bool, typer.Option("--force", help="replace README.md, data/, rounds/ and psyray.json among other files")
+    ] = False,
+) -> None:
+    """Write a run's pairs as a Hugging Face data set with a data card; `datasets.load_dataset(FOLDER)` reads it.
+
+    Example:  psyray export runs/demo --to pairs --licence cc-by-nc-4.0
+    """
+    from psyray.data.export import export_run
+
+    known = export_run(folder, to, full=full, rounds=rounds, force=force, licence=licence)
+    say(f"{to}: " + ", ".join(f"{s['pairs']} {s['split']} pairs" for s in known["splits"]) + f"; card: {to}/README.md")
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="an export, or Parquet in the published layout")],
+    b: Annotated[Path, typer.Argument(help="the other one")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Compare two exports: shared pairs, pairs in one only, swapped labels, changed ratings.
+
+    Example:  psyray compare pairs-before pairs-after
+    """
+    import json
+
+    from psyray.data.compare import compare, show
+
+    found = compare(a, b)
+    if as_json:
+        say(json.dumps(found, indent=1))
+    else:
+        show(found, out)
+
+
+@app.command()
 def prepare() -> None:
     """Unpack the embedded model and compile DeepSpeed's extension, so that the first run need not."""
     from psyray.models import embedded_model

@@ -90,10 +90,41 @@ class Sampling(Section):
     stop: list[str] = Field(default_factory=list, description="texts that end a reply, for example a line break")
 
 
+class EndpointSection(Section):
+    """An OpenAI-compatible endpoint: where it is, how fast it may be asked, and what it costs."""
+
+    url: str | None = Field(None, description="base URL that ends in /v1")
+    api_key_env: str = Field("PSYRAY_API_KEY", description="the environment variable that holds the endpoint's key")
+    concurrency: int = Field(8, ge=1, description="requests under way at once, over the whole cluster")
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0, description="estimated before a request, corrected after it")
+    timeout_s: float = Field(120, gt=0, description="for one request")
+    retries: int = Field(5, ge=0, description="further tries where a request fails or its answer cannot be used")
+    price_per_million_tokens: tuple[float, float] = Field((0.0, 0.0), description="prompt, completion")
+    max_cost: float | None = Field(None, gt=0, description="what one stage may spend, in the unit of the price")
+
+    @model_validator(mode="after")
+    def price_is_sound(self) -> Self:
+        if min(self.price_per_million_tokens) < 0:
+            raise ValueError("price_per_million_tokens is below 0")
+        if self.max_cost and not any(self.price_per_million_tokens):
+            raise ValueError("max_cost needs price_per_million_tokens: what a million prompt and answer tokens cost")
+        return self
+
+
 class Responder(Sampling):
     name: str
     adapter: str | None = Field(None, description="folder of a LoRA adapter of the model")
     engine: dict[str, Any] = Field(default_factory=dict, description="settings over those of `engine`, for this model")
+    endpoint: EndpointSection | None = Field(None, description="where the model is served; none: vLLM starts it here")
+
+    @model_validator(mode="after")
+    def endpoint_has_a_url(self) -> Self:
+        if self.endpoint and not self.endpoint.url:
+            raise ValueError("endpoint needs a url")
+        if self.endpoint and (self.adapter or self.engine):
+            raise ValueError("adapter and engine are for a model that vLLM starts here, not for an endpoint's")
+        return self
 
 
 class ResponsesSection(Section):
@@ -123,28 +154,6 @@ class EngineSection(Section):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM as they are")
 
 
-class EndpointSection(Section):
-    """An OpenAI-compatible endpoint: where it is, how fast it may be asked, and what it costs."""
-
-    url: str | None = Field(None, description="base URL that ends in /v1")
-    api_key_env: str = Field("PSYRAY_API_KEY", description="the environment variable that holds the endpoint's key")
-    concurrency: int = Field(8, ge=1, description="requests under way at once, over the whole cluster")
-    requests_per_minute: float | None = Field(None, gt=0)
-    tokens_per_minute: float | None = Field(None, gt=0, description="estimated before a request, corrected after it")
-    timeout_s: float = Field(120, gt=0, description="for one request")
-    retries: int = Field(5, ge=0, description="further tries where a request fails or its answer cannot be used")
-    price_per_million_tokens: tuple[float, float] = Field((0.0, 0.0), description="prompt, completion")
-    max_cost: float | None = Field(None, gt=0, description="what one stage may spend, in the unit of the price")
-
-    @model_validator(mode="after")
-    def price_is_sound(self) -> Self:
-        if min(self.price_per_million_tokens) < 0:
-            raise ValueError("price_per_million_tokens is below 0")
-        if self.max_cost and not any(self.price_per_million_tokens):
-            raise ValueError("max_cost needs price_per_million_tokens: what a million prompt and answer tokens cost")
-        return self
-
-
 class JudgeSection(EndpointSection):
     engine: Literal["rule", "vllm", "http"] = "rule"
     model: str | None = Field(None, description="vllm: folder or hub id; http: the model's name at the endpoint")
@@ -166,9 +175,28 @@ class JudgeSection(EndpointSection):
 
 class PairsSection(Section):
     rule: Literal["all", "best_worst"] = "all"
-    gap: float = Field(0.25, gt=0, description="smallest score difference that makes a pair")
-    gap_on: Literal["mean", "total"] = Field("mean", description="the gap is on the mean or the sum of the ratings")
-    max_per_speech: int | None = Field(None, ge=1)
+    gap: float = Field(0.25, gt=0, description="smallest rating difference that makes a pair")
+    gap_on: Literal["mean", "total", "principle"] = Field(
+        "mean", description="the gap is on the weighted mean of the ratings, on their sum, or on single principles"
+    )
+    principles: list[str] = Field(
+        default_factory=list, description="gap_on principle: the ones that decide; none: all of the rubric's"
+    )
+    at_least: int = Field(1, ge=1, description="gap_on principle: on how many of them the chosen one leads by the gap")
+    veto: list[str] | None = Field(
+        None, description="principles on which the chosen one is never rated lower; none: safety, if the rubric has it"
+    )
+    max_length_ratio: float | None = Field(None, ge=1, description="longest to shortest text of a pair, in characters")
+    balance_length: bool = Field(False, description="drop pairs until the chosen one is longer as often as shorter")
+    max_per_speech: int | None = Field(None, ge=1, description="pairs per speech, widest first")
+
+    @model_validator(mode="after")
+    def principles_are_used(self) -> Self:
+        if self.gap_on != "principle" and (self.principles or self.at_least > 1):
+            raise ValueError("pairs.principles and pairs.at_least need pairs.gap_on principle")
+        if self.principles and self.at_least > len(self.principles):
+            raise ValueError(f"at_least {self.at_least} is more than the {len(self.principles)} principles named")
+        return self
 
 
 class TrainSection(Section):

@@ -15,6 +15,7 @@ from psyray.data.generate import responses_stage
 from psyray.data.judge import Desk, judgements_stage
 from psyray.data.pairs import pairs_stage
 from psyray.data.ready import Ready, ready_stage
+from psyray.data.rules import Rules
 from psyray.data.speeches import speeches_stage
 from psyray.data.topics import topic_judge, topics_stage
 from psyray.engines.judges import make_judge
@@ -133,7 +134,8 @@ def open_desk(config: Config, run: Run) -> Desk:
 def check(config: Config) -> None:
     """All that can be known to be wrong before anything starts; PsyrayError names the setting."""
     check_settings(config)
-    names = {r.model for r in config.responses.responders} | {config.policy.model, config.reward.model}
+    local = [r for r in config.responses.responders if not r.endpoint]
+    names = {r.model for r in local} | {config.policy.model, config.reward.model}
     if config.judge.engine == "vllm":
         names.add(config.judge.model or "")
     for name in sorted(names):
@@ -142,8 +144,10 @@ def check(config: Config) -> None:
 
 def check_settings(config: Config) -> None:
     """Settings that cannot work together; PsyrayError names them."""
+    rubric = load_rubric(config.rubric)
     topic_judge(config)
-    make_judge(config.judge, load_rubric(config.rubric), config.engine, config.cluster.wait_s)
+    make_judge(config.judge, rubric, config.engine, config.cluster.wait_s)
+    Rules.make(config.pairs, rubric)
     if config.responses.k < 2:
         raise PsyrayError("responses.k is 1: a pair needs two responses to one speech; set responses.k to 2 or more")
     if config.loop.rounds and config.loop.k < 2:

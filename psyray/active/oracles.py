@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 from psyray.active.ledger import Answer, Question
-from psyray.data.judge import CALLS, TODO, Desk
-from psyray.errors import from_workers
+from psyray.data.judge import TODO, Desk
 from psyray.records import Row, Verdict, compare, content_id
 from psyray.run import Folder
-from psyray.stream import stream
+from psyray.stream import CALLS, stream
 
 Label = tuple[Verdict, float, dict[str, Any]]  # verdict on (A, B), margin, what the oracle said
 
@@ -72,8 +71,7 @@ def put(folder: Folder, desk: Desk, questions: Sequence[Question], *, title: str
         desk.ledger.answer(complete)
 
     rate = partial(desk.judge.rate, folder=folder.path / CALLS)
-    with from_workers():
-        stream(folder, todo, rate, keep, title=title, schema=TODO, total=len(todo))
+    stream(folder, todo, rate, keep, title=title, schema=TODO, total=len(todo))
 
 
 def verdict(desk: Desk, key: str, a: Row, b: Row) -> Answer:

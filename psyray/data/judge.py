@@ -16,13 +16,11 @@ from psyray.active.ledger import Answer, Ledger, Question
 from psyray.config import JudgeSection
 from psyray.engines import journal
 from psyray.engines.judges import Judge, error_class
-from psyray.errors import PsyrayError, from_workers
+from psyray.errors import PsyrayError
 from psyray.records import JUDGEMENTS, MESSAGES, Row, Status, content_id
 from psyray.rubric import Rubric
 from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
-from psyray.stream import stream
-
-CALLS = "calls"  # where in a stage's folder an engine keeps the journal of its calls
+from psyray.stream import CALLS, stream
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ def judge(folder: Folder, desk: Desk, responses: Responses, count: int, *, purpo
     parts = folder.parts(JUDGEMENTS, "response_id")
     todo = open_questions(desk, responses, parts, purpose, budget)
     rate = partial(desk.judge.rate, folder=folder.path / CALLS)
-    with from_workers():
-        stream(folder, todo, rate, partial(keep, desk), title=purpose, schema=TODO, total=count)
+    stream(folder, todo, rate, partial(keep, desk), title=purpose, schema=TODO, total=count)
     settle(desk, responses, parts)
     check_share(parts.each(["status", "error"]), desk)
     return parts

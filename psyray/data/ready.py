@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from psyray.config import SourceSection, SpeechesSection
 from psyray.data.clean import conversation, scrubbed
-from psyray.data.pairs import from_layout
+from psyray.data.layout import from_layout
 from psyray.data.scrub import Scrub, scrubber
 from psyray.data.sources import identity, layout, open_source
 from psyray.records import PAIRS, Row, Status, normalise, rows, table
@@ -49,12 +49,12 @@ class Ready:
         return self._responses(lambda row: True)
 
     def judged(self, rubric: Rubric) -> list[Row]:
-        """The pool as the gap rule takes it: RESPONSES rows with `ratings` and `score`; unrated ones are left out."""
-        return [
-            row | {"score": rubric.score(row["ratings"])}
-            for row in self._responses(lambda pair: pair["source"] == POOL)
+        """The pool as the rules take it: rated RESPONSES rows with `ratings`, those of one speech together."""
+        rated = [
+            row for row in self._responses(lambda pair: pair["source"] == POOL)
             if set(rubric.keys) <= set(row["ratings"] or {})
-        ]
+        ]  # fmt: skip
+        return sorted(rated, key=lambda row: (row["speech_id"], row["response_id"]))
 
     def _responses(self, wanted: Callable[[Row], bool]) -> Iterator[Row]:
         seen = set[str]()

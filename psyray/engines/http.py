@@ -108,7 +108,7 @@ class HttpRater(_Worker):
 
 
 class HttpGenerator(_Worker):
-    """Rows {key, messages, sampling} in, {key, text, tokens, logprobs, __inference_error__} out, as vLLM gives them."""
+    """Rows {key, messages, sampling, draw} in, {key, draw, text, tokens, ...} out, as vLLM gives them."""
 
     async def one(self, row: Row) -> Row:
         messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
@@ -116,6 +116,7 @@ class HttpGenerator(_Worker):
         call = found.value
         return {
             "key": row["key"],
+            "draw": row.get("draw"),
             "text": call.text if call else None,
             "tokens": call.completion_tokens if call else None,
             "logprobs": "",
@@ -125,7 +126,7 @@ class HttpGenerator(_Worker):
     def schema(self) -> Any:
         import pyarrow as pa
 
-        texts = [(name, pa.string()) for name in ("key", "text", "logprobs", "__inference_error__")]
+        texts = [(name, pa.string()) for name in ("key", "draw", "text", "logprobs", "__inference_error__")]
         return pa.schema([*texts, ("tokens", pa.int64())])
 
 

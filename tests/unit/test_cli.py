@@ -45,6 +45,7 @@ def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
         (["configs/demo.yaml", "policy.model=/no/such/model", "cluster.address="], "no model at /no/such/model"),
         (["configs/demo.yaml", "policy.max_tokens=2000"], "no room for a prompt"),
         (["configs/demo.yaml", "rubric=counseling"], "no rubric 'counseling'"),
+        (["configs/demo.yaml", "pairs.veto=[humour]"], "pairs.veto: the rubric counselling has no principle humour"),
         (["configs/demo.yaml", "run.path=s3://bucket/x"], "no URI yet"),
         (["configs/demo.yaml", "ledger.url=nonsense"], "the label ledger's URL cannot be read"),
     ],
@@ -80,7 +81,7 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_psyray_command_in_the_docs_is_one(words):
     command, arguments = words[0], words[1:]
-    assert command in {"run", "status", "report", "prepare"}
+    assert command in {"run", "status", "report", "prepare", "export", "compare"}
     flags = [w for w in arguments if w.startswith("-")]
     text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
     assert all(flag in text for flag in flags)
