@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from psyray import crisis
 from psyray.config import ASSETS, SourceSection, SpeechesSection
-from psyray.data.clean import RAW, clean_chunk, conversation
+from psyray.data.clean import RAW, clean_chunk, cleaned_path, conversation
 from psyray.data.dedup import mark_near_duplicates
 from psyray.data.scrub import KINDS
 from psyray.data.sources import identity, layout, open_source
@@ -44,7 +44,6 @@ class Raw:
     """The chunk files of all sources, and what was counted on the way."""
 
     files: list[Path] = field(default_factory=list)
-    rows: int = 0  # in the files
     read: Counter[str] = field(default_factory=Counter)  # source -> rows
     without_text: int = 0
 
@@ -98,7 +97,6 @@ def gather(sources: Sequence[SourceSection], work: Path, most: int | None = None
             path = work / f"raw-{len(raw.files):05d}.parquet"
             write_parquet(path, table(chunk, RAW))
             raw.files.append(path)
-            raw.rows += len(chunk)
             bar.update(len(chunk))
     return raw
 
@@ -128,11 +126,11 @@ def _raw_rows(sources: Sequence[SourceSection], raw: Raw, most: int | None) -> I
 
 def clean_all(raw: Raw, section: SpeechesSection, folder: Folder) -> list[Path]:
     """The cleaned chunks' files; chunks that an earlier attempt cleaned are kept. Each is one task of Ray Data."""
-    todo = [path for path in raw.files if not path.with_name(path.name.replace("raw", "clean")).exists()]
+    todo = [path for path in raw.files if not cleaned_path(path).exists()]
     with Progress(folder, "speeches", len(raw.files), len(raw.files) - len(todo), unit="chunks") as progress:
         for _ in _cleaned(todo, section):
             progress.add(1)
-    return [path.with_name(path.name.replace("raw", "clean")) for path in raw.files]
+    return [cleaned_path(path) for path in raw.files]
 
 
 def _cleaned(todo: Sequence[Path], section: SpeechesSection) -> Iterable[object]:
