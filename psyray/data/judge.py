@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from psyray.active.ledger import Answer, Ledger, Question
-from psyray.config import JudgeSection
+from psyray.config import JudgeSection, PanelSection
+from psyray.data.consensus import judges_agreement, panel_rows
 from psyray.engines.judges import Judge
 from psyray.errors import PsyrayError
 from psyray.records import JUDGEMENTS, Row, Status, content_id
@@ -27,11 +28,14 @@ class Desk:
     ledger: Ledger
     run_id: str
     section: JudgeSection
+    members: tuple[Desk, ...] = ()  # of a panel: a desk for each judge, where its answers are bought
+    panel: PanelSection = field(default_factory=PanelSection)
 
     @property
     def identity(self) -> dict[str, str]:
         """What stands for the desk in a fingerprint."""
-        return {"judge": self.judge.id, "rubric": self.rubric.id}
+        rated = {"judge": self.judge.id, "rubric": self.rubric.id}
+        return rated | ({"pairwise": self.rubric.pairwise_id} if self.section.form == "pairwise" else {})
 
 
 def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
@@ -52,6 +56,14 @@ def judge(folder: Folder, desk: Desk, responses: Sequence[Row], *, purpose: str,
 
     PsyrayError where more than `judge.max_invalid_share` of the answers cannot be used.
     """
+    if desk.members:
+        answered = [
+            judge(folder, member, responses, purpose=f"{purpose}/{member.judge.id}", budget=budget)
+            for member in desk.members
+        ]
+        judged = panel_rows(answered, desk.judge.id, desk.rubric, desk.panel)
+        check_share(judged, desk.section.max_invalid_share)
+        return judged
     usable = [row for row in responses if row["status"] == Status.OK]
     asked = {row["response_id"]: question(desk, row) for row in usable}
     unique = list({q.question_id: q for q in asked.values()}.values())
@@ -136,4 +148,5 @@ def summary(judged: Sequence[Row], desk: Desk) -> dict[str, Any]:
         "invalid_share": 1 - len(good) / len(judged) if judged else 0.0,
         "mean_score": sum(row["score"] for row in good) / len(good) if good else None,
         "principles": {k: sum(r["ratings"][k] for r in good) / len(good) for k in desk.rubric.keys} if good else {},
+        **({"judges_agreement": judges_agreement(judged, desk.rubric)} if desk.members else {}),
     }

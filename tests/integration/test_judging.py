@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 from hostile_server import hostile_server
 
 from psyray.active.ledger import Ledger
 from psyray.active.oracles import label
 from psyray.config import EngineSection, JudgeSection
-from psyray.data.judge import Desk, judge
+from psyray.data.judge import Desk, judge, summary
 from psyray.engines.http import HttpRater
 from psyray.engines.judges import make_judge
 from psyray.errors import PsyrayError
@@ -116,3 +118,34 @@ def test_the_oracle_labels_within_its_budget_and_knows_a_pair_from_both_sides(tm
 
 def test_a_budget_of_nothing_asks_nothing(tmp_path, ray_cluster):
     assert judge(folder(tmp_path), desk(tmp_path), responses("fine"), purpose="judgements", budget=0) == []
+
+
+def test_each_judge_of_a_panel_is_asked_by_itself_and_the_rule_makes_the_row(tmp_path, ray_cluster):
+    from psyray.config import load_config
+    from psyray.pipeline import open_desk
+    from psyray.run import Run
+
+    with hostile_server() as server:
+        member = {"engine": "http", "url": server.url, "retries": 0}
+        tree = {"run": {"path": str(tmp_path / "run")}, "judge": {"max_invalid_share": 0.9},
+                "panel": {"judges": [{"engine": "rule"}, {**member, "model": "m", "max_invalid_share": 0.9}],
+                          "quorum": 2, "strictest_on": ["safety"]}}  # fmt: skip
+        (tmp_path / "panel.yaml").write_text(yaml.safe_dump(tree))
+        here = open_desk(load_config(tmp_path / "panel.yaml"), Run(tmp_path / "run"))
+        rows = responses("fine", "prose", "six")
+        judged = {r["response_id"]: r for r in judge(folder(tmp_path), here, rows, purpose="judgements", budget=3)}
+        again = judge(folder(tmp_path), here, rows, purpose="judgements", budget=3)
+        assert server.calls["fine"] == 1 and {r["response_id"]: r for r in again} == judged
+    offline, remote = (m.judge.id for m in here.members)
+    assert here.ledger.spent(here.run_id) == {f"judgements/{offline}": 3, f"judgements/{remote}": 3}
+    said = {one["judge"]: one["ratings"] for one in json.loads(judged["fine"]["raw_text"])}
+    assert judged["fine"]["ratings"]["empathy"] == pytest.approx((said[offline]["empathy"] + 4) / 2)
+    assert judged["fine"]["ratings"]["safety"] == min(said[offline]["safety"], 4)
+    assert judged["six"]["score"] is None and "1 of 2 judges gave a usable answer" in judged["six"]["error"]
+    stats = summary(list(judged.values()), here)
+    assert stats["judges_agreement"]["responses"] == 3 and -1 <= stats["judges_agreement"]["value"] <= 1
+
+    a, b = ({"messages": SPEECH, "text": f"word {w} here"} for w in ("fine", "six"))
+    labels, counts = label(folder(tmp_path), here, [(a, a | {"text": "x"}, 1.0), (a, b, 1.0)],
+                           purpose="round-1", strategy="drts", budget=0)  # fmt: skip
+    assert labels == [None, None] and counts["refused"] == 4
