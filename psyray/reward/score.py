@@ -102,3 +102,21 @@ class FeatureActor:
         features_ND = self.scorer.features([r["messages"] for r in rows], [r["text"] for r in rows])
         found = zip(rows, features_ND, strict=True)
         return pa.Table.from_pylist([{"response_id": r["response_id"], "features": f.tolist()} for r, f in found])
+
+
+class ScoreActor:
+    """A Ray Data batch function: rows {key, messages, response} to rows {key, score}, the mean over the heads."""
+
+    def __init__(self, model: str, heads: str | None, max_length: int, gpu: bool, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.scorer = RewardScorer(model, Path(heads) if heads else None, max_length=max_length, gpu=gpu)
+
+    def __call__(self, batch: Any) -> Any:
+        import pyarrow as pa
+
+        rows: list[Row] = batch.to_pylist()
+        scores_NH = self.scorer.scores([r["messages"] for r in rows], [r["response"] for r in rows])
+        found = zip(rows, scores_NH.mean(axis=1), strict=True)
+        return pa.Table.from_pylist([{"key": r["key"], "score": float(score)} for r, score in found])
