@@ -79,11 +79,12 @@ def read_answer(answer: Answer, flipped: bool) -> Label:
 
 def exchanged(said: dict[str, Any]) -> dict[str, Any]:
     """What an oracle said, with A and B exchanged."""
-    verdict = {"verdict": Verdict(said["verdict"]).swap(), "margin": -said["margin"]}
-    if "orders" not in said:
-        return said | verdict | {"a": said["b"], "b": said["a"]}
-    first, second = (Verdict(shown).swap() for shown in said["orders"])
-    return said | verdict | {"orders": [second, first], "raw_text": said["raw_text"][::-1]}
+    other = {{"a": "b", "b": "a"}.get(key, key): value for key, value in said.items()}
+    other |= {"verdict": Verdict(said["verdict"]).swap(), "margin": -said["margin"]}
+    if "orders" in said:
+        first, second = (Verdict(shown).swap() for shown in said["orders"])
+        other |= {"orders": [second, first], "raw_text": said["raw_text"][::-1]}
+    return other
 
 
 def panel_label(desk: Desk, given: Sequence[Label | None]) -> Label | None:
