@@ -129,6 +129,23 @@ def test_the_oracle_of_a_round_compares_by_any_fields_rubric(tmp_path, declared,
     assert all("Geschmack" in prompt and "Gast:\nplain" in prompt for prompt in server.calls)
 
 
+@pytest.mark.parametrize("form", ["pointwise", "pairwise"])
+def test_a_panel_is_measured_by_what_its_rules_make_of_its_judges(tmp_path, declared, ray_cluster, form):
+    with comparing_server(**MARKS) as server:
+        alone, _ = measure(settings(tmp_path, server.url, f"judge.form={form}"), Request(declared))
+        member = {"engine": "http", "url": server.url, "retries": 0, "form": form}
+        judges = [{**member, "model": name} for name in ("m", "n", "o")]
+        tree = {"run": {"path": f"{tmp_path}/runs/x"}, "rubric": f"{tmp_path}/kochen.yaml", "panel": {"judges": judges}}
+        (tmp_path / "panel.yaml").write_text(yaml.safe_dump(tree))
+        calls = len(server.calls)
+        found, _ = measure(load_config(tmp_path / "panel.yaml"), Request(declared))
+        # The first judge's answers were bought before; only its failure, in both orders, may be bought again.
+        assert len(server.calls) == 3 * calls + (2 if form == "pairwise" else 0)
+    assert found["judge_id"].startswith("panel-")
+    assert found["strata"]["good>bad"]["judge"] == alone["strata"]["good>bad"]["judge"]
+    assert found["position"]["applicable"] is False
+
+
 def test_a_reward_model_with_and_without_heads(tmp_path, declared, tiny_model, ray_cluster):
     import numpy as np
     import torch
