@@ -1,10 +1,12 @@
-"""How far the offline judge agrees with people, and how easily it is fooled.
+"""How the offline judge is fitted, what it does on prompts that it never saw, and how easily it is fooled.
+
+How far the judge as it ships agrees with people is what `psyray agreement` says; this says the rest.
 
     python benchmarks/judge_agreement.py --pair PATH/TO/pair_dev.csv --counsel-chat PATH/TO/counsel-chat \
         [--samples PATH/TO/samples.json] [--fit] [--json OUT.json]
 
-PAIR (218 client prompts, replies in three quality tiers) gives the labels; CounselChat gives weak labels
-(upvotes), the judge's word lists and the therapists' answers; `--samples` is a list of {prompt, response,
+PAIR (218 client prompts, replies in three quality tiers) gives the labels; CounselChat the judge's word lists and the
+therapists' answers; `--samples` is a list of {prompt, response,
 temp, fin} from a small model and gives the gaming probes something to ramble with and the scale its middle.
 
 Every agreement figure is out of fold: prompts are dealt into folds, the weights are fitted without the
@@ -33,11 +35,14 @@ from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
 from psyray.engines import rule
+from psyray.evaluate.labelled import load_labelled
+from psyray.records import Verdict, client_words
+from psyray.reward.metrics import cluster_bootstrap
 
 Array = NDArray[np.float64]
 ASSETS = Path(rule.__file__).parent.parent / "assets"
 STRATA = {"hq>lq": ("hq", "lq"), "hq>mq": ("hq", "mq"), "mq>lq": ("mq", "lq")}
-TARGETS = {"hq>lq": 0.95, "hq>mq": 0.80, "mq>lq": 0.90}
+VOTES = Path(__file__).parent.parent / "configs/agreement/votes.yaml"
 BLAND = "I'm so sorry to hear that. It's completely normal. You're not alone."
 GENERIC = "It sounds like you are going through a lot. What do you think would help?"
 SIGNS = np.array([effect.sign for effect in rule.TABLE.values()], dtype=float)
@@ -265,7 +270,6 @@ class Bench:
         self.x_NF = np.array([vector(r.prompt, r.text) for r in replies])
         self.group = np.array([r.group for r in replies])
         self.tier = np.array([r.tier for r in replies])
-        self.length = np.array([len(r.text.split()) for r in replies], dtype=float)
         hq = [r for r in replies if r.tier == "hq"]
         self.probe_of: dict[str, Array] = {}
         rows: dict[str, list[Array]] = {}
@@ -307,14 +311,10 @@ def wins(better: Array, worse: Array) -> Array:
     return np.asarray((better > worse) + 0.5 * (better == worse))
 
 
-def clustered(values: Array, cluster: NDArray[Any], rounds: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean with a 95 % bootstrap interval over clusters."""
-    names, inverse = np.unique(cluster, return_inverse=True)
-    sums, counts = np.bincount(inverse, values), np.bincount(inverse)
-    pick = np.random.default_rng(seed).integers(0, len(names), (rounds, len(names)))
-    means = sums[pick].sum(1) / counts[pick].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+def clustered(values: Array, cluster: NDArray[Any]) -> tuple[float, float, float]:
+    """Mean with its 95 % interval over clusters."""
+    low, high = cluster_bootstrap(values, [str(c) for c in cluster], lambda v: float(v.mean()))
+    return float(values.mean()), low, high
 
 
 def out_of_fold(bench: Bench, middle_NF: Array, folds: int, seeds: int) -> tuple[Array, dict[str, Array]]:
@@ -335,17 +335,11 @@ def out_of_fold(bench: Bench, middle_NF: Array, folds: int, seeds: int) -> tuple
 
 
 def agreement(bench: Bench, scores: Array, groups: NDArray[np.bool_]) -> dict[str, Any]:
-    """Accuracy by stratum beside the length baseline; seeds are averaged per pair before the bootstrap."""
+    """Accuracy by stratum; seeds are averaged per pair before the bootstrap."""
     table = {}
     for stratum in STRATA:
         i, j = bench.index_pairs(stratum, groups)
-        hit = wins(scores[i], scores[j]).mean(axis=1)
-        table[stratum] = {
-            "judge": clustered(hit, bench.group[i]),
-            "longer wins": clustered(wins(bench.length[i], bench.length[j]), bench.group[i]),
-            "target": TARGETS[stratum],
-            "pairs": len(i),
-        }
+        table[stratum] = clustered(wins(scores[i], scores[j]).mean(axis=1), bench.group[i])
     return table
 
 
@@ -406,32 +400,14 @@ def on_samples(samples: list[dict[str, Any]], judge: Judge, chat: Chat) -> dict[
     return out
 
 
-def on_chat(chat: Chat, judge: Judge, gap: int = 2) -> dict[str, Any]:
-    """Weak labels: of two answers to one question, the one with at least `gap` more upvotes."""
-    whole: list[float] = []
-    start: list[float] = []
-    length: list[float] = []
-    cluster: list[int] = []
-    for question, rows in chat.answers.items():
-        if question not in chat.questions or len({votes for _, votes in rows}) < 2:
-            continue
-        prompt = chat.questions[question]
-        full = [judge(prompt, text) for text, _ in rows]
-        head = [judge(prompt, opening(text)) for text, _ in rows]
-        size = [float(len(text.split())) for text, _ in rows]
-        for i, (_, up) in enumerate(rows):
-            for j, (_, down) in enumerate(rows):
-                if up - down >= gap:
-                    for values, scores in ((whole, full), (start, head), (length, size)):
-                        values.append(float(wins(np.array(scores[i]), np.array(scores[j]))))
-                    cluster.append(question)
-    names = np.array(cluster)
-    return {
-        "judge, whole answer": clustered(np.array(whole), names),
-        "judge, first 80 words": clustered(np.array(start), names),
-        "longer wins": clustered(np.array(length), names),
-        "pairs": len(cluster),
-    }
+def on_openings(folder: Path, judge: Judge) -> tuple[float, float, float]:
+    """CounselChat's votes as `psyray agreement` reads them, asked of the answers' first 80 words alone."""
+    items = [item if item.human is Verdict.A else item.swap() for item in load_labelled(VOTES, folder)[1]]
+    better, worse = (
+        np.array([judge(client_words(item.messages), opening(text(item))) for item in items])
+        for text in (lambda item: item.a, lambda item: item.b)
+    )
+    return clustered(wins(better, worse), np.array([item.speech_id for item in items]))
 
 
 # ---------------------------------------------------------------- report
@@ -439,15 +415,6 @@ def on_chat(chat: Chat, judge: Judge, gap: int = 2) -> dict[str, Any]:
 
 def percent(triple: tuple[float, float, float]) -> str:
     return f"{triple[0]:6.1%} [{triple[1]:.1%}, {triple[2]:.1%}]"
-
-
-def show_agreement(title: str, table: dict[str, Any]) -> None:
-    print(f"\n{title}\n{'stratum':8} {'judge':26} {'longer wins':26} target")
-    for stratum, row in table.items():
-        print(
-            f"{stratum:8} {percent(row['judge']):26} {percent(row['longer wins']):26} "
-            f"{row['target']:.0%}  ({row['pairs']} pairs)"
-        )
 
 
 def show(title: str, rows: dict[str, Any]) -> None:
@@ -485,8 +452,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "agreement": agreement(bench, scores, everything),
         "agreement, prompts not read": agreement(bench, from_design, ~design),
     }
-    show_agreement(f"PAIR, held-out prompts ({args.folds} folds x {args.seeds} seeds)", report["agreement"])
-    show_agreement(
+    show(f"PAIR, held-out prompts ({args.folds} folds x {args.seeds} seeds)", report["agreement"])
+    show(
         f"PAIR, {(~design).sum()} prompts not read while designing, fitted on the rest",
         report["agreement, prompts not read"],
     )
@@ -498,7 +465,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     show("Gaming: how often the probe beats the genuine hq reply (held out)", report["gaming"])
     weights = fit(bench.training(everything), middle_NF)
     judge = judge_with(weights)
-    report["counsel-chat"] = on_chat(chat, judge)
+    report["counsel-chat"] = {"judge, first 80 words": on_openings(args.counsel_chat, judge)}
     show("CounselChat, answers with 2 or more upvotes apart", report["counsel-chat"])
     if samples:
         report["samples"] = on_samples(samples, judge, chat)

@@ -121,6 +121,41 @@ def compare(
 
 
 @app.command()
+def agreement(
+    labelled: Annotated[Path, typer.Argument(help="YAML file of a human-labelled set, as in configs/agreement")],
+    settings: Settings = None,
+    config: Annotated[Path | None, typer.Option(help="a run's YAML file: its judge, rubric, engine, ledger")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the set's files; none: the YAML file's own")] = None,
+    reward: Annotated[Path | None, typer.Option(help="measure this reward model's folder instead of the judge")] = None,
+    heads: Annotated[Path | None, typer.Option(help="with --reward: heads.npz, whose mean counts")] = None,
+    budget: Annotated[int | None, typer.Option(min=0, help="questions the judge may be asked; none: all")] = None,
+    repeats: Annotated[int, typer.Option(min=0, help="ask again so many times, to see whether answers hold")] = 0,
+    repeat_sample: Annotated[int, typer.Option(min=1, help="comparisons that are asked again")] = 100,
+    length_tolerance: Annotated[float, typer.Option(min=0, max=1, help="lengths that differ less are alike")] = 0.1,
+) -> None:
+    """Measure how far a judge or a reward model agrees with people, by stratum, beside what length alone reaches.
+
+    Examples:  psyray agreement configs/agreement/tiers.yaml --data data/pair --repeats 1
+               psyray agreement configs/agreement/pairwise.yaml --config configs/psychocounsel-3b.yaml --budget 500
+               psyray agreement configs/agreement/votes.yaml --data data/counsel-chat --reward runs/demo/model
+    """
+    from psyray.config import load_config
+    from psyray.evaluate.agreement_report import show
+    from psyray.evaluate.measure import Request, measure
+    from psyray.evaluate.rulings import Again
+
+    again = Again(repeats, repeat_sample)
+    request = Request(labelled, data, reward, heads, budget, again, length_tolerance)
+    try:
+        found, folder = measure(load_config(config, settings), request, say)
+    except KeyboardInterrupt:
+        say("stopped; no answer is lost: the same command goes on from here")
+        raise typer.Exit(130) from None
+    show(found, out)
+    say(f"figures: {folder / 'agreement.json'}, picture: {folder / 'agreement.png'}")
+
+
+@app.command()
 def prepare() -> None:
     """Unpack the embedded model and compile DeepSpeed's extension, so that the first run need not."""
     from psyray.models import embedded_model

@@ -157,6 +157,9 @@ class EngineSection(Section):
 class JudgeSection(EndpointSection):
     engine: Literal["rule", "vllm", "http"] = "rule"
     model: str | None = Field(None, description="vllm: folder or hub id; http: the model's name at the endpoint")
+    form: Literal["pointwise", "pairwise"] = Field(
+        "pointwise", description="how two responses are compared: by their ratings, or side by side in both orders"
+    )
     mode: Literal["json", "soft"] = Field("json", description="vllm: seven ratings as JSON, or digit expectation")
     api_key_env: str = Field("PSYRAY_JUDGE_API_KEY", description="the environment variable that holds the key")
     max_tokens: int = Field(200, ge=1)
@@ -170,6 +173,40 @@ class JudgeSection(EndpointSection):
             raise ValueError("engine http needs judge.url and judge.model")
         if self.engine == "vllm" and not self.model:
             raise ValueError("engine vllm needs judge.model")
+        if self.engine == "rule" and self.form == "pairwise":
+            raise ValueError("engine rule rates one response at a time; judge.form pairwise needs vllm or http")
+        return self
+
+
+class PanelSection(Section):
+    """Several judges instead of one; `judge` then gives tie_margin, max_invalid_share and budget (for each judge)."""
+
+    judges: list[JudgeSection] = Field(default_factory=list, description="two or more; none: `judge` alone")
+    rule: Literal["mean", "median", "majority"] = Field("mean", description="how their ratings become one")
+    quorum: int | None = Field(None, ge=1, description="judges that must give a usable answer; none: all")
+    agree: int | None = Field(None, ge=1, description="judges that make a majority; none: more than half of the panel")
+    strictest_on: list[str] = Field(default_factory=list, description="principles on which the lowest rating counts")
+
+    @property
+    def needed(self) -> int:
+        """Judges that must give a usable answer."""
+        return self.quorum or len(self.judges)
+
+    @property
+    def majority(self) -> int:
+        """Judges that must say the same."""
+        return self.agree or len(self.judges) // 2 + 1
+
+    @model_validator(mode="after")
+    def judges_can_agree(self) -> Self:
+        if len(self.judges) == 1:
+            raise ValueError("a panel needs two judges or more; set `judge` for one")
+        if self.judges and max(self.needed, self.majority) > len(self.judges):
+            raise ValueError(f"quorum and agree must not exceed the {len(self.judges)} judges")
+        if self.judges and 2 * self.majority <= len(self.judges):
+            raise ValueError("agree must be more than half of the judges, or two answers could both have it")
+        if len({judge.form for judge in self.judges}) > 1:
+            raise ValueError("the judges of a panel must all have the same form, pointwise or pairwise")
         return self
 
 
@@ -310,6 +347,7 @@ class Config(Section):
     engine: EngineSection = EngineSection()
     responses: ResponsesSection = ResponsesSection()
     judge: JudgeSection = JudgeSection()
+    panel: PanelSection = PanelSection()
     pairs: PairsSection = PairsSection()
     reward: RewardSection = RewardSection()
     policy: Sampling = Sampling()

@@ -155,8 +155,7 @@ def labels_stage(
         parts.finish()
         return counts | numbers | {"acquisition": loop.acquisition, "reward_labelled": len(rest)}
 
-    settings = desk.identity | {
-        "tie_margin": desk.section.tie_margin,
+    settings = desk.labels_identity | {
         **{key: getattr(loop, key) for key in ("acquisition", "budget", "reward_margin", "reward_pairs", "k")},
         "seed": config.run.seed,
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from psyray.active.ledger import Ledger
 from psyray.cluster import ray_session
-from psyray.config import Config
+from psyray.config import Config, JudgeSection
 from psyray.data.generate import responses_stage
 from psyray.data.judge import Desk, judgements_stage
 from psyray.data.pairs import pairs_stage
@@ -18,7 +18,7 @@ from psyray.data.ready import Ready, ready_stage
 from psyray.data.rules import Rules
 from psyray.data.speeches import speeches_stage
 from psyray.data.topics import topic_judge, topics_stage
-from psyray.engines.judges import make_judge
+from psyray.engines.judges import make_judge, make_panel
 from psyray.errors import PsyrayError
 from psyray.loop import Outcome, Seen, online_loop
 from psyray.models import resolve_model
@@ -124,11 +124,20 @@ def served_stage(run: Run, export: Artifact, config: Config) -> Artifact:
 
 
 def open_desk(config: Config, run: Run) -> Desk:
-    """The judge, its rubric and the ledger that the run buys labels with."""
+    """The judge or the panel, its rubric and the ledger that the run buys labels with."""
     rubric = load_rubric(config.rubric)
-    judge = make_judge(config.judge, rubric, config.engine, config.cluster.wait_s)
-    url = config.ledger.url or f"sqlite:///{run.path.parent / 'labels.db'}"
-    return Desk(judge, rubric, Ledger(url), str(run.path), config.judge)
+    ledger = Ledger(config.ledger.url or f"sqlite:///{run.path.parent / 'labels.db'}")
+
+    def desk(section: JudgeSection) -> Desk:
+        judge = make_judge(section, rubric, config.engine, config.cluster.wait_s)
+        return Desk(judge, rubric, ledger, str(run.path), section)
+
+    if not config.panel.judges:
+        return desk(config.judge)
+    members = tuple(desk(section) for section in config.panel.judges)
+    panel = make_panel([member.judge for member in members], config.panel, rubric)
+    section = config.judge.model_copy(update={"form": config.panel.judges[0].form})
+    return Desk(panel, rubric, ledger, str(run.path), section, members, config.panel)
 
 
 def check(config: Config) -> None:
@@ -136,8 +145,8 @@ def check(config: Config) -> None:
     check_settings(config)
     local = [r for r in config.responses.responders if not r.endpoint]
     names = {r.model for r in local} | {config.policy.model, config.reward.model}
-    if config.judge.engine == "vllm":
-        names.add(config.judge.model or "")
+    judges = config.panel.judges or [config.judge]
+    names |= {judge.model or "" for judge in judges if judge.engine == "vllm"}
     for name in sorted(names):
         resolve_model(name)
 
@@ -146,7 +155,8 @@ def check_settings(config: Config) -> None:
     """Settings that cannot work together; PsyrayError names them."""
     rubric = load_rubric(config.rubric)
     topic_judge(config)
-    make_judge(config.judge, rubric, config.engine, config.cluster.wait_s)
+    judges = [make_judge(j, rubric, config.engine, config.cluster.wait_s) for j in (config.judge, *config.panel.judges)]
+    make_panel(judges[1:], config.panel, rubric)
     Rules.make(config.pairs, rubric)
     if config.responses.k < 2:
         raise PsyrayError("responses.k is 1: a pair needs two responses to one speech; set responses.k to 2 or more")

@@ -56,11 +56,13 @@ def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:
     test = speeches - train
     held_out = min(test, config.evaluate.speeches or test)
     prompts = min(loop.prompts, train)
-    engine, judge = placement(config), f"judge {config.judge.engine}"
+    engine, judges = placement(config), config.panel.judges or [config.judge]
+    judge = ", ".join(dict.fromkeys(one.model or f"judge {one.engine}" for one in judges))
     models = ", ".join(dict.fromkeys(r.model for r in config.responses.responders))
     yield "speeches", f"{speeches} speeches", "", "driver"
     yield "responses", f"{speeches} x {k} = {speeches * k} responses", models, engine
-    yield "judgements", f"up to {speeches * k} ratings", config.judge.model or judge, judge_placement(config)
+    ratings = f"up to {speeches * k} ratings" + (f" by each of {len(judges)} judges" if len(judges) > 1 else "")
+    yield "judgements", ratings, judge, judge_placement(config)
     yield "pairs", f"rule {config.pairs.rule}, gap {config.pairs.gap} on the {config.pairs.gap_on}", "", "driver"
     yield "reward", training(config.reward.train), config.reward.model, workers(config, config.reward.train.workers)
     yield "reward-heads", f"{config.reward.heads.count} heads", "", "driver"
@@ -92,8 +94,9 @@ def placement(config: Config) -> str:
 
 
 def judge_placement(config: Config) -> str:
-    """Where the judge works."""
-    return {"rule": "CPU", "http": config.judge.url or "", "vllm": placement(config)}[config.judge.engine]
+    """Where the judge works, or each of a panel."""
+    at = {"rule": "CPU", "vllm": placement(config)}
+    return ", ".join(dict.fromkeys(at.get(j.engine) or j.url or "" for j in config.panel.judges or [config.judge]))
 
 
 def workers(config: Config, count: int) -> str:

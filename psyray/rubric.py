@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import yaml
 from psyray.config import ASSETS
 from psyray.errors import PsyrayError
 from psyray.records import Message, content_id
+
+PREFERENCE = {"A": 1.0, "B": -1.0, "tie": 0.0}  # what a comparison may be answered with
 
 
 class UnusableAnswer(ValueError):
@@ -42,11 +44,18 @@ class Rubric:
     principles: tuple[Principle, ...]
     prompt: str
     json_instruction: str
+    pairwise_prompt: str = ""  # none: two responses cannot be put side by side
 
     @property
     def id(self) -> str:
         """Changes with anything that a judge sees or that weighs its ratings."""
-        return content_id("rubric", asdict(self))
+        # Ratings know nothing of the pairwise prompt, so answers that were bought stay good when it changes.
+        return content_id("rubric", {k: v for k, v in asdict(self).items() if k != "pairwise_prompt"})
+
+    @property
+    def pairwise_id(self) -> str:
+        """Changes with anything that a judge sees who is shown two responses side by side."""
+        return content_id("pairwise rubric", asdict(self))
 
     @property
     def keys(self) -> list[str]:
@@ -59,16 +68,19 @@ class Rubric:
 
     def question(self, messages: Sequence[Message], response: str) -> list[Message]:
         """The messages that ask a language model for the ratings as JSON."""
+        shown = self._shown(messages)
+        ask = _fill(self.prompt, shown | {"{response}": response})
+        instruction = _fill(self.json_instruction, shown | {"{keys}": ", ".join(self.keys)})
+        return [{"role": "user", "content": f"{ask}\n\n{instruction}"}]
+
+    def _shown(self, messages: Sequence[Message]) -> dict[str, str]:
         principles = "\n".join(f"- {p.key}: {p.name}. {p.guidance}" for p in self.principles)
         turns = "\n\n".join(
             f"{self.speaker.capitalize() if m['role'] == 'user' else m['role'].capitalize()}:\n{m['content']}"
             for m in messages
         )
-        fields = {"{principles}": principles, "{low}": str(self.low), "{high}": str(self.high)}
-        # The conversation goes in last, so that braces in a client's words are never read as fields.
-        ask = _fill(self.prompt, fields | {"{conversation}": turns, "{response}": response})
-        instruction = _fill(self.json_instruction, fields | {"{keys}": ", ".join(self.keys)})
-        return [{"role": "user", "content": f"{ask}\n\n{instruction}"}]
+        scale = {"{low}": str(self.low), "{high}": str(self.high)}
+        return {"{principles}": principles, "{conversation}": turns} | scale
 
     def regex(self) -> str:
         """A pattern of exactly the wanted JSON, for guided decoding."""
@@ -101,7 +113,51 @@ class Rubric:
         return float(value)
 
 
+class PairwiseRubric(Rubric):
+    """The rubric as engines ask and read a comparison by it: a "response" is two, and the one "rating" a preference.
+
+        pairwise = PairwiseRubric.of(rubric)
+        pairwise.question(messages, side_by_side(first, second))
+        pairwise.parse("A")  # {"preference": 1.0}: the first; -1.0 the second, 0.0 a tie
+
+    So every engine that can rate can also compare, and keeps its retries, prices and failures.
+    """
+
+    @classmethod
+    def of(cls, rubric: Rubric) -> PairwiseRubric:
+        """The rubric's pairwise form; PsyrayError where it has none."""
+        if not rubric.pairwise_prompt:
+            raise PsyrayError(
+                f"the rubric {rubric.name!r} has no pairwise_prompt, so judge.form pairwise cannot ask; "
+                "write one as in psyray/assets/rubrics/counselling.yaml, or set judge.form to pointwise"
+            )
+        return cls(**{field.name: getattr(rubric, field.name) for field in fields(rubric)})
+
+    def question(self, messages: Sequence[Message], response: str) -> list[Message]:
+        """The messages that ask which of two responses is better; `response` comes from `side_by_side`."""
+        first, second = json.loads(response)
+        ask = _fill(self.pairwise_prompt, self._shown(messages) | {"{a}": first, "{b}": second})
+        return [{"role": "user", "content": ask}]
+
+    def regex(self) -> str:
+        """A pattern of exactly the wanted words, for guided decoding."""
+        return "(" + "|".join(PREFERENCE) + ")"
+
+    def parse(self, text: str) -> dict[str, float]:
+        """The preference; UnusableAnswer for anything but one of the three words."""
+        word = text.strip()
+        if word not in PREFERENCE:
+            raise UnusableAnswer(f"the answer is none of {', '.join(PREFERENCE)}")
+        return {"preference": PREFERENCE[word]}
+
+
+def side_by_side(first: str, second: str) -> str:
+    """Two responses in the place of one."""
+    return json.dumps([first, second])
+
+
 def _fill(template: str, fields: Mapping[str, str]) -> str:
+    # In one pass, so that braces in a client's words are never read as fields.
     return re.sub("|".join(map(re.escape, fields)), lambda m: fields[m.group()], template)
 
 
@@ -119,10 +175,15 @@ def load_rubric(name: str) -> Rubric:
             Principle(key, p["name"], float(p.get("weight", 1)), p["guidance"]) for key, p in tree["principles"].items()
         )
         rubric = Rubric(
-            tree["name"], low, high, tree.get("speaker", "client"), principles, tree["prompt"], tree["json_instruction"]
-        )
+            tree["name"], low, high, tree.get("speaker", "client"), principles, tree["prompt"],
+            tree["json_instruction"], tree.get("pairwise_prompt", ""),
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PsyrayError(f"{path} is no rubric: {type(error).__name__} {error}; compare {shipped.parent}") from error
     if not principles or not 0 <= low < high <= 9 or sum(p.weight for p in principles) <= 0:
         raise PsyrayError(f"{path}: a rubric needs principles, weights above 0 and a scale of digits from low to high")
+    if missing := [
+        f for f in ("{conversation}", "{a}", "{b}") if rubric.pairwise_prompt and f not in rubric.pairwise_prompt
+    ]:
+        raise PsyrayError(f"{path}: pairwise_prompt does not show {', '.join(missing)}")
     return rubric

@@ -1,17 +1,24 @@
-"""Oracles: who can say which of two responses is better. Each question is in the ledger before it is asked."""
+"""Oracles: who can say which of two responses is better. Each question is in the ledger before it is asked.
+
+Pointwise, the judge rates each of the two by itself. Pairwise, it sees them side by side, once in each order; where
+the two verdicts differ it is a tie, and both stay in the answer as `orders`.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from psyray.active.ledger import Answer, Question
+from psyray.data.consensus import merge, verdicts_agreement, vote
 from psyray.data.judge import TODO, Desk
-from psyray.records import Row, Verdict, compare, content_id
+from psyray.records import Row, Verdict, compare, content_id, speech_id
+from psyray.rubric import UnusableAnswer, side_by_side
 from psyray.run import Folder
-from psyray.stream import CALLS, stream
+from psyray.stream import stream
 
 Label = tuple[Verdict, float, dict[str, Any]]  # verdict on (A, B), margin, what the oracle said
 
@@ -24,14 +31,29 @@ def comparison_question(desk: Desk, a: Row, b: Row, strategy: str, scores: dict[
     flipped = content_id(a["text"]) > content_id(b["text"])
     first, second = (b, a) if flipped else (a, b)
     payload = {"messages": a["messages"], "a": first["text"], "b": second["text"]}
-    key = content_id("comparison", desk.judge.id, desk.rubric.id, desk.section.tie_margin, payload)
-    return Question(key, "comparison", desk.judge.id, desk.rubric.id, payload, strategy, scores), flipped
+    pairwise = desk.section.form == "pairwise"
+    rubric = desk.rubric.pairwise_id if pairwise else desk.rubric.id
+    rule = None if pairwise else desk.section.tie_margin
+    key = content_id("comparison", desk.judge.id, rubric, rule, payload)
+    return Question(key, "comparison", desk.judge.id, rubric, payload, strategy, scores), flipped
 
 
 def label(
     folder: Folder, desk: Desk, asked: Sequence[tuple[Row, Row, float]], *, purpose: str, strategy: str, budget: int
-) -> tuple[list[Label | None], dict[str, int]]:
-    """Labels for pairs (a, b, acquisition value) in order, and counts; None where the budget did not reach."""
+) -> tuple[list[Label | None], dict[str, Any]]:
+    """Labels for pairs (a, b, acquisition value) in order, and counts; None where the budget did not reach.
+
+    Of a panel each judge is asked within the budget, the labels are what its rules make of the answers, the counts are
+    summed over the judges, and `judges_agreement` stands beside them.
+    """
+    if desk.members:
+        asking = partial(label, folder, asked=asked, strategy=strategy, budget=budget)
+        each = [asking(desk=member, purpose=f"{purpose}/{member.judge.id}") for member in desk.members]
+        given = list(zip(*(labels for labels, _ in each), strict=True))
+        verdicts = [[one and one[0] for one in labels] for labels in given]
+        agreed = verdicts_agreement(verdicts, [speech_id(a["messages"]) for a, _, _ in asked])
+        counts = {key: sum(counts[key] for _, counts in each) for key in each[0][1]}
+        return [panel_label(desk, labels) for labels in given], counts | {"judges_agreement": agreed}
     questions = [comparison_question(desk, a, b, strategy, {"value": value}) for a, b, value in asked]
     reserved = desk.ledger.reserve(desk.run_id, purpose, [q for q, _ in questions], budget)
     put(folder, desk, reserved.to_ask, title=purpose)
@@ -44,34 +66,87 @@ def label(
 
 def read(answer: Answer | None, flipped: bool) -> Label | None:
     """An answer as a verdict on the pair as it came up."""
-    if answer is None:
-        return None
+    return read_answer(answer, flipped) if answer else None
+
+
+def read_answer(answer: Answer, flipped: bool) -> Label:
+    """An answer that is there as a verdict on the pair as it came up."""
     if not answer.ok or answer.answer is None:
         return Verdict.INVALID, 0.0, {"error": answer.error}
-    verdict, margin = Verdict(answer.answer["verdict"]), float(answer.answer["margin"])
-    return (verdict.swap(), -margin, answer.answer) if flipped else (verdict, margin, answer.answer)
+    said = exchanged(answer.answer) if flipped else answer.answer
+    return Verdict(said["verdict"]), float(said["margin"]), said
+
+
+def exchanged(said: dict[str, Any]) -> dict[str, Any]:
+    """What an oracle said, with A and B exchanged."""
+    other = {{"a": "b", "b": "a"}.get(key, key): value for key, value in said.items()}
+    other |= {"verdict": Verdict(said["verdict"]).swap(), "margin": -said["margin"]}
+    if "orders" in said:
+        first, second = (Verdict(shown).swap() for shown in said["orders"])
+        other |= {"orders": [second, first], "raw_text": said["raw_text"][::-1]}
+    return other
+
+
+def panel_label(desk: Desk, given: Sequence[Label | None]) -> Label | None:
+    """A panel's label from each judge's: from the ratings that its rule makes of theirs, or by vote.
+
+    None where the budget reached fewer than must answer. Of a vote the margin is the mean of the judges' margins.
+    """
+    labels = [one for one in given if one is not None]
+    if len(labels) < desk.panel.needed:
+        return None
+    verdicts = [one[0] if one else Verdict.INVALID for one in given]
+    said = {"judges": [one and one[2] for one in given]}
+    if desk.section.form == "pairwise":
+        return vote(verdicts, desk.panel), fmean(margin for _, margin, _ in labels), said
+    try:
+        a, b = (
+            desk.rubric.score(merge([one[2].get(side) if one else None for one in given], desk.rubric, desk.panel))
+            for side in ("a", "b")
+        )
+    except UnusableAnswer as error:
+        return Verdict.INVALID, 0.0, said | {"error": str(error)}
+    found = compare("", ("a", a), ("b", b), desk.section.tie_margin)
+    return found.verdict, found.margin, said
 
 
 def put(folder: Folder, desk: Desk, questions: Sequence[Question], *, title: str) -> None:
-    """Have the judge rate both sides of each comparison; the verdict is in the ledger as soon as both are there."""
-    todo = [
-        {"key": f"{q.question_id}/{side}", "messages": q.payload["messages"], "response": q.payload[side]}
-        for q in questions
-        for side in ("a", "b")
-    ]
+    """Ask the two halves of each comparison; the verdict is in the ledger as soon as both are there."""
+    if desk.section.form == "pairwise":
+        split, halve, join = orders, desk.judge.compare, verdict_of_orders
+    else:
+        split, halve, join = sides, desk.judge.rate, verdict
+    todo = [half for q in questions for half in split(q)]
     halves: dict[str, dict[str, Row]] = {}
 
     def keep(results: list[Row]) -> None:
         complete = []
         for row in results:
-            key, side = row["key"].split("/")
-            halves.setdefault(key, {})[side] = row
+            key, half = row["key"].split("/")
+            halves.setdefault(key, {})[half] = row
             if len(halves[key]) == 2:
-                complete.append(verdict(desk, key, **halves.pop(key)))
+                complete.append(join(desk, key, **halves.pop(key)))
         desk.ledger.answer(complete)
 
-    rate = partial(desk.judge.rate, folder=folder.path / CALLS)
-    stream(folder, todo, rate, keep, title=title, schema=TODO, total=len(todo))
+    pipeline = partial(halve, folder=desk.calls(folder))
+    stream(folder, todo, pipeline, keep, title=title, schema=TODO, total=len(todo))
+
+
+def sides(asked: Question) -> list[Row]:
+    """The rows that have A and B rated."""
+    messages = asked.payload["messages"]
+    return [
+        {"key": f"{asked.question_id}/{side}", "messages": messages, "response": asked.payload[side]} for side in "ab"
+    ]
+
+
+def orders(asked: Question) -> list[Row]:
+    """The rows that have the two compared, with A shown first and with B shown first."""
+    messages, a, b = (asked.payload[key] for key in ("messages", "a", "b"))
+    return [
+        {"key": f"{asked.question_id}/{first}", "messages": messages, "response": shown}
+        for first, shown in (("a", side_by_side(a, b)), ("b", side_by_side(b, a)))
+    ]
 
 
 def verdict(desk: Desk, key: str, a: Row, b: Row) -> Answer:
@@ -81,10 +156,30 @@ def verdict(desk: Desk, key: str, a: Row, b: Row) -> Answer:
     comparison = compare(key, ("a", scores[0]), ("b", scores[1]), desk.section.tie_margin)
     usable = comparison.verdict is not Verdict.INVALID
     answer = {"verdict": comparison.verdict, "margin": comparison.margin, "a": ratings[0], "b": ratings[1]}
+    return _answer(desk, key, a, b, usable, answer if usable else None)
+
+
+def verdict_of_orders(desk: Desk, key: str, a: Row, b: Row) -> Answer:
+    """The ledger's answer to a comparison from what was said with A shown first, and with B shown first.
+
+    The margin is the mean preference for A: 1 or -1 where both orders agree.
+    """
+    raw = {"raw_text": [a["raw_text"], b["raw_text"]]}
+    if not (a["ratings"] and b["ratings"]):
+        return _answer(desk, key, a, b, False, raw)
+    first, second = json.loads(a["ratings"])["preference"], -json.loads(b["ratings"])["preference"]  # for A
+    shown = [compare(key, ("a", preference), ("b", 0.0), 0.0).verdict for preference in (first, second)]
+    agreed = shown[0] if shown[0] is shown[1] else Verdict.TIE
+    said = {"verdict": agreed, "margin": (first + second) / 2, "orders": shown}
+    return _answer(desk, key, a, b, True, said | raw)
+
+
+def _answer(desk: Desk, key: str, a: Row, b: Row, ok: bool, answer: dict[str, Any] | None) -> Answer:
+    """An answer with what both halves cost."""
     return Answer(
         key,
-        ok=usable,
-        answer=answer if usable else None,
+        ok=ok,
+        answer=answer,
         error="; ".join(filter(None, (a["error"], b["error"]))),
         attempts=a["attempts"] + b["attempts"],
         latency_s=a["latency_s"] + b["latency_s"],

@@ -134,7 +134,7 @@ def answer_all(
             )
     check_share(parts, config.responses.max_invalid_share, title)
     parts.finish()
-    calls = {path.name: journal.stats(path) for path in sorted((folder.path / CALLS).glob("*"))}
+    calls = journal.stats(folder.path / CALLS)
     return summary(parts.each(SUMMED)) | ({"calls": calls} if calls else {})
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from psyray.active.ledger import Answer, Ledger, Question
-from psyray.config import JudgeSection
+from psyray.config import JudgeSection, PanelSection
+from psyray.data.consensus import judges_agreement, panel_rows
 from psyray.engines import journal
 from psyray.engines.judges import Judge, error_class
 from psyray.errors import PsyrayError
@@ -32,15 +34,27 @@ class Desk:
     ledger: Ledger
     run_id: str
     section: JudgeSection
+    members: tuple[Desk, ...] = ()  # of a panel: a desk for each judge, where its answers are bought
+    panel: PanelSection = field(default_factory=PanelSection)
 
     @property
     def identity(self) -> dict[str, str]:
         """What stands for the desk in a fingerprint."""
         return {"judge": self.judge.id, "rubric": self.rubric.id}
 
+    @property
+    def labels_identity(self) -> dict[str, Any]:
+        """What stands for it where it compares."""
+        pairwise = {"pairwise": self.rubric.pairwise_id} if self.section.form == "pairwise" else {}
+        return self.identity | {"tie_margin": self.section.tie_margin} | pairwise
+
+    def calls(self, folder: Folder) -> Path:
+        """Where the judge keeps the journal of its calls in a stage's folder."""
+        return folder.path / CALLS / self.judge.id
+
 
 TODO = pa.schema([("key", pa.string()), ("messages", MESSAGES), ("response", pa.string())])
-Responses = Callable[[], Iterable[Row]]  # gives the same response rows each time
+Responses = Callable[[], Iterable[Row]]  # gives the same rows each time
 
 
 def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
@@ -52,7 +66,7 @@ def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
         parts.finish()
         usable = sum(row["status"] == Status.OK for row in responses.each(["status"]))
         calls = journal.stats(folder.path / CALLS)
-        stats = summary(parts.each(), desk) | {"unjudged": usable - len(parts.ids)}
+        stats = summary(parts.each, desk) | {"unjudged": usable - len(parts.ids)}
         return stats | ({"calls": calls} if calls else {})
 
     return run.stage("judgements", desk.identity | {"budget": desk.section.budget}, [responses], make)
@@ -64,41 +78,74 @@ def judge(folder: Folder, desk: Desk, responses: Responses, count: int, *, purpo
     PsyrayError where more than `judge.max_invalid_share` of the answers cannot be used.
     """
     parts = folder.parts(JUDGEMENTS, "response_id")
-    todo = open_questions(desk, responses, parts, purpose, budget)
-    rate = partial(desk.judge.rate, folder=folder.path / CALLS)
-    stream(folder, todo, rate, partial(keep, desk), title=purpose, schema=TODO, total=count)
-    settle(desk, responses, parts)
+
+    def still_open() -> Iterator[Row]:
+        return (row for row in responses() if row["response_id"] not in parts.ids)
+
+    if desk.members:
+        for member in desk.members:
+            buy(folder, member, still_open, count, f"{purpose}/{member.judge.id}", budget)
+            check_share(judged(member, responses), member)
+    else:
+        buy(folder, desk, still_open, count, purpose, budget)
+    for rows in settled(desk, still_open):
+        parts.append(rows)
     check_share(parts.each(["status", "error"]), desk)
     return parts
 
 
-def chunks(desk: Desk, responses: Responses, parts: Parts) -> Iterator[list[tuple[Row, Question]]]:
-    """The usable responses that have no row yet, each with its question, some thousands at a time."""
-    open_rows = (row for row in responses() if row["status"] == Status.OK and row["response_id"] not in parts.ids)
-    while chunk := [(row, question(desk, row)) for row in islice(open_rows, ROWS_IN_MEMORY)]:
+def buy(folder: Folder, desk: Desk, responses: Responses, count: int, purpose: str, budget: int | None) -> None:
+    """Have the ledger hold an answer for every usable response, as far as the budget reaches."""
+    ask(folder, desk, open_questions(desk, responses, purpose, budget), count, title=purpose)
+
+
+def open_questions(desk: Desk, responses: Responses, purpose: str, budget: int | None) -> Iterator[Question]:
+    """What the judge still has to be asked: reserved in the ledger, each question once however many have its text."""
+    seen = set[str]()
+    for chunk in chunks(responses):
+        fresh = {q.question_id: q for q in (question(desk, row) for row in chunk) if q.question_id not in seen}
+        seen.update(fresh)
+        yield from desk.ledger.reserve(desk.run_id, purpose, list(fresh.values()), budget).to_ask
+
+
+def ask(folder: Folder, desk: Desk, questions: Iterable[Question], count: int, *, title: str) -> None:
+    """Put the questions, `count` or fewer, to the judge; answers are in the ledger as they come."""
+
+    def keep(results: list[Row]) -> None:
+        desk.ledger.answer(_answer(result, desk.judge.id) for result in results)
+
+    todo = ({"key": q.question_id, **q.payload} for q in questions)
+    rate = partial(desk.judge.rate, folder=desk.calls(folder))
+    stream(folder, todo, rate, keep, title=title, schema=TODO, total=count)
+
+
+def chunks(responses: Responses) -> Iterator[list[Row]]:
+    """The usable responses, some thousands at a time."""
+    usable = (row for row in responses() if row["status"] == Status.OK)
+    while chunk := list(islice(usable, ROWS_IN_MEMORY)):
         yield chunk
 
 
-def open_questions(desk: Desk, responses: Responses, parts: Parts, purpose: str, budget: int | None) -> Iterator[Row]:
-    """What the judge still has to be asked: reserved in the ledger, each question once however many have its text."""
-    seen = set[str]()
-    for chunk in chunks(desk, responses, parts):
-        fresh = {q.question_id: q for _, q in chunk if q.question_id not in seen}
-        seen.update(fresh)
-        for asked in desk.ledger.reserve(desk.run_id, purpose, list(fresh.values()), budget).to_ask:
-            yield {"key": asked.question_id, **asked.payload}
+def settled(desk: Desk, responses: Responses) -> Iterator[list[Row]]:
+    """JUDGEMENTS rows of the responses whose question is answered; a panel's by its rule."""
+    for chunk in chunks(responses):
+        if desk.members:
+            each = [answered(member, chunk) for member in desk.members]
+            yield panel_rows(each, desk.judge.id, desk.rubric, desk.panel)
+        else:
+            yield answered(desk, chunk)
 
 
-def keep(desk: Desk, results: list[Row]) -> None:
-    """Put the judge's answers into the ledger."""
-    desk.ledger.answer(_answer(result, desk.judge.id) for result in results)
+def answered(desk: Desk, chunk: Sequence[Row]) -> list[Row]:
+    """One judge's JUDGEMENTS rows, by the ledger."""
+    asked = [(row, question(desk, row).question_id) for row in chunk]
+    answers = desk.ledger.answers(key for _, key in asked)
+    return [judgement(desk, row, answers[key]) for row, key in asked if key in answers]
 
 
-def settle(desk: Desk, responses: Responses, parts: Parts) -> None:
-    """A row for each response whose question is answered."""
-    for chunk in chunks(desk, responses, parts):
-        answers = desk.ledger.answers(q.question_id for _, q in chunk)
-        parts.append(judgement(desk, row, answers[q.question_id]) for row, q in chunk if q.question_id in answers)
+def judged(desk: Desk, responses: Responses) -> Iterator[Row]:
+    """One judge's JUDGEMENTS rows, one after another."""
+    return (row for rows in settled(desk, responses) for row in rows)
 
 
 def question(desk: Desk, response: Row) -> Question:
@@ -156,10 +203,10 @@ def check_share(judged: Iterable[Row], desk: Desk) -> None:
         )
 
 
-def summary(judged: Iterable[Row], desk: Desk) -> dict[str, Any]:
-    """Counts, shares and means over JUDGEMENTS rows."""
+def summary(judged: Responses, desk: Desk) -> dict[str, Any]:
+    """Counts, shares and means over JUDGEMENTS rows, and for a panel how far its judges agree."""
     count, good, total, errors = 0, 0, Counter[str](), Counter[str]()
-    for row in judged:
+    for row in judged():
         count += 1
         if row["status"] == Status.OK:
             good += 1
@@ -173,4 +220,5 @@ def summary(judged: Iterable[Row], desk: Desk) -> dict[str, Any]:
         "errors": dict(errors.most_common()),
         "mean_score": total["score"] / good if good else None,
         "principles": {key: total[f"/{key}"] / good for key in desk.rubric.keys} if good else {},
+        **({"judges_agreement": judges_agreement(judged(), desk.rubric)} if desk.members else {}),
     }

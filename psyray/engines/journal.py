@@ -76,17 +76,17 @@ class Totals:
 
 
 def read_totals(folder: Path) -> Totals:
-    """The sums of all journals in a folder; requests that are under way at this moment count as lost."""
+    """The sums of all journals in and under a folder; requests that are under way at this moment count as lost."""
     totals = Totals()
-    for path in sorted(folder.glob(FILES)):
+    for path in sorted(folder.rglob(FILES)):
         for _, line in _lines(path):
             totals.add(line)
     return totals
 
 
 def stats(folder: Path) -> dict[str, Any]:
-    """The sums for a stage's manifest; empty where the engine kept no journal."""
-    return asdict(read_totals(folder)) if any(folder.glob(FILES)) else {}
+    """The sums for a stage's manifest; empty where no engine kept a journal."""
+    return asdict(read_totals(folder)) if any(folder.rglob(FILES)) else {}
 
 
 class Journal:

@@ -3,22 +3,25 @@
 A judge takes a Ray Dataset of rows {key, messages, response} and gives one row {key, ratings, raw_text, error,
 attempts, latency_s, cost} for each; `ratings` is JSON, empty where the answer cannot be used, and then `error`
 says why, its class first (`error_class`). Nothing is ever made up in place of an unusable answer.
+
+A judge that can compare takes rows whose response is two `side_by_side`, and its one rating is the preference.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from psyray.config import EngineSection, JudgeSection
+from psyray.config import EngineSection, JudgeSection, PanelSection
 from psyray.engines import http, rule, vllm
 from psyray.errors import PsyrayError
 from psyray.models import model_identity, resolve_model
 from psyray.records import Row, client_words, content_id
-from psyray.rubric import Rubric, UnusableAnswer
+from psyray.rubric import PairwiseRubric, Rubric, UnusableAnswer
 
 
 class Judge(Protocol):
@@ -31,6 +34,8 @@ class Judge(Protocol):
     def id(self) -> str: ...
 
     def rate(self, dataset: Any, folder: Path) -> Any: ...
+
+    def compare(self, dataset: Any, folder: Path) -> Any: ...
 
 
 def outcome(key: str, ratings: dict[str, float] | None, *, raw_text: str = "", error: str = "", **spent: Any) -> Row:
@@ -65,6 +70,9 @@ class RuleJudge:
 
         return dataset.map(rate_row, num_cpus=0.25)
 
+    def compare(self, dataset: Any, folder: Path) -> Any:
+        raise PsyrayError("the offline judge rates one response at a time; use judge.form pointwise")
+
 
 @dataclass(frozen=True)
 class VllmJudge:
@@ -97,6 +105,10 @@ class VllmJudge:
         model = resolve_model(self.section.model or "")
         answers = vllm.generate(dataset.map(to_request, num_cpus=0.05), model, self.engine, self.wait_s)
         return answers.map(read, num_cpus=0.05)
+
+    def compare(self, dataset: Any, folder: Path) -> Any:
+        plain = self.section.model_copy(update={"mode": "json"})  # the digits' probabilities say nothing here
+        return replace(self, rubric=PairwiseRubric.of(self.rubric), section=plain).rate(dataset, folder)
 
     def _read(self, row: Row) -> Row:
         if error := row.get("__inference_error__"):
@@ -143,11 +155,48 @@ class HttpJudge:
         section = self.section
         return http.rate(dataset, self.rubric, section, section.model or "", section.max_tokens, folder)
 
+    def compare(self, dataset: Any, folder: Path) -> Any:
+        return replace(self, rubric=PairwiseRubric.of(self.rubric)).rate(dataset, folder)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Several judges under one id. Who has a question for it asks each judge, so that each answer is bought apart."""
+
+    judges: tuple[Judge, ...]
+    section: PanelSection
+
+    @property
+    def id(self) -> str:
+        rules = self.section.model_dump(exclude={"judges"})
+        return f"panel-{content_id([judge.id for judge in self.judges], rules)}"
+
+    def rate(self, dataset: Any, folder: Path) -> Any:
+        raise PsyrayError("a panel is asked judge by judge")
+
+    compare = rate
+
 
 def make_judge(section: JudgeSection, rubric: Rubric, engine: EngineSection, wait_s: float) -> Judge:
-    """The configured judge."""
+    """The configured judge; PsyrayError where it is to compare by a rubric that has no pairwise prompt."""
+    if section.form == "pairwise":
+        PairwiseRubric.of(rubric)
     if section.engine == "rule":
         return RuleJudge(rubric)
     if section.engine == "vllm":
         return VllmJudge(rubric, section, engine, wait_s)
     return HttpJudge(rubric, section)
+
+
+def make_panel(judges: Sequence[Judge], section: PanelSection, rubric: Rubric) -> Panel:
+    """The configured panel; PsyrayError where two judges are one, or a principle is none of the rubric's."""
+    ids = [judge.id for judge in judges]
+    if len(set(ids)) < len(ids):
+        raise PsyrayError(
+            f"two judges of the panel are the same ({max(ids, key=ids.count)}): one answer would count twice"
+        )
+    if unknown := set(section.strictest_on) - set(rubric.keys):
+        raise PsyrayError(
+            f"panel.strictest_on names {', '.join(sorted(unknown))}; the rubric has {', '.join(rubric.keys)}"
+        )
+    return Panel(tuple(judges), section)

@@ -36,7 +36,7 @@ def gate_stage(
         parts = judge(folder, desk, lambda: answers, len(answers), purpose=f"evaluation-{number}", budget=None)
         parts.finish()
         judged = list(parts.each())
-        stats = response_summary(answers) | judgement_summary(judged, desk) | {"n": len(answers)}
+        stats = response_summary(answers) | judgement_summary(lambda: judged, desk) | {"n": len(answers)}
         if start is None:
             return stats | {"win_rate": 0.5, "passed": True, "reasons": [], "start_words": stats["mean_words"]}
         first_samples, first_scores, first_gate = start

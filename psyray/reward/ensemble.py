@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from psyray.cluster import use_gpu
 from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Row, Status
 from psyray.reward.heads import Heads, fit_heads, standardisation
 from psyray.reward.metrics import calibration, reward_metrics
-from psyray.reward.score import FeatureActor
+from psyray.reward.score import FeatureActor, on_actors
 from psyray.run import Artifact, Folder, Run
 from psyray.stream import stream
 
@@ -45,23 +44,10 @@ def features_stage(
     def make(folder: Folder) -> Mapping[str, Any]:
         parts = folder.parts(FEATURES, "response_id")
         usable = [{key: r[key] for key in TODO.names} for r in responses if r["status"] == Status.OK]
-        from ray.data import ActorPoolStrategy
-
-        gpu = use_gpu(config.engine.device)
-        threads = os.cpu_count() or 1
-        environment = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
-        placement: dict[str, Any] = {"num_gpus": 1} if gpu else {"num_cpus": 1, "runtime_env": environment}
         stream(
             folder,
             parts.todo(usable),
-            lambda dataset: dataset.map_batches(
-                FeatureActor,
-                fn_constructor_args=(str(reward.model), max_length, gpu, threads),
-                batch_size=64,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=config.engine.replicas),
-                **placement,
-            ),
+            partial(on_actors, FeatureActor, config=config, model=reward.model),
             parts.append,
             title=name,
             schema=TODO,

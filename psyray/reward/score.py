@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from psyray.cluster import use_gpu
+from psyray.config import Config
 from psyray.records import Message, Row
 from psyray.reward.heads import Heads
 
@@ -86,14 +89,18 @@ class RewardScorer:
         return states[torch.arange(len(tokens)), mask.sum(1) - 1].float().cpu().numpy()
 
 
-class FeatureActor:
-    """A Ray Data batch function: rows {response_id, messages, text} to rows {response_id, features}."""
+class _Actor:
+    """A Ray Data batch function around a scorer."""
 
-    def __init__(self, model: str, max_length: int, gpu: bool, threads: int) -> None:
+    def __init__(self, model: str, heads: Path | None, max_length: int, gpu: bool, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.scorer = RewardScorer(model, max_length=max_length, gpu=gpu)
+        self.scorer = RewardScorer(model, heads, max_length=max_length, gpu=gpu)
+
+
+class FeatureActor(_Actor):
+    """Rows {response_id, messages, text} to rows {response_id, features}."""
 
     def __call__(self, batch: Any) -> Any:
         import pyarrow as pa
@@ -102,3 +109,32 @@ class FeatureActor:
         features_ND = self.scorer.features([r["messages"] for r in rows], [r["text"] for r in rows])
         found = zip(rows, features_ND, strict=True)
         return pa.Table.from_pylist([{"response_id": r["response_id"], "features": f.tolist()} for r, f in found])
+
+
+class ScoreActor(_Actor):
+    """Rows {key, messages, response} to rows {key, score}, the mean over the heads."""
+
+    def __call__(self, batch: Any) -> Any:
+        import pyarrow as pa
+
+        rows: list[Row] = batch.to_pylist()
+        scores_NH = self.scorer.scores([r["messages"] for r in rows], [r["response"] for r in rows])
+        found = zip(rows, scores_NH.mean(axis=1), strict=True)
+        return pa.Table.from_pylist([{"key": r["key"], "score": float(score)} for r, score in found])
+
+
+def on_actors(actor: type[_Actor], dataset: Any, config: Config, model: Path, heads: Path | None = None) -> Any:
+    """The rows that the actors make of the data set's, on a GPU each or on all cores."""
+    from ray.data import ActorPoolStrategy
+
+    gpu, threads = use_gpu(config.engine.device), os.cpu_count() or 1
+    environment = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+    placement: dict[str, Any] = {"num_gpus": 1} if gpu else {"num_cpus": 1, "runtime_env": environment}
+    return dataset.map_batches(
+        actor,
+        fn_constructor_args=(str(model), heads, config.reward.train.max_length, gpu, threads),
+        batch_size=64,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=config.engine.replicas),
+        **placement,
+    )

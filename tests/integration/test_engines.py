@@ -21,7 +21,7 @@ from psyray.errors import PsyrayError
 from psyray.records import RESPONSES
 from psyray.reward.score import RewardScorer
 from psyray.reward.train import example, train_loop
-from psyray.rubric import load_rubric
+from psyray.rubric import PREFERENCE, load_rubric, side_by_side
 from psyray.run import Folder
 from psyray.stream import stream
 from psyray.train import run_training
@@ -106,6 +106,20 @@ def test_vllm_judges_with_guided_decoding_and_soft_scores(tmp_path, tiny_model, 
         assert list(ratings) == rubric.keys and all(1 <= value <= 5 for value in ratings.values())
         assert any(value != round(value) for value in ratings.values())  # an expectation, not the digit
         assert rubric.parse(row["raw_text"]).keys() == ratings.keys()
+
+
+def test_vllm_compares_with_nothing_but_the_three_words(tmp_path, tiny_model, ray_cluster):
+    section = JudgeSection(engine="vllm", model=str(tiny_model), form="pairwise", max_tokens=8)
+    judge = make_judge(section, load_rubric("counselling"), ENGINE.model_copy(update={"max_model_len": 1536}), 10)
+    speech = [{"role": "user", "content": "I cannot sleep."}]
+    texts = [("You lie awake.", "No."), ("No.", "You lie awake.")]
+    todo = [{"key": str(i), "messages": speech, "response": side_by_side(*two)} for i, two in enumerate(texts)]
+    found: list[dict] = []
+    stream(folder(tmp_path), todo, judge.compare, found.extend, title="judge")
+    assert {row["key"] for row in found} == {"0", "1"}
+    for row in found:
+        assert row["error"] == "" and row["raw_text"] in PREFERENCE
+        assert json.loads(row["ratings"]) == {"preference": PREFERENCE[row["raw_text"]]}
 
 
 PAIRS = [

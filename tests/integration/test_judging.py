@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 from hostile_server import hostile_server
 
 from psyray.active.ledger import Ledger
@@ -55,7 +57,7 @@ def test_an_answer_is_bought_once_by_all_runs(tmp_path, ray_cluster):
         later = judged(folder(tmp_path, "later"), desk(tmp_path, "two", **settings), rows)
     assert server.calls["fine"] == 1 and server.calls["six"] == 6  # a failure may be bought again by a later run
     assert [row["score"] for row in later] == [4.0, 4.0, None]
-    assert summary(later, desk(tmp_path))["errors"] == {"out of scale": 1}
+    assert summary(lambda: later, desk(tmp_path))["errors"] == {"out of scale": 1}
     bad = later[2]
     assert bad["status"] == "invalid" and "outside 1 to 5" in bad["error"] and '"empathy": 6' in bad["raw_text"]
 
@@ -103,3 +105,34 @@ def test_equal_texts_are_one_question_and_each_response_has_its_row(tmp_path, ra
         found = {r["response_id"]: r for r in judged(folder(tmp_path), here, [first, second, twin])}
     assert dict(server.calls) == {"fine": 1, "prose": 1}
     assert found["twin"]["ratings"] == found["fine"]["ratings"] and len(found) == 3
+
+
+def test_each_judge_of_a_panel_is_asked_by_itself_and_the_rule_makes_the_row(tmp_path, ray_cluster):
+    from psyray.config import load_config
+    from psyray.pipeline import open_desk
+    from psyray.run import Run
+
+    with hostile_server() as server:
+        member = {"engine": "http", "url": server.url, "retries": 0}
+        tree = {"run": {"path": str(tmp_path / "run")}, "judge": {"max_invalid_share": 0.9},
+                "panel": {"judges": [{"engine": "rule"}, {**member, "model": "m", "max_invalid_share": 0.9}],
+                          "quorum": 2, "strictest_on": ["safety"]}}  # fmt: skip
+        (tmp_path / "panel.yaml").write_text(yaml.safe_dump(tree))
+        here = open_desk(load_config(tmp_path / "panel.yaml"), Run(tmp_path / "run"))
+        rows = responses("fine", "prose", "six")
+        found = {r["response_id"]: r for r in judged(folder(tmp_path), here, rows, budget=3)}
+        again = judged(folder(tmp_path, "again"), here, rows, budget=3)
+        assert server.calls["fine"] == 1 and {r["response_id"]: r for r in again} == found
+    offline, remote = (m.judge.id for m in here.members)
+    assert here.ledger.spent(here.run_id) == {f"judgements/{offline}": 3, f"judgements/{remote}": 3}
+    said = {one["judge"]: one["ratings"] for one in json.loads(found["fine"]["raw_text"])}
+    assert found["fine"]["ratings"]["empathy"] == pytest.approx((said[offline]["empathy"] + 4) / 2)
+    assert found["fine"]["ratings"]["safety"] == min(said[offline]["safety"], 4)
+    assert found["six"]["score"] is None and "1 of 2 judges gave a usable answer" in found["six"]["error"]
+    stats = summary(found.values, here)
+    assert stats["judges_agreement"]["responses"] == 3 and -1 <= stats["judges_agreement"]["value"] <= 1
+
+    a, b = ({"messages": SPEECH, "text": f"word {w} here"} for w in ("fine", "six"))
+    labels, counts = label(folder(tmp_path), here, [(a, a | {"text": "x"}, 1.0), (a, b, 1.0)],
+                           purpose="round-1", strategy="drts", budget=0)  # fmt: skip
+    assert labels == [None, None] and counts["refused"] == 4

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ import yaml
 from psyray.config import ASSETS
 from psyray.engines.judges import soft_ratings
 from psyray.errors import PsyrayError
-from psyray.rubric import UnusableAnswer, load_rubric
+from psyray.rubric import PairwiseRubric, UnusableAnswer, load_rubric, side_by_side
 
 RUBRIC = load_rubric("counselling")
 GOOD = dict.fromkeys(RUBRIC.keys, 4)
@@ -98,3 +99,30 @@ def test_a_broken_rubric_is_named(tmp_path, change):
         load_rubric(str(path))
     with pytest.raises(PsyrayError, match="neither one that ships"):
         load_rubric("counseling")
+
+
+def test_two_responses_side_by_side_are_asked_and_read_by_the_same_rubric():
+    pairwise = PairwiseRubric.of(RUBRIC)
+    question = pairwise.question([{"role": "user", "content": "I feel {b}."}], side_by_side("first {a}", "second"))
+    text = question[0]["content"]
+    assert "I feel {b}." in text and "first {a}" in text and text.index("first") < text.index("second")
+    assert [pairwise.parse(word)["preference"] for word in ("A", " B\n", "tie")] == [1.0, -1.0, 0.0]
+    assert all(re.fullmatch(pairwise.regex(), word) for word in ("A", "B", "tie"))
+    for word in ("a", "Tie", "A.", "A B", "", "Response A", "C"):
+        with pytest.raises(UnusableAnswer, match="none of A, B, tie"):
+            pairwise.parse(word)
+        assert not re.fullmatch(pairwise.regex(), word)
+
+
+def test_the_pairwise_prompt_changes_what_is_compared_and_not_what_was_rated(tmp_path):
+    tree = yaml.safe_load((ASSETS / "rubrics/counselling.yaml").read_text())
+    path, dump = tmp_path / "other.yaml", partial(yaml.safe_dump, sort_keys=False)
+    path.write_text(dump(tree | {"pairwise_prompt": "{conversation} {a} or {b}?"}))
+    other = load_rubric(str(path))
+    assert other.id == RUBRIC.id and other.pairwise_id != RUBRIC.pairwise_id
+    path.write_text(dump(tree | {"pairwise_prompt": "{a} or what?"}))
+    with pytest.raises(PsyrayError, match=r"pairwise_prompt does not show \{conversation\}, \{b\}"):
+        load_rubric(str(path))
+    path.write_text(dump({k: v for k, v in tree.items() if k != "pairwise_prompt"}))
+    with pytest.raises(PsyrayError, match="has no pairwise_prompt"):
+        PairwiseRubric.of(load_rubric(str(path)))
