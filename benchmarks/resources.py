@@ -2,8 +2,8 @@
 
     python benchmarks/resources.py -- psyray run configs/demo.yaml --serve run.path=/tmp/run
 
-Memory is the sum of the proportional set sizes (each shared page counted once, split among its users), sampled once a
-second over the command's process tree; a process whose parent died still counts. Linux only. The last line on
+Memory is the sum of the proportional set sizes (each shared page counted once, split among its users), sampled every
+few seconds over the command's process tree; a process whose parent died still counts. Linux only. The last line on
 standard error is JSON: {"seconds", "peak_gib", "peak_at_s", "peak_processes", "exit"}; `peak_processes` maps the
 largest commands at the peak to their GiB.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import psutil
 
 GIB = 2**30
+PAUSE_S = 5.0  # reading the sizes of a hundred processes takes a good part of a second
 
 
 @dataclass
@@ -63,7 +64,7 @@ def main(command: list[str]) -> int:
         sizes = sample(known)
         if (total := sum(sizes.values())) > peak.total:
             peak = Peak(total, time.monotonic() - began, sizes)
-        time.sleep(1)
+        time.sleep(PAUSE_S)
     largest = sorted(peak.processes.items(), key=lambda item: -item[1])[:6]
     seen = {
         "seconds": round(time.monotonic() - began, 1),

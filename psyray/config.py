@@ -34,13 +34,51 @@ class RunSection(Section):
     seed: int = 0
 
 
+class SourceSection(Section):
+    """One set of client speeches among several."""
+
+    name: str = Field(min_length=1, description="stands in the rows and the counts")
+    path: str = Field(description="a file, the folder of a data set, or hf://owner/name (read from the hub)")
+    use: Literal["speeches", "pairs", "pool"] = Field(
+        "speeches", description="pairs: its chosen and rejected are ready pairs; pool: they are rated responses"
+    )
+    text_column: str | None = None
+    topic_column: str | None = None
+    subtopic_column: str | None = None
+    subset: str | None = Field(None, description="data sets: which of several")
+    split: str | None = Field(None, description="data sets: which split; none: all")
+    revision: str | None = Field(None, description="hub: commit; none: the newest, asked for at every start")
+    side: Literal["hash", "train", "test"] = Field("hash", description="the side that all its speeches go to")
+
+
 class SpeechesSection(Section):
-    path: str | None = Field(None, description="JSONL, CSV or Parquet of client speeches; none: those that ship")
+    path: str | None = Field(
+        None, description="JSONL, CSV, Parquet, a data set's folder, hf://owner/name; none: what ships"
+    )
     text_column: str | None = Field(None, description="the column with the client's words; none: recognised")
+    sources: list[SourceSection] = Field([], description="several sets, each with a name; docs/speeches.md")
+    exclude: list[str] = Field([], description="test sets: no speech in them, or near one in them, is used")
     min_chars: int = Field(100, ge=1)
     max_chars: int = Field(1000, ge=1)
+    near_duplicates: float | None = Field(
+        0.8, ge=0.5, le=1, description="share of word pairs in common that makes two speeches one; none: off"
+    )
+    scrub: Literal["regex", "presidio", "off"] = Field("regex", description="how personal details are taken out")
+    crisis: Literal["keep", "test_only", "drop"] = Field("keep", description="what becomes of flagged speeches")
     test_share: float = Field(0.25, gt=0, lt=1, description="share of speeches held out, by hash of the text")
     limit: int | None = Field(None, ge=1, description="keep at most this many, the first by hash")
+
+    @field_validator("sources")
+    @classmethod
+    def source_names_are_unique(cls, value: list[SourceSection]) -> list[SourceSection]:
+        if len({source.name for source in value} | {"path", "exclude"}) < len(value) + 2:
+            raise ValueError("two sources have the same name, or one is named path or exclude")
+        return value
+
+    def listed(self) -> list[SourceSection]:
+        """All sets to read; empty where the speeches that ship are meant."""
+        single = [SourceSection(name="path", path=self.path, text_column=self.text_column)] if self.path else []
+        return [*single, *self.sources]
 
 
 class Sampling(Section):
@@ -239,6 +277,9 @@ class ClusterSection(Section):
 class Config(Section):
     run: RunSection = RunSection()
     speeches: SpeechesSection = SpeechesSection()
+    topics: JudgeSection | None = Field(
+        None, description="the engine (keys as in `judge`, vllm or http) that picks topics where no column does"
+    )
     rubric: str = Field("counselling", description="a name in psyray/assets/rubrics, or a YAML file")
     engine: EngineSection = EngineSection()
     responses: ResponsesSection = ResponsesSection()

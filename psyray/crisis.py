@@ -1,8 +1,9 @@
-"""Whether a client's words speak of a crisis: a transparent phrase list, not a diagnosis.
+"""Whether a client's words speak of a crisis, and of which kind: a transparent phrase list, not a diagnosis.
 
 A hit says that a person should look at the conversation; no hit says nothing. The list covers plain English in
-four groups (`PHRASES`) and reads words, not meaning: hints, other languages and most slang go by unseen, and a
-sentence about somebody else, the past or a film counts as much as one about now. Where it must err it flags.
+three kinds (`PHRASES`): self-harm with suicide, abuse of the client or those around them, and danger to others. It
+reads words, not meaning: hints, other languages and most slang go by unseen, and a sentence about somebody else, the
+past or a film counts as much as one about now. Where it must err it flags. How often: docs/crisis.md.
 
 A phrase does not count where the words just before it deny it ("I have no thoughts of suicide", "I'm not
 suicidal"). "Trying not to hurt myself" is no denial and counts.
@@ -15,14 +16,21 @@ import unicodedata
 
 _WISH = r"(?:want|wanted|wanting|wish|hope|hoping|going|planning|plan|planned|decided|ready|deserve)"
 _THEM = r"(?:he|she|they|my [a-z' -]{2,30}?)"
-_US = r"(?:me|us|my (?:mum|mom|mother|dad|father|wife|kids?|children|brother|sister|baby|son|daughter))"
-_PEOPLE = rf"(?:{_US}|him|her|them|my (?:husband|partner|family|boyfriend|girlfriend))"
+_KIN = r"(?:mum|mom|mother|dad|father|wife|kids?|children|child|brother|sister|baby|son|daughter)"
+_US = rf"(?:me|us|my {_KIN})"
+_OTHERS = (
+    r"(?:him|her|them|someone|somebody|people|others|other people|everyone|anyone|"
+    rf"my (?:{_KIN}|husband|partner|family|boyfriend|girlfriend|ex|boss|neighbou?rs?|roommate|co-?workers?))"
+)
 _WILL = r"(?:'ll| will| would|'s going to|'re going to| is going to| are going to| might)"
 _HARM = r"(?:hurt|harm|cut|burn|punish)(?:ting|ing|ed|t)?"
+_ATTACK = r"(?:kill|stab|shoot|strangle|strangl|smother|drown|murder|attack|harm)(?:ing)?"
 _MEANS = r"(?:gun|pills|rope|noose|knife)"
+_HAS = rf"(?:has|have|had|got|holding|hold|held|puts?|found|bought) (?:a |the |his |her |my )?{_MEANS}"
+_FEAR = r"(?:afraid|scared|terrified|fear|worried)"
 
 PHRASES: dict[str, tuple[str, ...]] = {
-    "suicide": (
+    "self-harm": (
         r"(?:kill|hang|shoot|drown|poison)(?:ing|ed)? my ?self(?! (?:laughing|over|at work|with work))",
         r"suicid(?:e|al)\w*",
         rf"{_WISH}(?: to| that)?(?: just)? die\b(?! (?:of|from) (?:embarrassment|shame|laughter))",
@@ -44,31 +52,57 @@ PHRASES: dict[str, tuple[str, ...]] = {
         r"overdos(?:e|ed|ing)",
         r"jump(?:ing|ed)? (?:off|from) (?:a|the) (?:bridge|roof|building|balcony)",
         r"(?:wrote|written|writing) (?:a |my )?goodbye (?:letter|note)s?",
-    ),
-    "self-harm": (
         rf"{_HARM} my ?self\b(?! (?:off|short|shaving|cooking|some slack))",
         r"self[- ]?harm\w*",
+        r"(?:kill|hang|cut|harm|drown)(?:ting|ing|ed)? (?:himself|herself|themselves)",
+        r"(?:hit|hitting|punch|punching) my ?self|(?:hitting|bang|banging) my head (?:on|against|into)",
+        r"hit my head (?:on|against) (?:the |a )?walls?\b",
+        r"better off not (?:being )?(?:in this world|here|alive)",
+        r"(?:care|matters?|cares) (?:if|whether) i (?:live|die)\b",
         r"(?:cut|cutting|slit|slitting) my (?:wrists?|arms?|thighs?|legs?)",
+        rf"{_HAS} (?:to my head|in my hand|ready|next to me|in front of me|saved up)",
+        r"(?:took|taken|swallowed) (?:all|too many|a (?:whole )?(?:bottle|box|pack|lot|bunch))(?: of)?"
+        r"(?: my| the| his| her)? (?:pills|tablets|medication|meds|paracetamol)",
+        r"(?:not safe|unsafe) (?:right now|tonight|with myself)",
     ),
     "abuse": (
         rf"{_THEM} (?:hits?|beats?|punche[sd]|kick(?:s|ed)|chok(?:es|ed)|strangl(?:es|ed)|slap(?:s|ped)) {_US}\b"
-        r"(?! (?:up for|to it|at|in) )",
+        r"(?! (?:up for|to it|at|out|off)\b)",
         rf"{_THEM} (?:is|are|was|were|keeps?|started) (?:hitting|beating|kicking|choking|strangling) {_US}\b",
         rf"{_THEM} (?:rap(?:es|ed)|molest(?:s|ed)|sexually (?:abuse[sd]?|assault(?:s|ed)?)) {_US}\b",
-        r"(?:was|been|being|got|get) (?:raped|molested|sexually (?:abused|assaulted))",
+        r"(?:was|were|been|being|got|get) (?:\w+ly )?(?:raped|molested|sexually (?:abused|assaulted))",
+        r"raped (?:at|by|when)\b",
+        r"(?:sexual|physical|domestic|child) (?:abuse|violence|assault)\b",
+        r"(?:physically|sexually) (?:(?:and|or) \w+ )?abus(?:ed|es|ing|ive)",
+        r"abusive (?:relationship|marriage|home|house|household|childhood|situation|husband|wife|partner|boyfriend|"
+        r"girlfriend|ex|father|mother|parents?|dad|mom|mum|men|man)",
+        r"(?:hit|hits|hitting|beat|beating) each other(?! at\b)",
         r"(?:force[sd]?|made|makes) me (?:to )?have sex",
         r"(?:is|are|am|was|been) being (?:physically |sexually )?abused",
+        rf"(?:going to|gonna|will|(?:he|she|they)'ll|might|wants? to) kill {_US}\b(?! (?:for|if i|when i)\b)",
+        rf"(?:sa(?:id|ys)|threaten(?:s|ed)|swore|swears) (?:that )?{_THEM}{_WILL} (?:kill|hurt|shoot) {_US}\b",
+        rf"(?:threaten(?:s|ed|ing)|tried) to (?:kill|hurt|shoot|strangle|drown) {_US}\b",
+        rf"{_FEAR} (?:that )?{_THEM}{_WILL} (?:kill|hurt) {_US}\b",
+        rf"{_HAS} to my (?:head|throat)",
+        r"(?:not safe|unsafe|in danger) (?:at home|here|right now|tonight|with (?:him|her|them))",
     ),
-    "danger": (
-        rf"(?:going to|gonna|will|(?:he|she|they)'ll|might|wants? to) kill {_PEOPLE}\b(?! (?:for|if i|when i)\b)",
-        rf"(?:sa(?:id|ys)|threaten(?:s|ed)|swore|swears) (?:that )?{_THEM}{_WILL} (?:kill|hurt|shoot) {_PEOPLE}\b",
-        rf"(?:threaten(?:s|ed|ing)|tried) to (?:kill|shoot|strangle|drown) {_PEOPLE}\b",
-        rf"(?:afraid|scared|terrified|fear) (?:that )?{_THEM}{_WILL} (?:kill|hurt) {_US}\b",
-        rf"(?:has|have|got|holding|hold|found|bought) (?:a |the |his |her |my )?{_MEANS} "
-        r"(?:to (?:my|her|his) head|in my hand|ready|next to me|in front of me|saved up)",
-        r"(?:not safe|unsafe|in danger) (?:at home|here|right now|tonight|with (?:him|her|them|myself))",
-        r"(?:took|taken|swallowed) (?:all|too many|a (?:whole )?(?:bottle|box|pack|lot|bunch))(?: of)?"
-        r"(?: my| the| his| her)? (?:pills|tablets|medication|meds|paracetamol)",
+    "danger to others": (
+        rf"(?:going to|gonna|will|i'll|'d like to|might|wants? to|wanted to) kill {_OTHERS}\b"
+        r"(?! (?:for|if i|when i)\b)",
+        rf"(?:sa(?:id|ys)|threaten(?:s|ed)|swore|swears) (?:that )?{_THEM}{_WILL} (?:kill|hurt|shoot) {_OTHERS}\b",
+        rf"(?:threaten(?:s|ed|ing)|tried) to (?:kill|shoot|strangle|drown|stab) {_OTHERS}\b",
+        rf"(?:want|wanted|urges?|impulses?|going|gonna|plan|planning) (?:to )?(?:physically )?"
+        rf"(?:{_ATTACK}|hurt) {_OTHERS}\b",
+        rf"(?:thoughts?|thinking|think|fantas(?:ies|i[sz]e|i[sz]ing)|dream|dreaming|visions) (?:of|about) "
+        rf"(?:{_ATTACK}|hurting) {_OTHERS}\b",
+        rf"{_FEAR} (?:that )?i(?:'ll| will| might| may| could|'m going to) (?:snap and )?"
+        rf"(?:{_ATTACK}|hurt) {_OTHERS}\b",
+        rf"\bi (?:have |once |sometimes )?(?:hit|beat|slapped|shook|punched|choked|strangled|kicked) {_OTHERS}\b"
+        r"(?! (?:up for|to it|at|up with|out|off)\b)",
+        rf"how i (?:could|would|can|might) (?:{_ATTACK}|hurt) {_OTHERS}\b",
+        r"violent (?:thoughts|urges|impulses|fantasies)",
+        r"homicid(?:e|al)\w*",
+        rf"{_HAS} to (?:her|his|their) (?:head|throat)",
     ),
 }
 
@@ -88,13 +122,22 @@ _DENIED = re.compile(rf"(?:{'|'.join(_DENIALS)})\s*$")
 # The wish may be the phrase's own first word, so that the denial stands right before it.
 _WISHED, _DENIED_WISH = re.compile(rf"{_WISH}\b"), re.compile(rf"(?:{_NOT}|\bnot)\s*$")
 _CLAUSE = re.compile(r"[.!?;:,()]|\b(?:but|although|though|except)\b")
-_ANY = re.compile("|".join(rf"(?<!\w)(?:{phrase})" for group in PHRASES.values() for phrase in group))
+_KINDS = {kind: re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})") for kind, phrases in PHRASES.items()}
 
 
 def flag(text: str) -> bool:
-    """Whether the text holds a phrase that speaks of suicide, self-harm, abuse or immediate danger."""
-    words = _plain(text)
-    return any(not _denied(words[: hit.start()], hit.group()) for hit in _ANY.finditer(words))
+    """Whether the text holds a phrase that speaks of a crisis of any kind."""
+    return bool(kinds(text))
+
+
+def kinds(*texts: str) -> list[str]:
+    """The kinds of crisis that the texts hold a phrase of, in the order of PHRASES."""
+    plain = [_plain(text) for text in texts]
+    return [kind for kind, phrases in _KINDS.items() if any(_holds(words, phrases) for words in plain)]
+
+
+def _holds(words: str, phrases: re.Pattern[str]) -> bool:
+    return any(not _denied(words[: hit.start()], hit.group()) for hit in phrases.finditer(words))
 
 
 def _plain(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from psyray.config import Config
 from psyray.data.generate import responses_stage
 from psyray.data.judge import Desk, judgements_stage
 from psyray.data.pairs import pairs_stage
+from psyray.data.ready import Ready, ready_stage
 from psyray.data.rules import Rules
 from psyray.data.speeches import speeches_stage
+from psyray.data.topics import topic_judge, topics_stage
 from psyray.engines.judges import make_judge
 from psyray.errors import PsyrayError
 from psyray.loop import Outcome, Seen, online_loop
@@ -54,21 +57,24 @@ def run_pipeline(config: Config, *, serve: bool = False, say: Callable[[str], No
 def run_stages(run: Run, config: Config, desk: Desk) -> Artifact:
     """All stages in order, up to the exported champion."""
     speeches = speeches_stage(run, config.speeches)
+    topics_stage(run, config, speeches)
+    ready = ready_stage(run, config.speeches, desk.rubric, speeches)
     responses = responses_stage(run, config, speeches)
     judgements = judgements_stage(run, desk, responses)
-    pairs = pairs_stage(run, config.pairs, desk.rubric, responses, judgements)
+    pairs = pairs_stage(run, config.pairs, desk.rubric, responses, judgements, ready)
     reward = reward_stage(run, config, pairs)
-    features = features_stage(run, "reward-features", config, reward, in_pairs(responses, pairs), pairs)
+    features = features_stage(run, "reward-features", config, reward, in_pairs(responses, pairs, ready), pairs)
     heads = heads_stage(run, "reward-heads", config, reward, [features], [pairs])
     outcome = online_loop(run, config, desk, speeches, reward, heads, Seen((features,), (pairs,)))
     return export_stage(run, config, reward, outcome)
 
 
-def in_pairs(responses: Artifact, pairs: Artifact) -> list[Row]:
+def in_pairs(responses: Artifact, pairs: Artifact, ready: Ready | None) -> list[Row]:
     """The responses that stand in a pair: only they need features."""
     sides = ["chosen_id", "rejected_id"]
     wanted = {row[side] for row in pairs.each(sides) for side in sides}
-    return [row for row in responses.each() if row["response_id"] in wanted]
+    known = chain(responses.each(), ready.responses() if ready else [])
+    return [row for row in known if row["response_id"] in wanted]
 
 
 def export_stage(run: Run, config: Config, reward: Artifact, outcome: Outcome) -> Artifact:
@@ -137,6 +143,7 @@ def check(config: Config) -> None:
 
 def check_settings(config: Config) -> None:
     """Settings that cannot work together; PsyrayError names them."""
+    topic_judge(config)
     rubric = load_rubric(config.rubric)
     make_judge(config.judge, rubric, config.engine, config.cluster.wait_s)
     Rules.make(config.pairs, rubric)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from psyray.config import Config
-from psyray.data.speeches import SHIPPED, read_file, select
+from psyray.data.speeches import preview
 from psyray.errors import PsyrayError
 from psyray.models import resolve_model
 from psyray.rubric import load_rubric
 from psyray.run import run_path
 
+LOOKED_AT = 20_000  # rows of each source that a plan reads
 Line = tuple[str, str, str, str]  # stage, work, model, placement
 
 
@@ -23,23 +24,30 @@ def show_plan(config: Config, out: Console) -> None:
     from psyray.pipeline import check_settings
 
     check_settings(config)
-    path = Path(config.speeches.path).expanduser() if config.speeches.path else SHIPPED
-    kept, dropped = select(read_file(path), config.speeches, path)
-    train = sum(row["split"] == "train" for row in kept)
+    _, speeches = preview(config.speeches, LOOKED_AT)
     table = Table(title=f"plan of {run_path(config.run.path)}", title_justify="left")
     for column in ("stage", "work", "model", "placed on"):
         table.add_column(column, overflow="fold")
-    for line in lines(config, len(kept), train):
+    for line in lines(config, speeches["kept"], speeches["train"]):
         table.add_row(*line)
     out.print(table)
-    out.print(
-        f"speeches: {path}: {len(kept)} kept ({train} train, {len(kept) - train} held out), dropped: {dict(dropped)}"
-    )
+    for words in speech_lines(speeches):
+        out.print(words)
     out.print(f"labels: {labels(config)}")
     out.print(f"ledger: {'SQLite beside the run folder' if config.ledger.url is None else 'as configured'}")
     for name in missing_models(config):
         out.print(f"not checked here: {name}")
     out.print("every setting is valid; nothing was started")
+
+
+def speech_lines(speeches: Mapping[str, Any]) -> Iterator[str]:
+    """What the speeches would be, in words."""
+    sources = ", ".join(f"{name} ({count} rows)" for name, count in speeches["sources"].items())
+    yield f"speeches: {sources}"
+    if any(count == LOOKED_AT for count in speeches["sources"].values()):
+        yield f"of each source only the first {LOOKED_AT} rows were looked at; a run reads all"
+    yield "{kept} kept ({train} train, {test} held out), dropped: {dropped}, crisis: {crisis_kinds}".format(**speeches)
+    yield f"personal details taken out: {speeches['scrubbed']}"
 
 
 def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:

@@ -109,6 +109,9 @@ SPEECHES = pa.schema(
         ("topic", pa.string()),
         ("subtopic", pa.string()),
         ("crisis", pa.bool_()),
+        ("crisis_kinds", pa.list_(pa.string())),
+        ("source", pa.string()),
+        ("answered", pa.bool_()),  # responses come with it: none need to be drawn
     ]
 )
 
@@ -118,6 +121,7 @@ RESPONSES = pa.schema(
         ("speech_id", pa.string()),
         ("messages", MESSAGES),
         ("split", pa.string()),
+        ("crisis", pa.bool_()),
         ("responder", pa.string()),
         ("model", pa.string()),
         ("seed", pa.int64()),
@@ -133,6 +137,7 @@ JUDGEMENTS = pa.schema(
     [
         ("response_id", pa.string()),
         ("speech_id", pa.string()),
+        ("crisis", pa.bool_()),
         ("judge", pa.string()),
         ("ratings", pa.map_(pa.string(), pa.float32())),
         ("score", pa.float32()),  # weighted mean of the ratings; null unless status is ok
@@ -155,7 +160,8 @@ PAIRS = pa.schema(
         ("rejected_ratings", pa.map_(pa.string(), pa.float32())),
         ("margin", pa.float32()),
         ("split", pa.string()),
-        ("source", pa.string()),  # who labelled it: "judge", "oracle", "reward"
+        ("crisis", pa.bool_()),
+        ("source", pa.string()),  # who labelled it: "judge", "oracle", "reward", "data set"
     ]
 )
 
@@ -167,6 +173,7 @@ def pair_row(speech: Mapping[str, Any], chosen: Row, rejected: Row, *, margin: f
         "speech_id": speech["speech_id"],
         "messages": speech["messages"],
         "split": speech["split"],
+        "crisis": speech.get("crisis"),
         "margin": margin,
         "source": source,
         **{

@@ -125,6 +125,7 @@ def judgement(desk: Desk, response: Row, answer: Answer) -> Row:
     return {
         "response_id": response["response_id"],
         "speech_id": response["speech_id"],
+        "crisis": response.get("crisis"),
         "judge": desk.judge.id,
         "ratings": ratings,
         "score": desk.rubric.score(ratings) if ratings else None,

@@ -16,8 +16,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from psyray.errors import PsyrayError
-from psyray.records import Row, content_id, normalise, pair_row, speech_id
+from psyray.records import Message, Row, content_id, normalise, pair_row, speech_id
 from psyray.rubric import Rubric
 from psyray.tables import identifier, in_order, literal
 
@@ -70,27 +69,16 @@ def write_batches(path: Path, stream: Iterable[pa.RecordBatch]) -> None:
         draft.replace(path)
 
 
-def from_layout(path: Path, rubric: Rubric, split: str = "train") -> Iterator[Row]:
-    """PAIRS rows of a Parquet file in the published layout; PsyrayError names a missing column.
+def from_layout(row: Row, messages: list[Message], rubric: Rubric) -> Row:
+    """The PAIRS row of one in the published layout, answering `messages`; its side of the split is still open.
 
-    A column `messages`, where there is one, brings the whole conversation instead of its last words.
+    The margin is 0 where a rating is missing.
     """
-    with pq.ParquetFile(path) as source:
-        if missing := set(TEXTS) - set(source.schema_arrow.names):
-            raise PsyrayError(
-                f"{path} is not in the layout of PsychoCounsel-Preference: no column {', '.join(sorted(missing))}"
-            )
-        for batch in source.iter_batches(ROWS_PER_GROUP):
-            yield from (_from_layout(row, rubric, split) for row in batch.to_pylist())
-
-
-def _from_layout(row: Row, rubric: Rubric, split: str) -> Row:
-    messages = row.get("messages") or [{"role": "user", "content": row["question"]}]
-    speech = {"speech_id": speech_id(messages), "messages": messages, "split": split}
+    speech = {"speech_id": speech_id(messages), "messages": messages, "split": None}
     responses = []
     for side in SIDES:
         rated = {key: row.get(f"{side}_{key}_rating") for key in rubric.keys}
-        ratings = {key: float(value) for key, value in rated.items() if value is not None}
+        ratings = {key: float(value) for key, value in rated.items() if value not in (None, "")}
         key = content_id("response", speech["speech_id"], normalise(row[side]))
         model = row.get(f"{side}_model") or ""
         responses.append({"response_id": key, "text": row[side], "model": model, "ratings": ratings or None})

@@ -31,8 +31,8 @@ def cpu_environment(kv_cache_gib: int) -> dict[str, str]:
 def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, adapters: Sequence[str] = ()) -> Any:
     """Answer every row's `messages` under its `sampling`, and where it names an `adapter`, by the model that wears it.
 
-    Output rows hold the input's `key` (and `draw`, where it has one), `text`, `tokens`, `logprobs`; a failed row
-    holds `key`, `draw` and `__inference_error__` and does not disturb its neighbours.
+    Output rows hold the input's `key` (and `draw`, where it has one), `text`, `tokens`, `seconds` in the engine,
+    `logprobs`; a failed row holds `key`, `draw` and `__inference_error__` and does not disturb its neighbours.
     """
     from ray.data import TaskPoolStrategy
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
@@ -138,6 +138,7 @@ def _to_result(row: Row) -> Row:
         **({"draw": row["draw"]} if "draw" in row else {}),
         "text": row["generated_text"],
         "tokens": row["num_generated_tokens"],
+        "seconds": row["time_taken_llm"],
         "logprobs": json.dumps(row["logprobs"]) if row.get("logprobs") is not None else "",
         "__inference_error__": "",
     }

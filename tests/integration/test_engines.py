@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from psyray.config import ClusterSection, EngineSection, JudgeSection, TrainSection, load_config
-from psyray.data.generate import answer_all, draw_row
+from psyray.data.generate import answer_all, draw_row, starts
 from psyray.data.judge import TODO
 from psyray.engines.judges import make_judge
 from psyray.engines.vllm import cpu_environment
@@ -57,6 +57,36 @@ def test_a_prompt_longer_than_the_context_fails_alone_and_is_tried_anew(tmp_path
     assert set(found) == {row["response_id"] for row in rows}
     bad = [row for row in found.values() if row["status"] != "ok"]
     assert {row["speech_id"] for row in bad} == {"s1"} and all(row["text"] is None and row["error"] for row in bad)
+
+
+def lora_adapter(model: Path, path: Path) -> Path:
+    """A LoRA adapter of the model that is far from doing nothing."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    worn = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules=["q_proj"]))
+    torch.manual_seed(0)
+    for name, weight in worn.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=1.0)
+    worn.save_pretrained(path)
+    return path
+
+
+def test_responders_with_and_without_an_adapter_share_one_engine_start(tmp_path, tiny_model, ray_cluster):
+    responders = [
+        {"name": name, "model": str(tiny_model), "adapter": adapter, "temperature": 0, "max_tokens": 12, "system": ""}
+        for name, adapter in (("bare", None), ("worn", str(lora_adapter(tiny_model, tmp_path / "adapter"))))
+    ]
+    config = load_config(None, [*LIMITS, "responses.k=2", f"responses.responders={json.dumps(responders)}"])
+    speech = {"speech_id": "s", "messages": [{"role": "user", "content": "I cannot sleep."}], "split": "train"}
+    rows = [draw_row(speech, r, r.name, 1) for r in config.responses.responders]
+    parts = folder(tmp_path).parts(RESPONSES, "response_id")
+    assert starts(rows, parts) == {(str(tiny_model), "{}"): [str(tmp_path / "adapter")]}
+    stats = answer_all(folder(tmp_path), lambda: rows, 2, config, title="responses")
+    found = {row["responder"]: row for row in folder(tmp_path).parts(RESPONSES, "response_id").each()}
+    assert stats["ok"] == 2 and found["bare"]["text"] != found["worn"]["text"]
 
 
 def test_vllm_judges_with_guided_decoding_and_soft_scores(tmp_path, tiny_model, ray_cluster):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from psyray.crisis import flag
+from psyray.crisis import flag, kinds
 
 CRISES = [
     "I want to kill myself.",
@@ -44,6 +44,14 @@ CRISES = [
     "Sometimes I think it'd be easier if I just wasn't around.",
     "It would be simpler not to be here",
     "I go to bed hoping I won't wake up",
+    "She said that she wanted to kill herself!",
+    "Then I started hitting my head against the wall",
+    "I don't even care if I live or die",
+    "I have a history of sexual abuse",
+    "I left an abusive relationship",
+    "He hits me in the face",
+    "We usually hit each other",
+    "I was violently raped",
 ]
 
 CALM = [
@@ -76,7 +84,29 @@ CALM = [
     "Mum will kill me if I am late again",
     "I burnt myself cooking dinner",
     "The plot: a detective, a rope, a locked room",
+    "My parents kicked me out when I turned 18, they kicked me out of the house",
+    "I have no history of sexual abuse",
+    "Stress is killing me and it hits me harder every time",
+    "I hit my head on the door frame and saw stars, but I laughed",
+    "I don't want to hurt her feelings",
 ]
+
+KINDS = {
+    "I want to die": ["self-harm"],
+    "My husband hits me": ["abuse"],
+    "He said he's going to kill me": ["abuse"],
+    "I have thoughts about killing people": ["danger to others"],
+    "I have these urges to hurt someone really bad": ["danger to others"],
+    "I'm afraid that I might hurt my baby": ["danger to others"],
+    "Sometimes I hit her when she cries": ["danger to others"],
+    "I slapped my son yesterday": ["danger to others"],
+    "I have violent thoughts": ["danger to others"],
+    "I want to kill him and then myself, I'd rather be dead": ["self-harm", "danger to others"],
+    "He beats me and I cut my arms": ["self-harm", "abuse"],
+    "I would never hurt anyone": [],
+    "I don't want to kill anyone": [],
+    "I beat him at chess": [],
+}
 
 
 @pytest.mark.parametrize("text", CRISES)
@@ -87,6 +117,15 @@ def test_crisis_is_flagged(text: str) -> None:
 @pytest.mark.parametrize("text", CALM)
 def test_calm_words_are_not(text: str) -> None:
     assert not flag(text)
+
+
+@pytest.mark.parametrize(("text", "expected"), KINDS.items())
+def test_the_kind_is_told(text: str, expected: list[str]) -> None:
+    assert kinds(text) == expected
+
+
+def test_several_texts_are_one_conversation() -> None:
+    assert kinds("He hits me", "", "I want to die") == ["self-harm", "abuse"] and kinds() == []
 
 
 def test_case_spaces_and_apostrophes_do_not_matter() -> None:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_pairs import RUBRIC, judged, made_pairs, made_rows
+from made_pairs import RUBRIC, SPEECH, judged, made_pairs, made_rows
 
 from psyray.config import PairsSection, load_config
 from psyray.data.layout import from_layout
@@ -250,15 +250,20 @@ def test_the_published_layout_goes_out_and_comes_back(tmp_path):
     )
     by_id = {int(p["pair_id"][:15], 16): p for p in rows}
     assert layout["ID"].to_pylist() == sorted(layout["ID"].to_pylist())
-    for row, back in zip(layout.to_pylist(), from_layout(made.path / LAYOUT, RUBRIC), strict=True):
-        pair = by_id[row["prefID"]]
+    for row in layout.to_pylist():
+        pair, back = by_id[row["prefID"]], from_layout(row, SPEECH, RUBRIC)
         assert row["chosen_safety_rating"] == pair["chosen_ratings"]["safety"]
         for side in ("chosen", "rejected"):
             assert back[side] == pair[side] and back[f"{side}_ratings"] == pair[f"{side}_ratings"]
         assert back["margin"] == pytest.approx(pair["margin"])
 
 
-def test_another_layout_is_refused_with_the_missing_column(tmp_path):
-    pq.write_table(pa.table({"question": ["a"], "chosen": ["b"]}), tmp_path / "p.parquet")
-    with pytest.raises(PsyrayError, match="no column rejected"):
-        list(from_layout(tmp_path / "p.parquet", RUBRIC))
+def test_a_missing_rating_leaves_the_margin_at_zero():
+    row = {"chosen": "a", "rejected": "b", "chosen_safety_rating": None, "rejected_safety_rating": 2}
+    pair = from_layout(row, SPEECH, RUBRIC)
+    assert pair["margin"] == 0.0 and pair["chosen_ratings"] is None and pair["rejected_ratings"] == {"safety": 2.0}
+
+
+def test_a_pair_knows_whether_its_speech_speaks_of_a_crisis():
+    rows = [row | {"crisis": True} for row in judged(1.0, 4.0)]
+    assert [p["crisis"] for p in build(rows, gap=0.5)[0]] == [True]

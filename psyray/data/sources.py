@@ -1,0 +1,249 @@
+"""Where client speeches come from: JSONL, CSV, Parquet, and Hugging Face data sets on disk or on the hub.
+
+A source is read in batches and only the columns that matter are taken, so that its size does not matter. The hub is
+asked only for a path that says so: `hf://owner/name`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.lib
+import pyarrow.parquet as pq
+
+from psyray.config import SourceSection
+from psyray.errors import PsyrayError
+from psyray.records import Row, content_id
+
+HUB = "hf://"
+BATCH = 2_000
+TEXT_COLUMNS = ("messages", "text", "speech", "questiontext", "question", "prompt", "client", "content", "post")
+CSV_BLOCK = 8 * 2**20  # bytes; a row must fit into one
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source whose columns are known; `read` gives batches of rows that hold the wanted ones where they have them."""
+
+    columns: list[str]
+    read: Callable[[Sequence[str]], Iterator[list[Row]]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a source mean what; `repeats`: a speech has several rows, one for each answer or pair."""
+
+    text: str
+    topic: str | None
+    subtopic: str | None
+    repeats: bool
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a speech is made of."""
+        return [name for name in (self.text, self.topic, self.subtopic) if name]
+
+
+def identity(source: SourceSection) -> str:
+    """Changes with the source's content, not with where a file lies; a hub data set stands for its commit."""
+    if source.path.startswith(HUB):
+        return content_id("hub", source.path, source.subset, source.split, _commit(source))
+    path = _existing(source)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digests = [(str(p.relative_to(path)) if path.is_dir() else "", _digest(p)) for p in files]
+    return content_id("files", digests, source.subset, source.split)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _commit(source: SourceSection) -> str:
+    if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
+        return source.revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        found = HfApi().dataset_info(source.path.removeprefix(HUB), revision=source.revision)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:  # no such data set, no access, no network
+        raise PsyrayError(
+            f"{source.path}: the hub gives no such data set ({type(error).__name__}); check the id, log in with "
+            "HF_TOKEN if it is gated, or give a local copy's path"
+        ) from error
+    return str(found.sha)
+
+
+def _existing(source: SourceSection) -> Path:
+    path = Path(source.path).expanduser()
+    if not path.exists():
+        hint = "" if "/" not in source.path or path.suffix else f"; a hub data set is written {HUB}{source.path}"
+        named = "speeches.path" if source.name == "path" else f"speeches.sources, {source.name}"
+        raise PsyrayError(f"no file of client speeches at {path} ({named}){hint}")
+    return path
+
+
+def open_source(source: SourceSection) -> Opened:
+    """The source's columns and a way to its rows; PsyrayError names the file, and the line of a malformed row."""
+    if source.path.startswith(HUB):
+        return _open_data_set(source, source.path.removeprefix(HUB))
+    path = _existing(source)
+    if path.is_dir():
+        return _open_data_set(source, str(path))
+    openers = {".jsonl": _open_jsonl, ".ndjson": _open_jsonl, ".csv": _open_csv, ".parquet": _open_parquet}
+    if path.suffix.lower() not in openers:
+        ending = path.suffix or "without an ending"
+        raise PsyrayError(f"{path}: speeches come as .jsonl, .csv or .parquet, not {ending}")
+    if path.stat().st_size == 0:
+        raise PsyrayError(f"{path} is empty")
+    opened = _explained(path, openers[path.suffix.lower()], path)
+    if not opened.columns:
+        raise PsyrayError(f"{path} holds no rows")
+
+    def read(columns: Sequence[str]) -> Iterator[list[Row]]:
+        batches = opened.read(columns)
+        while batch := _explained(path, next, batches, None):
+            yield batch
+
+    return Opened(opened.columns, read)
+
+
+def _explained(path: Path, act: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return act(*arguments)
+    except (pa.lib.ArrowInvalid, UnicodeDecodeError) as error:
+        # Arrow quotes the row that it cannot read: what a client wrote.
+        said = re.match(r".*?Expected \d+ columns, got \d+", str(error), re.DOTALL)
+        raise PsyrayError(f"{path} cannot be read: {said.group() if said else error}") from None
+
+
+def _open_jsonl(path: Path) -> Opened:
+    def rows() -> Iterator[Row]:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _json_object(path, number, line)
+
+    def read(columns: Sequence[str]) -> Iterator[list[Row]]:
+        return _batched({name: row[name] for name in columns if name in row} for row in rows())
+
+    return Opened(list(dict.fromkeys(name for row in islice(rows(), BATCH) for name in row)), read)
+
+
+def _json_object(path: Path, number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PsyrayError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from None
+    if not isinstance(row, dict):
+        raise PsyrayError(f"{path}, line {number} is no JSON object; mend or remove it")
+    return row
+
+
+def _batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH)):
+        yield batch
+
+
+def _open_csv(path: Path) -> Opened:
+    parse, block = pa.csv.ParseOptions(newlines_in_values=True), pa.csv.ReadOptions(block_size=CSV_BLOCK)
+    with pa.csv.open_csv(path, read_options=block, parse_options=parse) as table:
+        names = list(table.schema.names)
+
+    def read(columns: Sequence[str]) -> Iterator[list[Row]]:
+        # All is text: a type guessed from the first rows need not fit the last.
+        as_text = pa.csv.ConvertOptions(include_columns=list(columns), column_types=dict.fromkeys(columns, pa.string()))
+        with pa.csv.open_csv(path, read_options=block, parse_options=parse, convert_options=as_text) as table:
+            for batch in table:
+                yield from _sliced(batch)
+
+    return Opened(names, read)
+
+
+def _open_parquet(path: Path) -> Opened:
+    def read(columns: Sequence[str]) -> Iterator[list[Row]]:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH, columns=list(columns)):
+                yield batch.to_pylist()
+
+    return Opened(list(pq.read_schema(path).names), read)
+
+
+def _sliced(batch: pa.RecordBatch) -> Iterator[list[Row]]:
+    for start in range(0, batch.num_rows, BATCH):
+        yield batch.slice(start, BATCH).to_pylist()
+
+
+def _open_data_set(source: SourceSection, name: str) -> Opened:
+    parts = _data_set(source, name)
+    first = next(iter(parts[0].take(1) if hasattr(parts[0], "take") else parts[0]), None)
+    if first is None:
+        raise PsyrayError(f"{source.path} holds no rows")
+
+    def read(columns: Sequence[str]) -> Iterator[list[Row]]:
+        for part in parts:
+            for batch in part.select_columns(list(columns)).iter(BATCH):
+                yield [dict(zip(columns, values, strict=True)) for values in zip(*map(batch.get, columns), strict=True)]
+
+    return Opened(list(first), read)
+
+
+def _data_set(source: SourceSection, name: str) -> list[Any]:
+    """The wanted split, or all: streamed from files, or mapped into memory where `save_to_disk` wrote it."""
+    import datasets
+
+    saved = Path(name) / "dataset_dict.json", Path(name) / "state.json"
+    try:
+        if any(mark.exists() for mark in saved):
+            found = datasets.load_from_disk(name)
+            if source.split and isinstance(found, dict):
+                found = found[source.split]
+        else:
+            commit = _commit(source) if source.path.startswith(HUB) else None
+            found = datasets.load_dataset(name, source.subset, split=source.split, revision=commit, streaming=True)
+    except (ValueError, KeyError, OSError) as error:  # unknown subset or split, no data files, no access
+        raise PsyrayError(f"{source.path} cannot be read as a data set: {type(error).__name__} {error}") from error
+    return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def layout(source: SourceSection, columns: Sequence[str]) -> Layout:
+    """What the columns mean: as the source names them, else recognised; PsyrayError names a missing one.
+
+    CounselChat (one row for each answer) and PsychoCounsel-Preference (one row for each pair) come as they are.
+    """
+    lowered = {name.lower(): name for name in reversed(columns)}
+    setting = "speeches" if source.name == "path" else f"speeches.sources, {source.name}:"
+    joined = "." if source.name == "path" else " "
+
+    def named(wanted: str | None, field: str, known: Iterable[str]) -> str | None:
+        if wanted and wanted not in columns:
+            there = ", ".join(columns)
+            raise PsyrayError(f"{source.path} has no column {wanted!r} ({setting}{joined}{field}); it has {there}")
+        return wanted or next((lowered[name] for name in known if name in lowered), None)
+
+    text = named(source.text_column, "text_column", TEXT_COLUMNS)
+    if text is None:
+        there = ", ".join(columns)
+        raise PsyrayError(f"{source.path}: no text column recognised among {there}; set {setting}{joined}text_column")
+    if source.use != "speeches" and not {"chosen", "rejected"} <= set(columns):
+        raise PsyrayError(
+            f"{source.path} is not in the layout of PsychoCounsel-Preference, so its use cannot be {source.use}: "
+            "it needs the columns chosen and rejected"
+        )
+    return Layout(
+        text,
+        named(source.topic_column, "topic_column", ["topic"]),
+        named(source.subtopic_column, "subtopic_column", ["subtopic"]),
+        repeats={"chosen", "rejected"} <= set(lowered) or {"questiontext", "answertext"} <= set(lowered),
+    )

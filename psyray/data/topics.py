@@ -1,0 +1,180 @@
+"""Topics of client speeches, coarse and fine: from a column where there is one, else by an engine that the user chose.
+
+The engine picks one name from `psyray/assets/topics.yaml` (vLLM cannot write anything else). An answer that is no name
+on the list is an invalid row, counted, and never guessed at.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from psyray.config import ASSETS, Config
+from psyray.engines.judges import Judge, make_judge
+from psyray.errors import PsyrayError
+from psyray.records import MESSAGES, Message, Row, Status, content_id
+from psyray.rubric import Rubric, UnusableAnswer
+from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
+from psyray.stream import stream
+
+TOPICS = pa.schema(
+    [
+        ("speech_id", pa.string()),
+        ("topic", pa.string()),
+        ("subtopic", pa.string()),
+        ("by", pa.string()),  # "column", or the engine that picked it
+        ("status", pa.string()),
+        ("error", pa.string()),
+        ("raw_text", pa.string()),
+        ("attempts", pa.int32()),
+    ]
+)
+ASKED = pa.schema([("key", pa.string()), ("messages", MESSAGES), ("response", pa.string())])
+PROMPT = """Here is what a client said to a counsellor.
+
+{conversation}
+
+Which of these topics is it mainly about?
+{topics}
+
+Answer with the name of one topic, exactly as it stands in the list, and nothing else."""
+
+
+@cache
+def topics() -> dict[str, str]:
+    """Each fine topic with its coarse one, in the order of the file."""
+    tree = yaml.safe_load((ASSETS / "topics.yaml").read_text())
+    return {fine: coarse for coarse, fines in tree.items() for fine in fines}
+
+
+@dataclass(frozen=True)
+class TopicChoice(Rubric):
+    """A question with one answer, in the form of a rubric, so that every judge's engine can ask it.
+
+    Its one rating is the place of the topic in `topics()`.
+    """
+
+    @property
+    def keys(self) -> list[str]:
+        """The one thing that is asked."""
+        return ["topic"]
+
+    def question(self, messages: Sequence[Message], response: str) -> list[Message]:
+        """The messages that ask for the topic of a conversation; there is no response to it yet."""
+        turns = "\n\n".join(m["content"] for m in messages if m["role"] == "user")
+        listed = "\n".join(f"- {name}" for name in topics())
+        asked = self.prompt.replace("{topics}", listed).replace("{conversation}", turns)
+        return [{"role": "user", "content": asked}]
+
+    def regex(self) -> str:
+        """A pattern of exactly the names, for guided decoding."""
+        return "(" + "|".join(re.escape(name) for name in topics()) + ")"
+
+    def parse(self, text: str) -> dict[str, float]:
+        """The topic's place in the list; UnusableAnswer for anything but a name on it."""
+        name = text.strip().strip("-*\"'. ").casefold()
+        places = {known: place for place, known in enumerate(topics())}
+        if name not in places:
+            raise UnusableAnswer("the answer is no topic on the list")
+        return {"topic": float(places[name])}
+
+
+def choice() -> TopicChoice:
+    """The question for a topic."""
+    return TopicChoice("topics", 0, len(topics()) - 1, "client", (), PROMPT, "")
+
+
+def topic_judge(config: Config) -> Judge | None:
+    """The engine that picks topics; None where none is configured, PsyrayError for the offline judge."""
+    if config.topics is None:
+        return None
+    if config.topics.engine == "rule":
+        raise PsyrayError("topics.engine is rule, which knows no topics; use vllm or http")
+    return make_judge(config.topics.model_copy(update={"mode": "json"}), choice(), config.engine, config.cluster.wait_s)
+
+
+def topics_stage(run: Run, config: Config, speeches: Artifact) -> Artifact | None:
+    """The stage `topics`: a row of TOPICS for each speech; None where no engine is configured."""
+    section, judge = config.topics, topic_judge(config)
+    if section is None or judge is None:
+        return None
+
+    def make(folder: Folder) -> Mapping[str, Any]:
+        parts = folder.parts(TOPICS, "speech_id")
+        given = _given(speeches)
+        while batch := list(islice(given, ROWS_IN_MEMORY)):
+            parts.append(batch)
+        count = int(speeches.manifest["rows"])
+        keep = partial(_keep, parts, judge.id)
+        todo = _open(speeches, parts)
+        stream(folder, todo, judge.rate, keep, title="topics", schema=ASKED, total=count, done=len(parts.ids))
+        check_share(parts, section.max_invalid_share)
+        parts.finish()
+        return summary(parts)
+
+    settings = {"engine": judge.id, "prompt": PROMPT, "topics": content_id(topics())}
+    return run.stage("topics", settings, [speeches], make)
+
+
+def _given(speeches: Artifact) -> Iterator[Row]:
+    for row in speeches.each(["speech_id", "topic", "subtopic"]):
+        if row["topic"]:
+            yield row | {"by": "column", "status": Status.OK, "attempts": 0}
+
+
+def _open(speeches: Artifact, parts: Parts) -> Iterator[Row]:
+    for row in speeches.each(["speech_id", "messages"]):
+        if row["speech_id"] not in parts.ids:
+            yield {"key": row["speech_id"], "messages": row["messages"], "response": ""}
+
+
+def _keep(parts: Parts, by: str, results: Sequence[Row]) -> None:
+    parts.append(topic_row(result, by) for result in results)
+
+
+def topic_row(result: Row, by: str) -> Row:
+    """The TOPICS row that an engine's answer makes."""
+    fine = list(topics())[int(json.loads(result["ratings"])["topic"])] if result["ratings"] else None
+    return {
+        "speech_id": result["key"],
+        "topic": topics()[fine] if fine else None,
+        "subtopic": fine,
+        "by": by,
+        "status": Status.OK if fine else Status.INVALID,
+        "error": result["error"],
+        "raw_text": result["raw_text"],
+        "attempts": result["attempts"],
+    }
+
+
+def check_share(parts: Parts, ceiling: float) -> None:
+    """PsyrayError where too large a share of the answers is invalid; those are set aside, to be asked anew."""
+    asked = [row for row in parts.each(["speech_id", "by", "status", "error"]) if row["by"] != "column"]
+    bad = [row for row in asked if row["status"] != Status.OK]
+    if len(bad) > ceiling * len(asked):
+        aside = parts.set_aside({row["speech_id"] for row in bad})
+        raise PsyrayError(
+            f"topics: {len(bad)} of {len(asked)} answers are invalid, more than topics.max_invalid_share "
+            f"({ceiling:.0%}). The first: {bad[0]['error'][:300]}. They are in {aside}; mend the cause, or raise the "
+            "ceiling, and run the same command again: the good ones are kept"
+        )
+
+
+def summary(parts: Parts) -> dict[str, Any]:
+    """How many speeches each topic has, where it comes from, and how many have none."""
+    counts: dict[str, Any] = {"column": 0, "engine": 0, "invalid": 0, "topics": {}}
+    for row in parts.each(["topic", "by", "status"]):
+        if row["status"] == Status.OK:
+            counts["column" if row["by"] == "column" else "engine"] += 1
+            counts["topics"][row["topic"]] = counts["topics"].get(row["topic"], 0) + 1
+        else:
+            counts["invalid"] += 1
+    return counts
