@@ -79,8 +79,10 @@ def _quiet_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.issue_detectors_config.detectors = []
-    for name in ("ray", "ray.data", "ray.llm", "ray.train", "ray._private.worker"):
+    for name in ("ray", "ray.llm", "ray.train", "ray._private.worker"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It logs pages for each exception that it raises as well.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def has_gpu() -> bool:

@@ -90,10 +90,41 @@ class Sampling(Section):
     stop: list[str] = Field(default_factory=list, description="texts that end a reply, for example a line break")
 
 
+class EndpointSection(Section):
+    """An OpenAI-compatible endpoint: where it is, how fast it may be asked, and what it costs."""
+
+    url: str | None = Field(None, description="base URL that ends in /v1")
+    api_key_env: str = Field("PSYRAY_API_KEY", description="the environment variable that holds the endpoint's key")
+    concurrency: int = Field(8, ge=1, description="requests under way at once, over the whole cluster")
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0, description="estimated before a request, corrected after it")
+    timeout_s: float = Field(120, gt=0, description="for one request")
+    retries: int = Field(5, ge=0, description="further tries where a request fails or its answer cannot be used")
+    price_per_million_tokens: tuple[float, float] = Field((0.0, 0.0), description="prompt, completion")
+    max_cost: float | None = Field(None, gt=0, description="what one stage may spend, in the unit of the price")
+
+    @model_validator(mode="after")
+    def price_is_sound(self) -> Self:
+        if min(self.price_per_million_tokens) < 0:
+            raise ValueError("price_per_million_tokens is below 0")
+        if self.max_cost and not any(self.price_per_million_tokens):
+            raise ValueError("max_cost needs price_per_million_tokens: what a million prompt and answer tokens cost")
+        return self
+
+
 class Responder(Sampling):
     name: str
     adapter: str | None = Field(None, description="folder of a LoRA adapter of the model")
     engine: dict[str, Any] = Field(default_factory=dict, description="settings over those of `engine`, for this model")
+    endpoint: EndpointSection | None = Field(None, description="where the model is served; none: vLLM starts it here")
+
+    @model_validator(mode="after")
+    def endpoint_has_a_url(self) -> Self:
+        if self.endpoint and not self.endpoint.url:
+            raise ValueError("endpoint needs a url")
+        if self.endpoint and (self.adapter or self.engine):
+            raise ValueError("adapter and engine are for a model that vLLM starts here, not for an endpoint's")
+        return self
 
 
 class ResponsesSection(Section):
@@ -123,17 +154,12 @@ class EngineSection(Section):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM as they are")
 
 
-class JudgeSection(Section):
+class JudgeSection(EndpointSection):
     engine: Literal["rule", "vllm", "http"] = "rule"
     model: str | None = Field(None, description="vllm: folder or hub id; http: the model's name at the endpoint")
     mode: Literal["json", "soft"] = Field("json", description="vllm: seven ratings as JSON, or digit expectation")
-    url: str | None = Field(None, description="http: base URL that ends in /v1")
-    api_key_env: str = Field("PSYRAY_JUDGE_API_KEY", description="http: the variable that holds the key")
-    concurrency: int = Field(8, ge=1)
-    timeout_s: float = Field(120, gt=0)
-    retries: int = Field(5, ge=0)
+    api_key_env: str = Field("PSYRAY_JUDGE_API_KEY", description="the environment variable that holds the key")
     max_tokens: int = Field(200, ge=1)
-    price_per_million_tokens: tuple[float, float] = Field((0.0, 0.0), description="prompt, completion; for the ledger")
     tie_margin: float = Field(0.0, ge=0, description="score difference up to which a comparison is a tie")
     max_invalid_share: float = Field(0.1, ge=0, le=1, description="above it the stage stops")
     budget: int | None = Field(None, ge=0, description="judgements the first stage may buy; none: all it needs")

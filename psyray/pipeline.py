@@ -134,7 +134,8 @@ def open_desk(config: Config, run: Run) -> Desk:
 def check(config: Config) -> None:
     """All that can be known to be wrong before anything starts; PsyrayError names the setting."""
     check_settings(config)
-    names = {r.model for r in config.responses.responders} | {config.policy.model, config.reward.model}
+    local = [r for r in config.responses.responders if not r.endpoint]
+    names = {r.model for r in local} | {config.policy.model, config.reward.model}
     if config.judge.engine == "vllm":
         names.add(config.judge.model or "")
     for name in sorted(names):
@@ -143,8 +144,8 @@ def check(config: Config) -> None:
 
 def check_settings(config: Config) -> None:
     """Settings that cannot work together; PsyrayError names them."""
-    topic_judge(config)
     rubric = load_rubric(config.rubric)
+    topic_judge(config)
     make_judge(config.judge, rubric, config.engine, config.cluster.wait_s)
     Rules.make(config.pairs, rubric)
     if config.responses.k < 2:

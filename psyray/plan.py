@@ -111,7 +111,8 @@ def labels(config: Config) -> str:
 
 def missing_models(config: Config) -> Iterator[str]:
     """Models that this machine cannot see, with the reason."""
-    names = {r.model for r in config.responses.responders} | {config.policy.model, config.reward.model}
+    local = [r for r in config.responses.responders if not r.endpoint]
+    names = {r.model for r in local} | {config.policy.model, config.reward.model}
     for name in sorted(names):
         try:
             resolve_model(name)

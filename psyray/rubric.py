@@ -17,7 +17,10 @@ from psyray.records import Message, content_id
 
 
 class UnusableAnswer(ValueError):
-    """A judge's answer that gives no ratings; says why."""
+    """A judge's answer that gives no ratings; says why: `not json`, `wrong schema` or `out of scale`, and the detail.
+
+    Of the answer it shows nothing but keys of the rubric and numbers.
+    """
 
 
 @dataclass(frozen=True)
@@ -76,23 +79,25 @@ class Rubric:
         """The ratings in a judge's answer; UnusableAnswer for anything but a whole number on the scale for each key."""
         found = re.search(r"\{[^{}]*\}", text)
         if not found:
-            raise UnusableAnswer("no JSON object in the answer")
+            raise UnusableAnswer("not json: no JSON object in the answer")
         try:
             values = json.loads(found.group())
-        except json.JSONDecodeError as error:
-            raise UnusableAnswer(f"the JSON cannot be read: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets as many
+            raise UnusableAnswer("not json: the JSON object cannot be read") from error
         return {key: self._rating(key, values) for key in self.keys}
 
     def _rating(self, key: str, values: Mapping[str, Any]) -> float:
         if key not in values:
-            raise UnusableAnswer(f"no rating for {key}")
+            raise UnusableAnswer(f"wrong schema: no rating for {key}")
         value = values[key]
-        if isinstance(value, str) and re.fullmatch(r"\d+", value.strip()):
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value.strip()):
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-            raise UnusableAnswer(f"{key} is {value!r}, not a whole number")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UnusableAnswer(f"wrong schema: {key} is a {type(value).__name__}, not a whole number")
         if not self.low <= value <= self.high:
-            raise UnusableAnswer(f"{key} is {value}, outside {self.low} to {self.high}")
+            raise UnusableAnswer(f"out of scale: {key} is {value!s:.12}, outside {self.low} to {self.high}")
+        if value != int(value):
+            raise UnusableAnswer(f"out of scale: {key} is {value!s:.12}, not a whole number")
         return float(value)
 
 

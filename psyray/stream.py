@@ -19,9 +19,11 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
+from psyray.errors import from_workers
 from psyray.records import Row
 from psyray.run import Folder
 
+CALLS = "calls"  # where in a stage's folder an engine keeps the journal of its calls
 BLOCKS = 4_000  # more blocks than this cost the driver more than they win
 KEEP_EVERY_S = 1.0
 
@@ -70,7 +72,7 @@ def stream(
     path = folder.path / "todo.arrow"
     counts = write_blocks(path, todo, schema, max(32, -(-total // BLOCKS)))
     if counts:
-        with Progress(folder, title, done + sum(counts), done) as progress:
+        with from_workers(), Progress(folder, title, done + sum(counts), done) as progress:
             for results in _in_time(pipeline(_dataset(path, counts)), sink):
                 progress.add(results)
     path.unlink()

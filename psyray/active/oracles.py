@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from psyray.active.ledger import Answer, Question
 from psyray.data.judge import TODO, Desk
 from psyray.records import Row, Verdict, compare, content_id
 from psyray.run import Folder
-from psyray.stream import stream
+from psyray.stream import CALLS, stream
 
 Label = tuple[Verdict, float, dict[str, Any]]  # verdict on (A, B), margin, what the oracle said
 
@@ -69,7 +70,8 @@ def put(folder: Folder, desk: Desk, questions: Sequence[Question], *, title: str
                 complete.append(verdict(desk, key, **halves.pop(key)))
         desk.ledger.answer(complete)
 
-    stream(folder, todo, desk.judge.rate, keep, title=title, schema=TODO, total=len(todo))
+    rate = partial(desk.judge.rate, folder=folder.path / CALLS)
+    stream(folder, todo, rate, keep, title=title, schema=TODO, total=len(todo))
 
 
 def verdict(desk: Desk, key: str, a: Row, b: Row) -> Answer:

@@ -116,9 +116,14 @@ def _rank(raw: Row, kinds: Sequence[str], section: SpeechesSection) -> int:
     return FORCED_TEST if forced else ORDINARY
 
 
+def cleaned_path(raw: Path) -> Path:
+    """Where the cleaned rows of a file of raw ones lie."""
+    return raw.with_name(raw.name.replace("raw", "clean"))
+
+
 def clean_chunk(raw: Path, section: SpeechesSection) -> Path:
     """Clean a file of RAW rows into one of CLEAN rows beside it, and return its path; one that is there is kept."""
-    done = raw.with_name(raw.name.replace("raw", "clean"))
+    done = cleaned_path(raw)
     if not done.exists():
         scrub = scrubber(section.scrub)
         rows = pq.read_table(raw).to_pylist()

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from psyray.data.layout import SIDES, TEXTS
+from psyray.data.layout import SIDES
 from psyray.errors import PsyrayError
 from psyray.tables import connect, identifier, view
 
@@ -67,7 +67,7 @@ def data_files(path: Path) -> list[Path]:
 
 def _columns(file: Path) -> list[str]:
     names: list[str] = pq.read_schema(file).names
-    if missing := [name for name in TEXTS if name not in names]:
+    if missing := [name for name in ("question", *SIDES) if name not in names]:
         raise PsyrayError(f"{file} is not in the layout of PsychoCounsel-Preference: no column {', '.join(missing)}")
     return names
 

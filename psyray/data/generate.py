@@ -1,4 +1,4 @@
-"""Responses: draws of responders for speeches, answered by vLLM on Ray Data."""
+"""Responses: draws of responders for speeches, answered on Ray Data by vLLM or by a responder's endpoint."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from psyray.config import Config, EngineSection, Responder, Sampling
+from psyray.config import Config, EndpointSection, EngineSection, Responder, Sampling
 from psyray.data.quality import LOOP_SHARE, repetition
-from psyray.engines import vllm
+from psyray.engines import http, journal, vllm
 from psyray.errors import PsyrayError
 from psyray.models import model_identity, resolve_model
 from psyray.records import MESSAGES, RESPONSES, Message, Row, Status, content_id, response_id
 from psyray.run import Artifact, Folder, Parts, Run
-from psyray.stream import stream
+from psyray.stream import CALLS, stream
 
 
 def responses_stage(run: Run, config: Config, speeches: Artifact) -> Artifact:
@@ -32,12 +32,12 @@ def responses_stage(run: Run, config: Config, speeches: Artifact) -> Artifact:
     }
 
     def draws() -> Iterator[Row]:
-        for speech in speeches.each():
+        for speech in (row for row in speeches.each() if not row["answered"]):
             for responder, seed in draw(speech["speech_id"], responders, config.responses.k, config.run.seed):
                 yield draw_row(speech, responder, identities[responder.name], seed)
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        count = speeches.manifest["rows"] * config.responses.k
+        count = sum(not row["answered"] for row in speeches.each(["answered"])) * config.responses.k
         return answer_all(folder, draws, count, config, title="responses")
 
     return run.stage("responses", settings, [speeches], make)
@@ -45,9 +45,11 @@ def responses_stage(run: Run, config: Config, speeches: Artifact) -> Artifact:
 
 def identity(responder: Responder, engine: EngineSection) -> str:
     """What a responder's answers depend on."""
+    said = responder.model_dump(exclude={"engine", "endpoint"})
+    if responder.endpoint:
+        return content_id(said, responder.endpoint.url)
     files = [model_identity(name) for name in (responder.model, responder.adapter) if name]
-    own = own_engine(engine, json.dumps(responder.engine))
-    return content_id(responder.model_dump(exclude={"engine"}), files, engine_identity(own))
+    return content_id(said, files, engine_identity(own_engine(engine, responder.engine)))
 
 
 def engine_identity(engine: EngineSection) -> dict[str, Any]:
@@ -64,28 +66,32 @@ def draw(speech: str, responders: Sequence[Responder], k: int, seed: int) -> lis
     return [(responder, seed * 1_000_003 + i) for i, responder in enumerate(drawn[:k])]
 
 
-DRAWN = ("response_id", "speech_id", "messages", "split", "responder", "model", "seed")
+DRAWN = ("response_id", "speech_id", "messages", "split", "crisis", "responder", "model", "seed")
 
 
 def draw_row(speech: Row, responder: Sampling, identity: str, seed: int, name: str = "") -> Row:
     """One draw before it is answered: the columns `DRAWN` of RESPONSES, and what its engine needs beside them."""
     key = response_id(speech["speech_id"], identity, seed)
+    own: dict[str, Any] = {}
+    if isinstance(responder, Responder):
+        own = {"endpoint": responder.endpoint.model_dump(mode="json")} if responder.endpoint else responder.engine
     return {
         "response_id": key,
         "speech_id": speech["speech_id"],
         "messages": speech["messages"],
         "split": speech["split"],
+        "crisis": speech.get("crisis"),
         "responder": name or getattr(responder, "name", ""),
         "model": responder.model,
         "seed": seed,
         "adapter": getattr(responder, "adapter", None) or "",
-        "engine": json.dumps(getattr(responder, "engine", {}), sort_keys=True),
+        "engine": json.dumps(own, sort_keys=True),
         "prompt": with_system(speech["messages"], responder.system),
         "sampling": {
             "temperature": responder.temperature,
             "top_p": responder.top_p,
             "max_tokens": responder.max_tokens,
-            "stop": responder.stop,
+            **({"stop": responder.stop} if responder.stop else {}),
             "seed": int(content_id(key)[:7], 16),
         },
     }
@@ -119,13 +125,7 @@ def answer_all(
             stream(
                 folder,
                 (request(row) for row in draws() if start_of(row) == start and row["response_id"] not in parts.ids),
-                partial(
-                    vllm.generate,
-                    model=model or resolve_model(start[0]),
-                    engine=own_engine(config.engine, start[1]),
-                    wait_s=config.cluster.wait_s,
-                    adapters=adapters,
-                ),
+                engine_for(start, adapters, config, folder, model),
                 partial(keep, parts, attempt, final=attempt == tries),
                 title=title,
                 schema=REQUESTS,
@@ -134,15 +134,33 @@ def answer_all(
             )
     check_share(parts, config.responses.max_invalid_share, title)
     parts.finish()
-    return summary(parts.each(SUMMED))
+    calls = {path.name: journal.stats(path) for path in sorted((folder.path / CALLS).glob("*"))}
+    return summary(parts.each(SUMMED)) | ({"calls": calls} if calls else {})
 
 
-Start = tuple[str, str]  # a model and, as JSON, its settings over those of the section `engine`
+Start = tuple[str, str]  # a model, and as JSON its endpoint or its settings over those of the section `engine`
 
 
 def start_of(draw: Row) -> Start:
     """The engine start that answers a draw."""
     return draw["model"], draw["engine"]
+
+
+def engine_for(
+    start: Start, adapters: Sequence[str], config: Config, folder: Folder, model: str
+) -> Callable[[Any], Any]:
+    """What answers a data set of requests: a vLLM engine, or the endpoint that the responder names."""
+    own = json.loads(start[1])
+    if "endpoint" in own:
+        endpoint, calls = EndpointSection.model_validate(own["endpoint"]), folder.path / CALLS / content_id(start)
+        return partial(http.generate, model=start[0], endpoint=endpoint, folder=calls)
+    return partial(
+        vllm.generate,
+        model=model or resolve_model(start[0]),
+        engine=own_engine(config.engine, own),
+        wait_s=config.cluster.wait_s,
+        adapters=adapters,
+    )
 
 
 def starts(draws: Iterable[Row], parts: Parts) -> dict[Start, list[str]]:
@@ -154,14 +172,14 @@ def starts(draws: Iterable[Row], parts: Parts) -> dict[Start, list[str]]:
     return {start: sorted(filter(None, found[start])) for start in sorted(found)}
 
 
-def own_engine(engine: EngineSection, over: str) -> EngineSection:
+def own_engine(engine: EngineSection, own: Mapping[str, Any]) -> EngineSection:
     """The section `engine` with a responder's own settings over it."""
-    return EngineSection.model_validate(engine.model_dump() | json.loads(over))
+    return EngineSection.model_validate(engine.model_dump() | dict(own))
 
 
 def request(draw: Row) -> Row:
     """What an engine is asked for a draw; the draw itself goes along, so that the answer finds its place."""
-    kept = {key: draw[key] for key in DRAWN} | {"max_tokens": draw["sampling"]["max_tokens"]}
+    kept = {key: draw[key] for key in (*DRAWN, "engine")} | {"max_tokens": draw["sampling"]["max_tokens"]}
     return {
         "key": draw["response_id"],
         "messages": draw["prompt"],
@@ -173,11 +191,13 @@ def request(draw: Row) -> Row:
 
 def keep(parts: Parts, attempt: int, results: list[Row], *, final: bool) -> None:
     """Keep answers, and the failures that no further try could mend."""
-    rows = [_response(result) | {"attempts": attempt} for result in results]
-    parts.append(
-        row for row in rows
-        if final or row["status"] != Status.FAILED or any(words in row["error"] for words in TOO_LONG)
-    )  # fmt: skip
+    rows: list[Row] = [{"attempts": attempt} | _response(result) for result in results]
+    parts.append(row for row in rows if final or row["status"] != Status.FAILED or hopeless(row))
+
+
+def hopeless(failed: Row) -> bool:
+    """Whether a further try of a draw would fail as well; an endpoint's client has made its tries already."""
+    return "endpoint" in failed["engine"] or any(words in failed["error"] for words in TOO_LONG)
 
 
 def check_share(parts: Parts, ceiling: float, title: str) -> None:

@@ -14,12 +14,13 @@ import pyarrow as pa
 
 from psyray.active.ledger import Answer, Ledger, Question
 from psyray.config import JudgeSection
-from psyray.engines.judges import Judge
+from psyray.engines import journal
+from psyray.engines.judges import Judge, error_class
 from psyray.errors import PsyrayError
 from psyray.records import JUDGEMENTS, MESSAGES, Row, Status, content_id
 from psyray.rubric import Rubric
 from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
-from psyray.stream import stream
+from psyray.stream import CALLS, stream
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
         parts = judge(folder, desk, responses.each, count, purpose="judgements", budget=desk.section.budget)
         parts.finish()
         usable = sum(row["status"] == Status.OK for row in responses.each(["status"]))
-        return summary(parts.each(), desk) | {"unjudged": usable - len(parts.ids)}
+        calls = journal.stats(folder.path / CALLS)
+        stats = summary(parts.each(), desk) | {"unjudged": usable - len(parts.ids)}
+        return stats | ({"calls": calls} if calls else {})
 
     return run.stage("judgements", desk.identity | {"budget": desk.section.budget}, [responses], make)
 
@@ -62,7 +65,8 @@ def judge(folder: Folder, desk: Desk, responses: Responses, count: int, *, purpo
     """
     parts = folder.parts(JUDGEMENTS, "response_id")
     todo = open_questions(desk, responses, parts, purpose, budget)
-    stream(folder, todo, desk.judge.rate, partial(keep, desk), title=purpose, schema=TODO, total=count)
+    rate = partial(desk.judge.rate, folder=folder.path / CALLS)
+    stream(folder, todo, rate, partial(keep, desk), title=purpose, schema=TODO, total=count)
     settle(desk, responses, parts)
     check_share(parts.each(["status", "error"]), desk)
     return parts
@@ -154,16 +158,19 @@ def check_share(judged: Iterable[Row], desk: Desk) -> None:
 
 def summary(judged: Iterable[Row], desk: Desk) -> dict[str, Any]:
     """Counts, shares and means over JUDGEMENTS rows."""
-    count, good, total = 0, 0, Counter[str]()
+    count, good, total, errors = 0, 0, Counter[str](), Counter[str]()
     for row in judged:
         count += 1
         if row["status"] == Status.OK:
             good += 1
             total.update({"score": row["score"], **{f"/{key}": value for key, value in row["ratings"].items()}})
+        else:
+            errors[error_class(row["error"])] += 1
     return {
         "judge": desk.judge.id,
         "ok": good,
         "invalid_share": 1 - good / count if count else 0.0,
+        "errors": dict(errors.most_common()),
         "mean_score": total["score"] / good if good else None,
         "principles": {key: total[f"/{key}"] / good for key in desk.rubric.keys} if good else {},
     }

@@ -21,7 +21,6 @@ from psyray.rubric import Rubric
 from psyray.tables import identifier, in_order, literal
 
 SIDES = ("chosen", "rejected")
-TEXTS = ("question", "chosen", "rejected")
 ROWS_PER_GROUP = 8192
 
 

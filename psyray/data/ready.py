@@ -25,8 +25,7 @@ from psyray.data.sources import identity, layout, open_source
 from psyray.records import PAIRS, Row, Status, normalise, rows, table
 from psyray.rubric import Rubric
 from psyray.run import Artifact, Folder, Run, write_parquet
-from psyray.tables import batches, connect
-from psyray.tables import sources as escaped
+from psyray.tables import batches, connect, view
 
 if TYPE_CHECKING:
     import duckdb
@@ -148,9 +147,8 @@ def usable(
     """
     if not files:
         return
-    for name, paths in (("ready", files), ("speech", speeches)):
-        quoted = ", ".join("'" + path.replace("'", "''") + "'" for path in escaped(paths))
-        database.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM read_parquet([{quoted}])")
+    view(database, "ready", files)
+    view(database, "speech", speeches)
     kept: Counter[str] = Counter()
     for batch in batches(database, _USABLE):
         found = rows(pa.Table.from_batches([batch]))

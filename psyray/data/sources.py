@@ -72,11 +72,11 @@ def _commit(source: SourceSection) -> str:
     if source.revision and re.fullmatch(r"[0-9a-f]{40}", source.revision):
         return source.revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     try:
         found = HfApi().dataset_info(source.path.removeprefix(HUB), revision=source.revision)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:  # no such data set, no access, no network
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:  # no such one, no access, no network
         raise PsyrayError(
             f"{source.path}: the hub gives no such data set ({type(error).__name__}); check the id, log in with "
             "HF_TOKEN if it is gated, or give a local copy's path"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from psyray import crisis
 from psyray.config import ASSETS, SourceSection, SpeechesSection
-from psyray.data.clean import RAW, clean_chunk, conversation
+from psyray.data.clean import RAW, clean_chunk, cleaned_path, conversation
 from psyray.data.dedup import mark_near_duplicates
 from psyray.data.scrub import KINDS
 from psyray.data.sources import identity, layout, open_source
@@ -29,8 +29,7 @@ from psyray.errors import PsyrayError
 from psyray.records import SPEECHES, Row, content_id, table
 from psyray.run import Artifact, Folder, Run, write_parquet
 from psyray.stream import Progress
-from psyray.tables import batches, connect
-from psyray.tables import sources as escaped
+from psyray.tables import batches, connect, view
 
 if TYPE_CHECKING:
     import duckdb
@@ -45,7 +44,6 @@ class Raw:
     """The chunk files of all sources, and what was counted on the way."""
 
     files: list[Path] = field(default_factory=list)
-    rows: int = 0  # in the files
     read: Counter[str] = field(default_factory=Counter)  # source -> rows
     without_text: int = 0
 
@@ -99,7 +97,6 @@ def gather(sources: Sequence[SourceSection], work: Path, most: int | None = None
             path = work / f"raw-{len(raw.files):05d}.parquet"
             write_parquet(path, table(chunk, RAW))
             raw.files.append(path)
-            raw.rows += len(chunk)
             bar.update(len(chunk))
     return raw
 
@@ -129,11 +126,11 @@ def _raw_rows(sources: Sequence[SourceSection], raw: Raw, most: int | None) -> I
 
 def clean_all(raw: Raw, section: SpeechesSection, folder: Folder) -> list[Path]:
     """The cleaned chunks' files; chunks that an earlier attempt cleaned are kept. Each is one task of Ray Data."""
-    todo = [path for path in raw.files if not path.with_name(path.name.replace("raw", "clean")).exists()]
+    todo = [path for path in raw.files if not cleaned_path(path).exists()]
     with Progress(folder, "speeches", len(raw.files), len(raw.files) - len(todo), unit="chunks") as progress:
         for _ in _cleaned(todo, section):
             progress.add(1)
-    return [path.with_name(path.name.replace("raw", "clean")) for path in raw.files]
+    return [cleaned_path(path) for path in raw.files]
 
 
 def _cleaned(todo: Sequence[Path], section: SpeechesSection) -> Iterable[object]:
@@ -179,9 +176,7 @@ def select(
     """
     if not files:
         raise _nothing_left(section, Counter({"no text": raw.without_text}))
-    # A view takes no parameters; the paths are the run's own.
-    names = ", ".join("'" + name.replace("'", "''") + "'" for name in escaped(files))
-    database.execute(f"CREATE TEMP VIEW clean AS SELECT * FROM read_parquet([{names}])")
+    view(database, "clean", files)
     database.execute(_POOL)
     database.execute("CREATE TEMP TABLE gone (n BIGINT, keeper BIGINT)")
     if section.near_duplicates is not None:

@@ -23,7 +23,7 @@ from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Message, Row, Status, content_id
 from psyray.rubric import Rubric, UnusableAnswer
 from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
-from psyray.stream import stream
+from psyray.stream import CALLS, stream
 
 TOPICS = pa.schema(
     [
@@ -115,7 +115,8 @@ def topics_stage(run: Run, config: Config, speeches: Artifact) -> Artifact | Non
         count = int(speeches.manifest["rows"])
         keep = partial(_keep, parts, judge.id)
         todo = _open(speeches, parts)
-        stream(folder, todo, judge.rate, keep, title="topics", schema=ASKED, total=count, done=len(parts.ids))
+        rate = partial(judge.rate, folder=folder.path / CALLS)
+        stream(folder, todo, rate, keep, title="topics", schema=ASKED, total=count, done=len(parts.ids))
         check_share(parts, section.max_invalid_share)
         parts.finish()
         return summary(parts)

@@ -1,118 +1,169 @@
-"""Ratings from an OpenAI-compatible endpoint: concurrent, retried with back-off, one outcome for each row."""
+"""Chat endpoints on Ray Data: one actor asks for all rows, under one pace, one purse and one journal.
+
+Rows flow: each block of rows has a thread of the actor, all threads share one event loop, and a block that waits for
+a slow answer keeps none of the others. `HttpRater` judges, `HttpGenerator` answers; what a row's error may say, and
+when the whole stops, is said in psyray.engines.chat.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-import random
-import time
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
-from psyray.config import JudgeSection
+from pydantic import SecretStr
+
+from psyray.config import EndpointSection
+from psyray.engines.chat import Client
+from psyray.engines.journal import Journal
+from psyray.engines.pace import Halted
+from psyray.errors import PsyrayError
 from psyray.records import Row
-from psyray.rubric import Rubric, UnusableAnswer
+from psyray.rubric import Rubric
 
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
-LONGEST_WAIT_S = 60.0
+BLOCKS_AT_ONCE = 256  # each is a thread of the actor
 
 
-def api_key(section: JudgeSection) -> str:
+def api_key(endpoint: EndpointSection) -> SecretStr:
     """The endpoint's key, from the environment only; empty where it needs none."""
-    return os.environ.get(section.api_key_env, "")
+    return SecretStr(os.environ.get(endpoint.api_key_env, "").strip())
 
 
-class RefusedRequest(Exception):
-    """The endpoint gave no answer that a further try could mend."""
+class _Worker:
+    """A Ray Data batch function: many threads bring rows, one event loop asks for them all."""
 
+    def __init__(self, endpoint: EndpointSection, model: str, key: SecretStr, folder: Path, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        Thread(target=self.loop.run_forever, daemon=True).start()
+        self.client = Client(endpoint, model, key, Journal(folder), name)
 
-class HttpRater:
-    """A Ray Data batch function; keeps `concurrency` requests under way."""
-
-    def __init__(self, rubric: Rubric, section: JudgeSection, key: str) -> None:
-        self.rubric, self.section = rubric, section
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, batch: Any) -> Iterator[Any]:
+        """One row out for each row in; PsyrayError where the client stopped."""
         import pyarrow as pa
 
-        return pa.Table.from_pylist(asyncio.run(self._rate_all(batch.to_pylist())))
+        rows = asyncio.run_coroutine_threadsafe(self._all(batch.to_pylist()), self.loop).result()
+        yield pa.Table.from_pylist(rows, schema=self.schema())
 
-    async def _rate_all(self, rows: list[Row]) -> list[Row]:
-        import aiohttp
+    async def _all(self, rows: list[Row]) -> list[Row]:
+        done = await asyncio.gather(*(self.one(row) for row in rows), return_exceptions=True)
+        failed = [result for result in done if isinstance(result, BaseException)]
+        if not failed:
+            return [row for row in done if not isinstance(row, BaseException)]
+        for error in failed:
+            if not isinstance(error, Halted):
+                self.client.pace.halt(str(error) if isinstance(error, PsyrayError) else type(error).__name__)
+                await self.client.stopped()
+                raise error
+        raise await self.client.stopped()
 
-        slots = asyncio.Semaphore(self.section.concurrency)
-        timeout = aiohttp.ClientTimeout(total=self.section.timeout_s)
-        async with aiohttp.ClientSession(headers=self.headers, timeout=timeout) as session:
-            return list(await asyncio.gather(*(self._rate(session, slots, row) for row in rows)))
+    def close(self) -> None:
+        """Let go of connections, journal and thread."""
+        asyncio.run_coroutine_threadsafe(self.client.close(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
-    async def _rate(self, session: Any, slots: asyncio.Semaphore, row: Row) -> Row:
+    def one(self, row: Row) -> Coroutine[Any, Any, Row]:
+        """The row that answers a row."""
+        raise NotImplementedError
+
+    def schema(self) -> Any:
+        """The Arrow schema of the rows that come out."""
+        raise NotImplementedError
+
+
+class HttpRater(_Worker):
+    """Rows {key, messages, response} in, one judge's outcome (psyray.engines.judges) for each out."""
+
+    def __init__(
+        self, rubric: Rubric, endpoint: EndpointSection, model: str, max_tokens: int, key: SecretStr, folder: Path
+    ) -> None:
+        super().__init__(endpoint, model, key, folder, "judge")
+        self.rubric, self.sampling = rubric, {"temperature": 0, "max_tokens": max_tokens}
+
+    async def one(self, row: Row) -> Row:
         from psyray.engines.judges import outcome
 
-        started, attempts, cost, text, error = time.monotonic(), 0, 0.0, "", ""
         question = self.rubric.question(row["messages"], row["response"])
-        while attempts <= self.section.retries:
-            attempts += 1
-            try:
-                async with slots:
-                    text, tokens = await self._ask(session, question)
-                cost += self._price(tokens)
-                ratings = self.rubric.parse(text)
-                spent: Row = {"attempts": attempts, "latency_s": time.monotonic() - started, "cost": cost}
-                return outcome(row["key"], ratings, raw_text=text, **spent)
-            except UnusableAnswer as problem:
-                error = str(problem)
-            except RefusedRequest as problem:
-                error = str(problem)
-                break
-            except _Again as again:
-                error = str(again)
-                if attempts <= self.section.retries:
-                    await asyncio.sleep(again.wait(attempts))
-        spent = {"attempts": attempts, "latency_s": time.monotonic() - started, "cost": cost}
-        return outcome(row["key"], None, raw_text=text, error=error, **spent)
+        found = await self.client.ask(
+            row["key"], question, self.sampling, lambda call: self.rubric.parse(call.text or "")
+        )
+        return outcome(
+            row["key"],
+            found.value,
+            raw_text=(found.call.text or "") if found.call else "",
+            error=found.error,
+            attempts=found.attempts,
+            latency_s=found.latency_s,
+            cost=found.cost,
+        )
 
-    async def _ask(self, session: Any, question: list[dict[str, str]]) -> tuple[str, dict[str, int]]:
-        """The answer's text and token counts; _Again for what may pass, RefusedRequest for what will not."""
-        import aiohttp
+    def schema(self) -> Any:
+        import pyarrow as pa
 
-        body = {
-            "model": self.section.model,
-            "messages": question,
-            "temperature": 0,
-            "max_tokens": self.section.max_tokens,
+        texts = [(name, pa.string()) for name in ("key", "ratings", "raw_text", "error")]
+        return pa.schema([*texts, ("attempts", pa.int64()), ("latency_s", pa.float64()), ("cost", pa.float64())])
+
+
+class HttpGenerator(_Worker):
+    """Rows {key, messages, sampling, draw} in, {key, draw, text, tokens, ...} out, as vLLM gives them."""
+
+    async def one(self, row: Row) -> Row:
+        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        found = await self.client.ask(row["key"], messages, json.loads(row["sampling"]), lambda call: call)
+        call = found.value
+        return {
+            "key": row["key"],
+            "draw": row.get("draw"),
+            "text": call.text if call else None,
+            "tokens": call.completion_tokens if call else None,
+            "logprobs": "",
+            "__inference_error__": found.error,
         }
-        url = f"{(self.section.url or '').rstrip('/')}/chat/completions"
-        try:
-            async with session.post(url, json=body) as reply:
-                if reply.status in RETRIED:
-                    raise _Again(f"HTTP {reply.status}", reply.headers.get("Retry-After"))
-                if reply.status != 200:
-                    raise RefusedRequest(f"HTTP {reply.status} from {url}")
-                answer = json.loads(await reply.text())
-        except (aiohttp.ClientError, TimeoutError) as error:  # unreachable, cut off, or too slow
-            raise _Again(f"{type(error).__name__} from {url}") from error
-        except json.JSONDecodeError as error:
-            raise _Again(f"no JSON from {url}") from error
-        try:
-            return answer["choices"][0]["message"]["content"] or "", answer.get("usage") or {}
-        except (KeyError, IndexError, TypeError) as error:
-            raise RefusedRequest(f"{url} does not answer in the OpenAI chat format") from error
 
-    def _price(self, tokens: dict[str, int]) -> float:
-        prompt, completion = self.section.price_per_million_tokens
-        return (tokens.get("prompt_tokens", 0) * prompt + tokens.get("completion_tokens", 0) * completion) / 1e6
+    def schema(self) -> Any:
+        import pyarrow as pa
+
+        texts = [(name, pa.string()) for name in ("key", "draw", "text", "logprobs", "__inference_error__")]
+        return pa.schema([*texts, ("tokens", pa.int64())])
 
 
-class _Again(Exception):
-    """A failure that may pass."""
+def rate(dataset: Any, rubric: Rubric, endpoint: EndpointSection, model: str, max_tokens: int, folder: Path) -> Any:
+    """Rate every row's `response` to its `messages`; the journal of calls lies in `folder`, which all nodes see."""
+    arguments = (rubric, endpoint, model, max_tokens, api_key(endpoint), folder)
+    return _on_one_actor(dataset, HttpRater, endpoint, arguments)
 
-    def __init__(self, what: str, retry_after: str | None = None) -> None:
-        super().__init__(what)
-        self.retry_after = retry_after
 
-    def wait(self, attempt: int) -> float:
-        """Seconds to wait: what the server asked for, else exponential with full jitter."""
-        if self.retry_after and self.retry_after.strip().isdigit():
-            return min(float(self.retry_after), LONGEST_WAIT_S)
-        return random.uniform(0, min(2.0**attempt, LONGEST_WAIT_S))
+def generate(dataset: Any, model: str, endpoint: EndpointSection, folder: Path, name: str = "responder") -> Any:
+    """Answer every row's `messages` under its `sampling`; the rows of `psyray.engines.vllm.generate`.
+
+    `folder` holds the journal of calls, is seen by all nodes, and belongs to this endpoint and model alone; `name`
+    stands before `max_cost` in errors. A PsyrayError of the actor stops the dataset (psyray.errors.from_workers).
+    """
+    return _on_one_actor(dataset, HttpGenerator, endpoint, (endpoint, model, api_key(endpoint), folder, name))
+
+
+def _on_one_actor(dataset: Any, function: type[_Worker], endpoint: EndpointSection, arguments: tuple[Any, ...]) -> Any:
+    """One process for all rows, so that its limits are the limits.
+
+    As long as fewer rows are stuck than there are blocks in the actor, there is work for every request that may be
+    under way, however slow some answers are.
+    """
+    from ray.data import ActorPoolStrategy
+
+    blocks = min(endpoint.concurrency + 4, BLOCKS_AT_ONCE)
+    return dataset.map_batches(
+        function,
+        fn_constructor_args=arguments,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=1,
+            max_concurrent_calls_per_actor=blocks,
+            max_tasks_in_flight_per_actor=blocks + 4,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=0.25,
+    )

@@ -2,7 +2,7 @@
 
 A judge takes a Ray Dataset of rows {key, messages, response} and gives one row {key, ratings, raw_text, error,
 attempts, latency_s, cost} for each; `ratings` is JSON, empty where the answer cannot be used, and then `error`
-says why. Nothing is ever made up in place of an unusable answer.
+says why, its class first (`error_class`). Nothing is ever made up in place of an unusable answer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from psyray.config import EngineSection, JudgeSection
@@ -21,18 +22,26 @@ from psyray.rubric import Rubric, UnusableAnswer
 
 
 class Judge(Protocol):
-    """Rates responses; `id` names all that its ratings depend on beside the rubric and the question."""
+    """Rates responses; `id` names all that its ratings depend on beside the rubric and the question.
+
+    `folder` is where an engine that pays for its calls keeps their journal; all nodes see it.
+    """
 
     @property
     def id(self) -> str: ...
 
-    def rate(self, dataset: Any) -> Any: ...
+    def rate(self, dataset: Any, folder: Path) -> Any: ...
 
 
 def outcome(key: str, ratings: dict[str, float] | None, *, raw_text: str = "", error: str = "", **spent: Any) -> Row:
     """One judge's answer as a row."""
     row = {"key": key, "ratings": json.dumps(ratings) if ratings else "", "raw_text": raw_text, "error": error}
     return row | {"attempts": 1, "latency_s": 0.0, "cost": 0.0} | spent
+
+
+def error_class(error: str) -> str:
+    """The class of an outcome's error, to count by: `timeout`, `http 503`, `refused 401`, `not json`, ..."""
+    return error.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class RuleJudge:
     def id(self) -> str:
         return f"rule-{rule.JUDGE_VERSION}"
 
-    def rate(self, dataset: Any) -> Any:
+    def rate(self, dataset: Any, folder: Path) -> Any:
         if missing := set(self.rubric.keys) - set(rule.KEYS):
             raise PsyrayError(f"the offline judge knows no {', '.join(sorted(missing))}; use judge.engine vllm or http")
         keys = self.rubric.keys
@@ -71,7 +80,7 @@ class VllmJudge:
         model = self.section.model or ""
         return f"vllm-{content_id(model_identity(model), self.section.mode, self.engine.dtype)}"
 
-    def rate(self, dataset: Any) -> Any:
+    def rate(self, dataset: Any, folder: Path) -> Any:
         soft = self.section.mode == "soft"
         sampling = {
             "temperature": 0.0,
@@ -91,7 +100,7 @@ class VllmJudge:
 
     def _read(self, row: Row) -> Row:
         if error := row.get("__inference_error__"):
-            return outcome(row["key"], None, error=error)
+            return outcome(row["key"], None, error=f"engine: {error}")
         try:
             ratings = self.rubric.parse(row["text"])
             if self.section.mode == "soft":
@@ -115,7 +124,7 @@ def soft_ratings(rubric: Rubric, logprobs: list[dict[str, dict[str, Any]]]) -> d
         mass = [(digits[t], math.exp(c["logprob"])) for c in listed if (t := c["decoded_token"].strip()) in digits]
         expected.append(sum(d * p for d, p in mass) / sum(p for _, p in mass))
     if len(expected) != len(rubric.keys):
-        raise UnusableAnswer(f"{len(expected)} rating digits for {len(rubric.keys)} principles")
+        raise UnusableAnswer(f"wrong schema: {len(expected)} rating digits for {len(rubric.keys)} principles")
     return dict(zip(rubric.keys, expected, strict=True))
 
 
@@ -130,17 +139,9 @@ class HttpJudge:
     def id(self) -> str:
         return f"http-{content_id(self.section.url, self.section.model, self.section.max_tokens)}"
 
-    def rate(self, dataset: Any) -> Any:
-        from ray.data import ActorPoolStrategy
-
-        return dataset.map_batches(
-            http.HttpRater,
-            fn_constructor_args=(self.rubric, self.section, http.api_key(self.section)),
-            batch_size=8 * self.section.concurrency,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=1),
-            num_cpus=0.25,
-        )
+    def rate(self, dataset: Any, folder: Path) -> Any:
+        section = self.section
+        return http.rate(dataset, self.rubric, section, section.model or "", section.max_tokens, folder)
 
 
 def make_judge(section: JudgeSection, rubric: Rubric, engine: EngineSection, wait_s: float) -> Judge:

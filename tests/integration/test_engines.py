@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,8 @@ def test_vllm_judges_with_guided_decoding_and_soft_scores(tmp_path, tiny_model, 
     speech = [{"role": "user", "content": "I cannot sleep."}]
     todo = [{"key": str(i), "messages": speech, "response": text} for i, text in enumerate(("You lie awake.", "No."))]
     found: list[dict] = []
-    stream(folder(tmp_path), todo, judge.rate, found.extend, title="judge", schema=TODO, total=len(todo))
+    rate = partial(judge.rate, folder=tmp_path / "calls")
+    stream(folder(tmp_path), todo, rate, found.extend, title="judge", schema=TODO, total=len(todo))
     assert {row["key"] for row in found} == {"0", "1"}
     for row in found:
         assert row["error"] == ""

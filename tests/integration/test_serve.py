@@ -15,12 +15,18 @@ from typing import Any
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import yaml
+from pydantic import SecretStr
 
+from psyray.config import EndpointSection
+from psyray.engines.http import HttpRater
+from psyray.engines.journal import read_totals
 from psyray.errors import PsyrayError
 from psyray.reward.score import RewardScorer
+from psyray.rubric import Principle, Rubric
 from serve.request import ask, serve_once, serving
 
 CLIENT = [{"role": "user", "content": "My sister moved abroad and the flat is too quiet in the evenings."}]
@@ -217,6 +223,28 @@ def test_bad_scores_say_where(server: str) -> None:
     assert CLIENT[0]["content"] not in text
     assert call(f"{server}/reward/score", {"items": []})[0] == 422
     assert call(f"{server}/nothing/here")[0] == 404
+
+
+def test_our_own_endpoint_serves_our_own_http_judge(server: str, tmp_path: Path) -> None:
+    # A short rubric, since the whole question has to fit into the tiny model's context.
+    principle = Principle("empathy", "Empathy", 1, "Takes up the feeling.")
+    rubric = Rubric("short", 1, 5, "client", (principle,), "{conversation} {response}", 'JSON: {"empathy": 1-5}')
+    endpoint = EndpointSection(
+        url=f"{server}/v1", retries=0, concurrency=2, price_per_million_tokens=(1.0, 1.0), max_cost=1.0
+    )
+    rater = HttpRater(rubric, endpoint, "psyray-round-1", 12, SecretStr(""), tmp_path)
+    answers = ["That sounds lonely.", "Buy a radio.", "word " * 2000]
+    rows = [{"key": str(i), "messages": CLIENT, "response": answer} for i, answer in enumerate(answers)]
+    (table,) = rater(pa.Table.from_pylist(rows))
+    rater.close()
+    found = {row["key"]: row for row in table.to_pylist()}
+    assert found["2"]["error"] == "refused 400"  # longer than the context
+    for key in "01":  # a random model says nothing that could be read
+        assert found[key]["ratings"] == "" and found[key]["error"].startswith("not json: ") and found[key]["cost"] > 0
+    totals = read_totals(tmp_path)
+    assert (totals.calls, totals.lost, totals.unpriced) == (3, 0, 0)
+    assert totals.prompt_tokens > 20 and 0 < totals.completion_tokens <= 24
+    assert totals.cost == pytest.approx((totals.prompt_tokens + totals.completion_tokens) / 1e6)
 
 
 def test_one_question_is_asked_and_scored(server: str, served_run: Path) -> None:

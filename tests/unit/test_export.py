@@ -63,8 +63,8 @@ def test_the_export_comes_back_as_pairs_with_whole_conversations(home, tmp_path)
     made = [p for p in finished_run(home).rows() if p["split"] == "train"]
     export_run(home, tmp_path / "out", full=True)
     written = pq.read_table(tmp_path / "out/data/train-00000-of-00001.parquet").to_pylist()
-    back = [from_layout(row, row["messages"], RUBRIC) for row in written]
-    seen = ["speech_id", "messages", "chosen", "rejected", "chosen_ratings", "rejected_ratings", "margin"]
+    back = [from_layout(row, row["messages"], RUBRIC) | {"split": "train"} for row in written]
+    seen = ["speech_id", "messages", "chosen", "rejected", "chosen_ratings", "rejected_ratings", "margin", "split"]
     assert sorted(([p[key] for key in seen] for p in back), key=str) == sorted(
         ([p[key] for key in seen] for p in made), key=str
     )

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_pairs import RUBRIC, SPEECH, judged, made_pairs, made_rows
+from made_pairs import RUBRIC, judged, made_pairs, made_rows
 
 from psyray.config import PairsSection, load_config
 from psyray.data.layout import from_layout
@@ -251,7 +251,8 @@ def test_the_published_layout_goes_out_and_comes_back(tmp_path):
     by_id = {int(p["pair_id"][:15], 16): p for p in rows}
     assert layout["ID"].to_pylist() == sorted(layout["ID"].to_pylist())
     for row in layout.to_pylist():
-        pair, back = by_id[row["prefID"]], from_layout(row, SPEECH, RUBRIC)
+        pair = by_id[row["prefID"]]
+        back = from_layout(row, pair["messages"], RUBRIC)
         assert row["chosen_safety_rating"] == pair["chosen_ratings"]["safety"]
         for side in ("chosen", "rejected"):
             assert back[side] == pair[side] and back[f"{side}_ratings"] == pair[f"{side}_ratings"]
@@ -259,11 +260,17 @@ def test_the_published_layout_goes_out_and_comes_back(tmp_path):
 
 
 def test_a_missing_rating_leaves_the_margin_at_zero():
-    row = {"chosen": "a", "rejected": "b", "chosen_safety_rating": None, "rejected_safety_rating": 2}
-    pair = from_layout(row, SPEECH, RUBRIC)
-    assert pair["margin"] == 0.0 and pair["chosen_ratings"] is None and pair["rejected_ratings"] == {"safety": 2.0}
+    row = dict.fromkeys((f"{side}_{key}_rating" for side in ("chosen", "rejected") for key in RUBRIC.keys), 3)
+    row |= {"chosen": "a reply", "rejected": "another", "chosen_safety_rating": None}
+    pair = from_layout(row, judged(1.0)[0]["messages"], RUBRIC)
+    assert pair["margin"] == 0.0 and "safety" not in pair["chosen_ratings"] and "safety" in pair["rejected_ratings"]
 
 
-def test_a_pair_knows_whether_its_speech_speaks_of_a_crisis():
+def test_a_pair_knows_whether_its_speech_speaks_of_a_crisis(tmp_path):
     rows = [row | {"crisis": True} for row in judged(1.0, 4.0)]
     assert [p["crisis"] for p in build(rows, gap=0.5)[0]] == [True]
+    responses, judgements = made_rows(4)
+    for row in responses:
+        row["crisis"] = row["speech_id"] == responses[0]["speech_id"]
+    flags = {p["speech_id"]: p["crisis"] for p in made_pairs(tmp_path / "run", responses, judgements, gap=0.5).rows()}
+    assert {key: key == responses[0]["speech_id"] for key in flags} == flags

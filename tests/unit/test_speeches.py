@@ -225,6 +225,8 @@ def test_a_data_set_folder_is_a_source(tmp_path):
 def test_the_hub_is_asked_only_when_the_path_says_so(tmp_path):
     with pytest.raises(PsyrayError, match="a hub data set is written hf://owner/name"):
         several(source("a", Path("owner/name")))
+    with pytest.raises(PsyrayError, match="the hub gives no such data set"):
+        speeches_stage(Run(tmp_path / "run"), SECTION.model_copy(update={"path": "hf://owner/name"}))
 
 
 def test_a_row_that_cannot_be_read_is_not_quoted(tmp_path):
