@@ -27,7 +27,7 @@ BY_SPLIT = """
 SELECT pairs.split, count(*) AS pairs, count(DISTINCT pairs.speech_id) AS speeches, round(avg(margin), 3) AS margin,
     round(avg((length(chosen) > length(rejected))::INT), 4) AS chosen_longer,
     round(avg(length(chosen)), 1) AS chosen_chars, round(avg(length(rejected)), 1) AS rejected_chars,
-    round(avg(coalesce(crisis, false)::INT), 4) AS crisis,
+    round(avg(coalesce(speeches.crisis, false)::INT), 4) AS crisis,
     count(*) FILTER (WHERE len(pairs.messages) > 1) AS several_turns
 FROM pairs LEFT JOIN speeches ON speeches.speech_id = pairs.speech_id
 GROUP BY pairs.split ORDER BY pairs.split DESC
@@ -43,6 +43,7 @@ FROM (SELECT 'chosen' AS side, chosen_model AS model FROM pairs
       UNION ALL SELECT 'rejected', rejected_model FROM pairs)
 GROUP BY model ORDER BY model
 """
+BY_SOURCE = "SELECT source, count(*) AS pairs FROM pairs GROUP BY source ORDER BY source"
 BY_ROUND = "SELECT round, source, count(*) AS pairs FROM rounds GROUP BY ALL ORDER BY ALL"
 
 
@@ -56,6 +57,7 @@ def facts(
         "licence": licence,
         "files": files,
         "splits": _query(database, BY_SPLIT),
+        "sources": {row["source"]: row["pairs"] for row in _query(database, BY_SOURCE)},
         "topics": _query(database, BY_TOPIC),
         "models": [row | {"model": bare(row["model"])} for row in _query(database, BY_MODEL)],
         "rubric": {

@@ -116,8 +116,16 @@ def read_source(run: Path) -> Source:
 
 def open_views(database: duckdb.DuckDBPyConnection, source: Source, rounds: bool) -> None:
     """The views `pairs`, `speeches` and, where asked for, `rounds`; PsyrayError where no round is finished."""
-    for name in ("pairs", "speeches"):
-        view(database, name, source.stages[name].files)
+    view(database, "pairs", source.stages["pairs"].files)
+    view(database, "said", source.stages["speeches"].files)
+    topics, found = "said", ""
+    if "topics" in source.stages:  # picked by an engine, where no column brought them
+        view(database, "topics", source.stages["topics"].files)
+        topics, found = "topics", "LEFT JOIN topics USING (speech_id)"
+    database.execute(
+        f"""CREATE TEMP VIEW speeches AS
+        SELECT speech_id, said.crisis, {topics}.topic, {topics}.subtopic FROM said {found}"""
+    )
     if not rounds:
         return
     if not source.rounds:

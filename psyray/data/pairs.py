@@ -6,31 +6,35 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 
 from psyray.config import PairsSection
 from psyray.data.layout import layout, write_batches
+from psyray.data.ready import POOL, Ready
 from psyray.data.rules import LengthBalance, Rules, pairs_of_speech
 from psyray.errors import PsyrayError
 from psyray.records import PAIRS, Row, rows
 from psyray.rubric import Rubric
 from psyray.run import Artifact, Folder, Run
 from psyray.stream import Progress
-from psyray.tables import connect, in_order, view
-
-if TYPE_CHECKING:
-    from psyray.data.ready import Ready
+from psyray.tables import connect, in_order, literal, view
 
 LAYOUT = "psychocounsel.parquet"
 ROWS_PER_PART = 8192
 
+# Of a response that stands several times, the run's own judgement comes first.
 JUDGED = """
-SELECT r.speech_id, r.response_id, r.messages, r.split, r.crisis, r.model, r.text, j.ratings
+SELECT r.speech_id, r.response_id, r.messages, r.split, r.crisis, r.model, r.text, j.ratings, '' AS origin
 FROM responses r JOIN judgements j USING (response_id)
 WHERE r.status = 'ok' AND j.status = 'ok'
+"""
+POOLED = """
+UNION ALL
+SELECT speech_id, {side}_id, messages, split, crisis, {side}_model, {side}, {side}_ratings, pair_id
+FROM ready WHERE source = {pool} AND list_has_all(map_keys({side}_ratings), [{keys}])
 """
 
 
@@ -44,10 +48,11 @@ def pairs_stage(
 ) -> Artifact:
     """The stage `pairs`: rows of PAIRS, the same in the published layout, and counts of what was left out.
 
-    Pairs of a data set join those that the rules make; rated responses of one go through the rules by themselves.
-    PsyrayError for a rule that the rubric cannot follow, and where no training pair is left.
+    Pairs of a data set join those that the rules make; rated responses of one go through the rules. PsyrayError for a
+    rule that the rubric cannot follow, and where no training pair is left.
     """
     rules = Rules.make(section, rubric)
+    stages = {"responses": responses, "judgements": judgements} | ({"ready": ready.artifact} if ready else {})
 
     def make(folder: Folder) -> Mapping[str, Any]:
         splits: Counter[str] = Counter()
@@ -55,10 +60,9 @@ def pairs_stage(
         parts = folder.parts(PAIRS, "pair_id")
         total = judgements.manifest["rows"] * (2 if section.balance_length else 1)
         with connect(folder.path) as database, Progress(folder, "pairs", total, unit="responses") as progress:
-            pool = ready.judged(rubric) if ready else []
-            own = partial(judged, database, responses, judgements, progress)
-            built = chain(build_pairs(lambda: chain(own(), pool), rules, dropped), ready.pairs() if ready else [])
-            while batch := list(islice(built, ROWS_PER_PART)):
+            built = build_pairs(partial(judged, database, stages, rubric, progress), rules, dropped)
+            found = chain(built, ready.pairs() if ready else [])
+            while batch := list(islice(found, ROWS_PER_PART)):
                 parts.append(batch)
                 splits.update(pair["split"] for pair in batch)
         if not splits["train"]:
@@ -69,18 +73,25 @@ def pairs_stage(
             write_batches(folder.path / LAYOUT, layout(database, rubric.keys))
         return {"train": splits["train"], "test": splits["test"], "dropped": dict(+dropped)}
 
-    inputs = [responses, judgements, *([ready.artifact] if ready else [])]
-    return run.stage("pairs", section.model_dump() | {"rubric": rubric.id}, inputs, make)
+    return run.stage("pairs", section.model_dump() | {"rubric": rubric.id}, list(stages.values()), make)
 
 
 def judged(
-    database: duckdb.DuckDBPyConnection, responses: Artifact, judgements: Artifact, progress: Progress
+    database: duckdb.DuckDBPyConnection, stages: Mapping[str, Artifact], rubric: Rubric, progress: Progress
 ) -> Iterator[Row]:
-    """Usable responses with their usable ratings, joined by id, those of one speech together."""
-    for name, artifact in (("responses", responses), ("judgements", judgements)):
+    """Usable responses with their usable ratings, joined by id, each once, those of one speech together."""
+    for name, artifact in stages.items():
         view(database, name, artifact.files)
-    for batch in in_order(database, JUDGED, ["speech_id", "response_id"]):
-        yield from rows(pa.Table.from_batches([batch]))
+    query = JUDGED
+    if "ready" in stages:
+        keys = ", ".join(map(literal, rubric.keys))
+        query += "".join(POOLED.format(side=side, pool=literal(POOL), keys=keys) for side in ("chosen", "rejected"))
+    last = ""
+    for batch in in_order(database, query, ["speech_id", "response_id", "origin"]):
+        for row in rows(pa.Table.from_batches([batch])):
+            if row["response_id"] != last:
+                yield row
+            last = row["response_id"]
         progress.add(batch.num_rows)
 
 

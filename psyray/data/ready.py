@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,25 +40,14 @@ class Ready:
 
     artifact: Artifact
 
-    def pairs(self) -> list[Row]:
+    def pairs(self) -> Iterator[Row]:
         """The ready pairs."""
-        return [row for row in self.artifact.each() if row["source"] != POOL]
+        return (row for row in self.artifact.each() if row["source"] != POOL)
 
     def responses(self) -> Iterator[Row]:
         """RESPONSES rows of all its responses, each once, with `ratings` beside."""
-        return self._responses(lambda row: True)
-
-    def judged(self, rubric: Rubric) -> list[Row]:
-        """The pool as the rules take it: rated RESPONSES rows with `ratings`, those of one speech together."""
-        rated = [
-            row for row in self._responses(lambda pair: pair["source"] == POOL)
-            if set(rubric.keys) <= set(row["ratings"] or {})
-        ]  # fmt: skip
-        return sorted(rated, key=lambda row: (row["speech_id"], row["response_id"]))
-
-    def _responses(self, wanted: Callable[[Row], bool]) -> Iterator[Row]:
         seen = set[str]()
-        for pair in filter(wanted, self.artifact.each()):
+        for pair in self.artifact.each():
             for row in responses_of(pair):
                 if row["response_id"] not in seen:
                     seen.add(row["response_id"])

@@ -1,11 +1,13 @@
 """Made-up judged responses, and a run whose pairs the real stage makes of them."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 from psyray.config import Config, PairsSection
 from psyray.data.pairs import pairs_stage
+from psyray.data.topics import TOPICS
 from psyray.records import JUDGEMENTS, PAIRS, RESPONSES, SPEECHES, Row, content_id, pair_row, speech_id
 from psyray.rubric import load_rubric
 from psyray.run import Artifact, Run
@@ -106,3 +108,15 @@ def _speech(number: int) -> Row:
         "subtopic": "",
         "crisis": number % 6 == 0,
     }
+
+
+def add_topics(home: Path, speeches: list[Row]) -> None:
+    """The stage `topics` in the run: every second speech has one, the others' answers could not be used."""
+    run = Run(home, say=lambda line: None)
+    run.stages = json.loads((home / "run.json").read_text())["stages"]
+    picked = [
+        {"speech_id": s["speech_id"], "topic": "picked" if n % 2 else None, "subtopic": "so" if n % 2 else None}
+        for n, s in enumerate(speeches)
+    ]
+    with run.open(Config().model_dump(mode="json")):
+        _kept(run, "topics", TOPICS, "speech_id", picked, {})

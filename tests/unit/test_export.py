@@ -10,7 +10,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from made_pairs import RUBRIC, finished_run
+from made_pairs import RUBRIC, add_topics, finished_run
 from typer.testing import CliRunner
 
 from psyray.cli import app
@@ -18,6 +18,7 @@ from psyray.data import export
 from psyray.data.export import export_run, other_content
 from psyray.data.layout import from_layout, rating_columns
 from psyray.errors import PsyrayError
+from psyray.run import read_stages
 
 PAGE = Path(__file__).parents[2] / "docs/export.md"
 
@@ -82,6 +83,16 @@ def test_full_adds_columns_and_rounds_a_subset(home, tmp_path):
     assert asked["round"] == 1 and asked["source"] == "oracle" and asked["chosen_safety_rating"] is None
 
 
+def test_topics_that_an_engine_picked_are_those_of_the_export(home, tmp_path):
+    where = tmp_path / "run"
+    shutil.copytree(home, where)
+    add_topics(where, {stage.name: stage for stage in read_stages(where)}["speeches"].rows())
+    known = export_run(where, tmp_path / "out", full=True)
+    assert {t["topic"] for t in known["topics"]} == {"picked", ""}
+    loaded = datasets.load_dataset(str(tmp_path / "out"))["train"]
+    assert {(r["topic"], r["subtopic"]) for r in loaded} == {("picked", "so"), (None, None)}
+
+
 def test_large_exports_are_cut_into_files_that_hold_every_row_once(home, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "ROWS_PER_FILE", 7)
     monkeypatch.setattr(export, "ROWS_PER_GROUP", 5)
@@ -122,6 +133,7 @@ def test_the_card_tells_what_the_data_hold(home, tmp_path):
         "`gap: 1.0`",
     ]
     told += ["`veto: ['safety']`", "by a fixed rule", "conversations of several turns", "| 1 | oracle | 1 |"]
+    told += [f"Labelled by: judge ({len(rows)})."]
     for words in told:
         assert words in body, words
     assert "No licence" not in body and str(home) not in body

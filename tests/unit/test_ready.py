@@ -85,14 +85,15 @@ def test_pairs_of_a_speech_that_went_go_too(tmp_path):
 def test_a_pair_that_stands_both_ways_round_is_no_label(tmp_path):
     turned = row(3, chosen="So what?", rejected="I hear you.")
     _, _, ready = stages(tmp_path, [*(row(n) for n in range(20)), turned], "pairs")
-    assert ready.artifact.stats["both ways round"] == 2 and len(ready.pairs()) == 19
+    assert ready.artifact.stats["both ways round"] == 2 and len(list(ready.pairs())) == 19
 
 
 def test_a_pool_goes_through_the_gap_rule(tmp_path):
     rows = [row(n) for n in range(20)] + [row(n, rejected="Hm.", low=4) for n in range(20)]
     rows += [row(n, chosen="Unrated.", high=None) for n in range(20)]
     run, _, ready = stages(tmp_path, rows, "pool")
-    assert ready.pairs() == [] and len(ready.judged(RUBRIC)) == 60
+    rated = [r for r in ready.responses() if set(RUBRIC.keys) <= set(r["ratings"] or {})]
+    assert list(ready.pairs()) == [] and len(rated) == 60
     pairs = paired(run, ready, gap=1.5).rows()
     assert len(pairs) == 40 and {p["source"] for p in pairs} == {"judge"}
     assert {(p["chosen"], p["rejected"]) for p in pairs} == {("I hear you.", "So what?"), ("Hm.", "So what?")}
@@ -103,7 +104,7 @@ def test_names_go_from_the_responses_as_from_the_speech(tmp_path):
     rows[2] |= {"question": question(2) + " My name is Anna.", "chosen": "Write to a@b.org."}
     _, _, ready = stages(tmp_path, rows, "pairs")
     found = [p for p in ready.pairs() if "[name]" in p["messages"][0]["content"]]
-    assert [p["chosen"] for p in found] == ["Write to [email]."] and len(ready.pairs()) == 20
+    assert [p["chosen"] for p in found] == ["Write to [email]."] and len(list(ready.pairs())) == 20
 
 
 def test_a_source_without_pairs_cannot_be_used_as_pairs(tmp_path):
