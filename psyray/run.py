@@ -33,7 +33,7 @@ import yaml
 
 from psyray.errors import PsyrayError
 from psyray.records import Row, content_id, rows, table
-from psyray.tables import batches, connect, sources
+from psyray.tables import connect, in_order, sources
 
 ROWS_PER_FILE = 50_000
 ROWS_IN_MEMORY = 4_096
@@ -176,8 +176,8 @@ class Parts:
             write_parquet(self.path / "data-00000.parquet", self.schema.empty_table())
             return
         with connect(self.path) as database:
-            query = f'SELECT * FROM read_parquet($files) ORDER BY "{self.key}"'
-            found = batches(database, query, {"files": sources(files)}, ROWS_IN_MEMORY)
+            query, given = "SELECT * FROM read_parquet($files)", {"files": sources(files)}
+            found = in_order(database, query, [self.key], given, ROWS_IN_MEMORY)
             for number, ordered in enumerate(_whole(found, ROWS_PER_FILE)):
                 write_parquet(self.path / f"data-{number:05d}.parquet", ordered.cast(self.schema))
 
