@@ -115,7 +115,8 @@ def test_vllm_compares_with_nothing_but_the_three_words(tmp_path, tiny_model, ra
     texts = [("You lie awake.", "No."), ("No.", "You lie awake.")]
     todo = [{"key": str(i), "messages": speech, "response": side_by_side(*two)} for i, two in enumerate(texts)]
     found: list[dict] = []
-    stream(folder(tmp_path), todo, judge.compare, found.extend, title="judge")
+    compare = partial(judge.compare, folder=tmp_path / "calls")
+    stream(folder(tmp_path), todo, compare, found.extend, title="judge", schema=TODO, total=len(todo))
     assert {row["key"] for row in found} == {"0", "1"}
     for row in found:
         assert row["error"] == "" and row["raw_text"] in PREFERENCE

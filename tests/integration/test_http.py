@@ -17,14 +17,15 @@ from pydantic import SecretStr
 
 from psyray.active.ledger import Ledger
 from psyray.config import EndpointSection, EngineSection, JudgeSection
-from psyray.data.judge import CALLS, Desk, judge
+from psyray.data.generate import REQUESTS
+from psyray.data.judge import TODO, Desk, judge
 from psyray.engines import chat, http
 from psyray.engines.journal import read_totals
 from psyray.engines.judges import error_class, make_judge
-from psyray.errors import PsyrayError, from_workers
+from psyray.errors import PsyrayError
 from psyray.rubric import load_rubric
 from psyray.run import Folder
-from psyray.stream import stream
+from psyray.stream import CALLS, stream
 
 RUBRIC = load_rubric("counselling")
 SPEECH = [{"role": "user", "content": "I cannot sleep since my father died."}]
@@ -65,6 +66,11 @@ def desk(tmp_path: Path, **settings) -> Desk:
 def folder(tmp_path: Path) -> Folder:
     (tmp_path / "stage").mkdir(exist_ok=True)
     return Folder(tmp_path / "stage")
+
+
+def judged(place: Folder, here: Desk, rows: list[dict]) -> list[dict]:
+    """The rows that judging leaves in the folder."""
+    return list(judge(place, here, lambda: rows, len(rows), purpose="judgements", budget=None).each())
 
 
 FAULTS = {
@@ -136,7 +142,8 @@ def test_a_row_that_waits_holds_no_other_row(tmp_path, ray_cluster):
         made = desk(tmp_path, url=server.url, concurrency=2, timeout_s=90)
         words = ["last", *["fine"] * 255]
         rows = [{"key": r["response_id"], "messages": SPEECH, "response": r["text"]} for r in responses(*words)]
-        stream(folder(tmp_path), rows, partial(made.judge.rate, folder=tmp_path / CALLS), found.extend, title="judge")
+        rate = partial(made.judge.rate, folder=tmp_path / CALLS)
+        stream(folder(tmp_path), rows, rate, found.extend, title="judge", schema=TODO, total=len(rows))
     assert server.calls == {"last": 1, "fine": 255} and server.most == 2
     assert len({row["key"] for row in found}) == 256 and not any(row["error"] for row in found)
 
@@ -147,7 +154,7 @@ def test_money_stops_the_stage_and_more_money_goes_on(tmp_path, ray_cluster):
         poor = desk(tmp_path, url=server.url, concurrency=4, max_cost=0.09)
         for _ in range(2):  # no more is spent by asking again
             with pytest.raises(PsyrayError) as caught:
-                judge(folder(tmp_path), poor, rows, purpose="judgements", budget=None)
+                judged(folder(tmp_path), poor, rows)
             spent = read_totals(tmp_path / "stage" / CALLS)
             assert spent.calls == sum(server.calls.values()) and spent.lost == 0
             assert 0.08 < spent.cost <= 0.09 and spent.cost == pytest.approx(0.002 * spent.calls)
@@ -155,7 +162,7 @@ def test_money_stops_the_stage_and_more_money_goes_on(tmp_path, ray_cluster):
             assert told.startswith("judge: judge.max_cost (0.09) does not reach") and f"{spent.calls} calls" in told
             assert "\n" not in told and "raise judge.max_cost and run the same command again" in told
         rich = desk(tmp_path, url=server.url, concurrency=4, max_cost=1.0)
-        found = judge(folder(tmp_path), rich, rows, purpose="judgements", budget=None)
+        found = judged(folder(tmp_path), rich, rows)
         assert server.calls["steady"] == 100 and {row["score"] for row in found} == {4.0}
     assert rich.ledger.summary("run")[0]["cost"] == pytest.approx(0.2)
 
@@ -165,11 +172,11 @@ def test_an_endpoint_that_refuses_all_stops_the_stage_early_and_costs_no_row(tmp
     with hostile_server() as server:
         made = desk(tmp_path, url=server.url, concurrency=4)
         with pytest.raises(PsyrayError, match=r"20 rows in a row.*`refused 401`: is the key in \$PSYRAY_JUDGE_API_KEY"):
-            judge(folder(tmp_path), made, rows, purpose="judgements", budget=None)
+            judged(folder(tmp_path), made, rows)
         assert 20 <= server.calls["refused"] < 30
         assert made.ledger.summary("run")[0]["failed"] == 0
         monkeypatch.setitem(SCRIPT, "refused", [Say()])
-        found = judge(folder(tmp_path), made, rows, purpose="judgements", budget=None)
+        found = judged(folder(tmp_path), made, rows)
     assert {row["status"] for row in found} == {"ok"} and len(found) == 300
 
 
@@ -237,7 +244,7 @@ def test_responders_live_behind_an_endpoint_too(tmp_path, ray_cluster, monkeypat
     sampling = {"temperature": 0.7, "top_p": 1.0, "max_tokens": 64, "stop": [], "seed": 7}
     rows = [
         {"key": w, "messages": [*SPEECH, {"role": "user", "content": f"Counsellor's response: word {w} here"}],
-         "sampling": json.dumps(sampling)}
+         "sampling": json.dumps(sampling), "draw": f"{w}'s"}
         for w in ("fine", "nonsense", "unfit", "free")
     ]  # fmt: skip
     found: dict[str, dict] = {}
@@ -245,11 +252,13 @@ def test_responders_live_behind_an_endpoint_too(tmp_path, ray_cluster, monkeypat
         endpoint = EndpointSection(url=server.url, retries=0, price_per_million_tokens=PRICES)
         ask = partial(http.generate, model="m", endpoint=endpoint, folder=tmp_path / CALLS)
         for _ in range(2):
-            with from_workers():
-                stream(folder(tmp_path), rows, ask, lambda got: found.update({r["key"]: r for r in got}), title="ask")
+            stream(
+                folder(tmp_path), rows, ask, lambda got: found.update({r["key"]: r for r in got}),
+                title="ask", schema=REQUESTS, total=len(rows),
+            )  # fmt: skip
     assert server.keys == {"Bearer sesame"} and server.calls == {"fine": 1, "nonsense": 1, "unfit": 2, "free": 1}
-    assert found["fine"] == {"key": "fine", "text": json.dumps(dict.fromkeys(RUBRIC.keys, 4)), "tokens": 100,
-                             "logprobs": "", "__inference_error__": ""}  # fmt: skip
+    good = json.dumps(dict.fromkeys(RUBRIC.keys, 4))
+    assert found["fine"] == {"key": "fine", "draw": "fine's", "text": good, "tokens": 100, "logprobs": "", "__inference_error__": ""}  # fmt: skip
     assert found["nonsense"]["text"] == "I'd rather not." and found["free"]["tokens"] is None
     assert found["unfit"]["text"] is None and found["unfit"]["__inference_error__"] == "refused 400"
     assert error_class(found["unfit"]["__inference_error__"]) == "refused 400"

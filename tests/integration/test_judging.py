@@ -127,7 +127,7 @@ def test_each_judge_of_a_panel_is_asked_by_itself_and_the_rule_makes_the_row(tmp
     assert here.ledger.spent(here.run_id) == {f"judgements/{offline}": 3, f"judgements/{remote}": 3}
     said = {one["judge"]: one["ratings"] for one in json.loads(found["fine"]["raw_text"])}
     assert found["fine"]["ratings"]["empathy"] == pytest.approx((said[offline]["empathy"] + 4) / 2)
-    assert found["fine"]["ratings"]["safety"] == min(said[offline]["safety"], 4)
+    assert found["fine"]["ratings"]["safety"] == pytest.approx(min(said[offline]["safety"], 4))
     assert found["six"]["score"] is None and "1 of 2 judges gave a usable answer" in found["six"]["error"]
     stats = summary(found.values, here)
     assert stats["judges_agreement"]["responses"] == 3 and -1 <= stats["judges_agreement"]["value"] <= 1

@@ -1,7 +1,7 @@
 """Topics asked of an endpoint through Ray: each speech once, columns before questions, invalid answers as rows."""
 
 import pytest
-from hostile_server import SCRIPT, hostile_server
+from hostile_server import SCRIPT, Say, hostile_server
 
 from psyray.config import load_config
 from psyray.data.topics import topics_stage
@@ -12,8 +12,8 @@ from psyray.run import Run
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_topics_are_asked_once_and_invalid_ones_stay_invalid(tmp_path, monkeypatch):
-    monkeypatch.setitem(SCRIPT, "sleepy", [(200, "Sleep.")])
-    monkeypatch.setitem(SCRIPT, "late", [(503, ""), (200, "bereavement")])
+    monkeypatch.setitem(SCRIPT, "sleepy", [Say("Sleep.")])
+    monkeypatch.setitem(SCRIPT, "late", [Say(status=503), Say("bereavement")])
     words = ["sleepy", "late", "nonsense"]
     rows = [
         {"speech_id": word, "messages": [{"role": "user", "content": f"word {word} here"}], "topic": ""}
@@ -34,7 +34,7 @@ def test_topics_are_asked_once_and_invalid_ones_stay_invalid(tmp_path, monkeypat
         with pytest.raises(PsyrayError, match="1 of 3 answers are invalid"):
             topics_stage(run, load_config(None, settings), speeches)
         found = topics_stage(run, load_config(None, [*settings, "topics.max_invalid_share=0.4"]), speeches)
-        assert dict(server.calls) == {"sleepy": 1, "late": 2, "nonsense": 4}, "only the invalid one is asked again"
+        assert dict(server.calls) == {"sleepy": 1, "late": 2, "nonsense": 2}, "nothing is asked again"
     by_id = {row["speech_id"]: (row["topic"], row["subtopic"], row["by"] == "column") for row in found.rows()}
     assert by_id == {
         "sleepy": ("health and habits", "sleep", False),
