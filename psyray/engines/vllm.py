@@ -126,9 +126,8 @@ def _to_request(model: str, seeded: bool, row: Row) -> Row:
     if not seeded:
         # vLLM 0.29 on CPU dies of a seeded request whose prompt is prefilled in chunks: its generator has no offset.
         sampling.pop("seed", None)
-    carried = {"draw": row["draw"]} if "draw" in row else {}
-    if adapter := row.get("adapter"):
-        carried["model"] = adapter  # a row's model that is not the engine's is one of its adapters
+    # A row's model that is not the engine's is one of its adapters; each row names one: Arrow fills gaps with null.
+    carried = {"model": row.get("adapter") or model} | ({"draw": row["draw"]} if "draw" in row else {})
     return {"key": row["key"], **carried, "tokenized_prompt": list(tokens), "sampling_params": sampling}
 
 

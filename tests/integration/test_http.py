@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hostile_server import SCRIPT, Say, hostile_server
+from hostile_server import GOOD, SCRIPT, Say, hostile_server
 from pydantic import SecretStr
 
 from psyray.active.ledger import Ledger
@@ -257,8 +257,8 @@ def test_responders_live_behind_an_endpoint_too(tmp_path, ray_cluster, monkeypat
                 title="ask", schema=REQUESTS, total=len(rows),
             )  # fmt: skip
     assert server.keys == {"Bearer sesame"} and server.calls == {"fine": 1, "nonsense": 1, "unfit": 2, "free": 1}
-    good = json.dumps(dict.fromkeys(RUBRIC.keys, 4))
-    assert found["fine"] == {"key": "fine", "draw": "fine's", "text": good, "tokens": 100, "logprobs": "", "__inference_error__": ""}  # fmt: skip
+    assert found["fine"] == {"key": "fine", "draw": "fine's", "text": GOOD, "tokens": 100, "logprobs": "",
+                             "__inference_error__": ""}  # fmt: skip
     assert found["nonsense"]["text"] == "I'd rather not." and found["free"]["tokens"] is None
     assert found["unfit"]["text"] is None and found["unfit"]["__inference_error__"] == "refused 400"
     assert error_class(found["unfit"]["__inference_error__"]) == "refused 400"
