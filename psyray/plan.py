@@ -60,7 +60,7 @@ def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:
     judge = ", ".join(dict.fromkeys(one.model or f"judge {one.engine}" for one in judges))
     models = ", ".join(dict.fromkeys(r.model for r in config.responses.responders))
     yield "speeches", f"{speeches} speeches", "", "driver"
-    yield "responses", f"{speeches} x {k} = {speeches * k} responses", models, engine
+    yield "responses", f"{speeches} x {k} = {speeches * k} responses", models, responder_placement(config)
     ratings = f"up to {speeches * k} ratings" + (f" by each of {len(judges)} judges" if len(judges) > 1 else "")
     yield "judgements", ratings, judge, judge_placement(config)
     yield "pairs", f"rule {config.pairs.rule}, gap {config.pairs.gap} on the {config.pairs.gap_on}", "", "driver"
@@ -91,6 +91,12 @@ def placement(config: Config) -> str:
         return f"{config.engine.replicas} CPU engine"
     gpus = config.engine.replicas * config.engine.tensor_parallel
     return f"{gpus} GPU" + (" (CPU where the cluster has none)" if config.engine.device == "auto" else "")
+
+
+def responder_placement(config: Config) -> str:
+    """Where the responders answer: at their endpoints, or on engines that are started here."""
+    at = [(r.endpoint and r.endpoint.url) or placement(config) for r in config.responses.responders]
+    return ", ".join(dict.fromkeys(at))
 
 
 def judge_placement(config: Config) -> str:

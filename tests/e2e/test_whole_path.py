@@ -1,4 +1,4 @@
-"""The whole path through the command, once undisturbed and once killed at four moments: both end the same."""
+"""The whole path through the command, once undisturbed and once killed at three moments: both end the same."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_same_command_again_does_nothing_and_a_changed_setting_re_runs_what_
 
 @pytest.fixture(scope="module")
 def killed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose driver is killed three times and whose engine once, each with SIGKILL."""
+    """A run whose driver is killed twice and whose engine once, each with SIGKILL."""
     home = tmp_path_factory.mktemp("killed")
     log = home / "log"
 
@@ -125,7 +125,6 @@ def killed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         process.wait()
 
     driver_dies_when("responses/*/part-*.parquet")
-    driver_dies_when("reward/*/steps.jsonl")
     process = start(tiny_model, home, log)
     wait(process, log, lambda: stage_file(home, "round-0/samples/*") and engine_of(process) is not None)
     engine = engine_of(process)

@@ -16,13 +16,14 @@ from hostile_server import GOOD, SCRIPT, Say, hostile_server
 from pydantic import SecretStr
 
 from psyray.active.ledger import Ledger
-from psyray.config import EndpointSection, EngineSection, JudgeSection
-from psyray.data.generate import REQUESTS
+from psyray.config import EndpointSection, EngineSection, JudgeSection, load_config
+from psyray.data.generate import REQUESTS, answer_all, draw_row
 from psyray.data.judge import TODO, Desk, judge
 from psyray.engines import chat, http
 from psyray.engines.journal import read_totals
 from psyray.engines.judges import error_class, make_judge
 from psyray.errors import PsyrayError
+from psyray.records import RESPONSES
 from psyray.rubric import load_rubric
 from psyray.run import Folder
 from psyray.stream import CALLS, stream
@@ -262,3 +263,23 @@ def test_responders_live_behind_an_endpoint_too(tmp_path, ray_cluster, monkeypat
     assert found["nonsense"]["text"] == "I'd rather not." and found["free"]["tokens"] is None
     assert found["unfit"]["text"] is None and found["unfit"]["__inference_error__"] == "refused 400"
     assert error_class(found["unfit"]["__inference_error__"]) == "refused 400"
+
+
+def test_a_responder_may_live_behind_an_endpoint_and_its_calls_are_counted(tmp_path, ray_cluster):
+    speeches = [
+        {"speech_id": w, "messages": [{"role": "user", "content": f"word {w} here"}], "split": "train"}
+        for w in ("fine", "free", "unfit")
+    ]
+    with hostile_server() as server:
+        endpoint = {"url": server.url, "retries": 0, "price_per_million_tokens": PRICES}
+        responder = {"name": "away", "model": "m", "endpoint": endpoint}
+        words = [f"responses.responders={json.dumps([responder])}", "responses.max_invalid_share=0.5"]
+        config = load_config(None, words)
+        rows = [draw_row(s, r, "away", 1) for s in speeches for r in config.responses.responders]
+        stats = answer_all(folder(tmp_path), lambda: rows, len(rows), config, title="responses")
+        again = answer_all(folder(tmp_path), lambda: rows, len(rows), config, title="responses")
+    assert dict(server.calls) == {"fine": 1, "free": 1, "unfit": 1} and again == stats
+    assert stats["ok"] == 2 and stats["failed"] == 1 and stats["calls"]["calls"] == 3
+    found = {row["speech_id"]: row for row in folder(tmp_path).parts(RESPONSES, "response_id").each()}
+    assert found["fine"]["responder"] == "away" and found["fine"]["text"] == GOOD and found["free"]["tokens"] is None
+    assert found["unfit"]["error"] == "refused 400" and found["unfit"]["text"] is None
