@@ -1,0 +1,69 @@
+"""Rules about the batch as a whole: prompts spread over what there is, and no near-duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from psyray.active.acquisition.candidates import Candidates, FloatArray, Pick, best_pair, leader_first
+from psyray.active.acquisition.scores import mutual_information
+
+CLOSEST = 1e-6  # of the typical distance: below it two prompts are the same, and the logarithm stays finite
+
+
+def bal_pm(c: Candidates, n: int, rng: np.random.Generator, weight: float = 1.0) -> list[Pick]:
+    """Epistemic uncertainty and spread-out prompts (after BAL-PM, 2406.10023), greedily.
+
+    value = infomax's + weight * log(distance / typical distance), in nats: the prompt's distance from the nearest
+    one asked about before (`asked_ND`) or picked in this batch, in the mean of its responses' features, over the
+    root mean square distance of the prompts from their mean (while none was, the widest that prompts can lie apart).
+    The logarithm is what one more prompt adds to the
+    nearest-neighbour (Kozachenko-Leonenko) estimate of the entropy of the prompts asked about, up to a constant.
+    The paper's prompt features are its base model's and its neighbours are searched in the whole pool. `first` has the
+    higher mean; `rng` is not used. Needs features. O(P K^2 H + P D (n + N)).
+    """
+    present_PK = c.present_PK[:, :, None]
+    prompt_PD = c.features("bal_pm").sum(axis=1) / np.maximum(present_PK.sum(axis=1), 1)
+    first_P, second_P, told_P = best_pair(mutual_information(c), c.allowed_PKK)
+    first_P, second_P = leader_first(c, first_P, second_P)
+    typical, widest = extent(prompt_PD[np.isfinite(told_P)])
+    nearest_P = np.full(len(told_P), widest)
+    for asked_D in c.asked_ND if c.asked_ND is not None else ():
+        nearest_P = np.minimum(nearest_P, np.linalg.norm(prompt_PD - asked_D, axis=1))
+    picks: list[Pick] = []
+    while len(picks) < n and np.isfinite(told_P).any():
+        value_P = told_P + weight * np.log(np.maximum(nearest_P / typical, CLOSEST))
+        p = int(value_P.argmax())
+        picks.append(Pick(p, int(first_P[p]), int(second_P[p]), float(value_P[p])))
+        told_P[p] = -np.inf
+        nearest_P = np.minimum(nearest_P, np.linalg.norm(prompt_PD - prompt_PD[p], axis=1))
+    return picks
+
+
+def extent(prompt_PD: FloatArray) -> tuple[float, float]:
+    """(root mean square distance from the mean, a bound on the distance of two); 1 where all are the same."""
+    if not len(prompt_PD):
+        return 1.0, 1.0
+    square_P = ((prompt_PD - prompt_PD.mean(axis=0)) ** 2).sum(axis=1)
+    return float(np.sqrt(square_P.mean())) or 1.0, 2 * float(np.sqrt(square_P.max())) or 1.0
+
+
+def spread_out(c: Candidates, picks: Sequence[Pick], n: int, apart: float) -> list[Pick]:
+    """The first `n` picks, in order, whose difference is no near-duplicate of an earlier one's.
+
+    Two pairs are near-duplicates when the cosine of their differences z_first - z_second in
+    `Candidates.embedding_PKE` exceeds `apart` in magnitude: an answer to one tells the other.
+    O(picks x n x E).
+    """
+    kept: list[Pick] = []
+    units_NE = np.zeros((min(n, len(picks)), c.embedding_PKE.shape[2]))
+    for pick in picks:
+        if len(kept) == n:
+            break
+        x_E = c.embedding_PKE[pick.prompt, pick.first] - c.embedding_PKE[pick.prompt, pick.second]
+        unit_E = x_E / (np.linalg.norm(x_E) or 1.0)
+        if (np.abs(units_NE[: len(kept)] @ unit_E) <= apart).all():
+            units_NE[len(kept)] = unit_E
+            kept.append(pick)
+    return kept
