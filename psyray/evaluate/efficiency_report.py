@@ -92,9 +92,8 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colours = iter(matplotlib.colormaps["tab20"].colors)
-    for name, entry in found["strategies"].items():
-        colour = "black" if name == BASELINE else next(colours)
+    for place, (name, entry) in enumerate(found["strategies"].items()):
+        colour = "black" if name == BASELINE else matplotlib.colormaps["tab20"](place)
         labels = [row["labels"] for row in entry["budgets"]]
         low, value, high = zip(*(row["accuracy"] for row in entry["budgets"]), strict=True)
         axes.plot(labels, value, color=colour, lw=2.2 if name == BASELINE else 1.2, label=name)

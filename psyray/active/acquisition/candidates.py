@@ -70,7 +70,7 @@ class Candidates:
         """Which ordered pairs may be picked."""
         K = self.present_PK.shape[1]
         allowed_PKK = self.present_PK[:, :, None] & self.present_PK[:, None, :] & ~np.eye(K, dtype=bool)
-        return allowed_PKK if self.open_PKK is None else allowed_PKK & self.open_PKK
+        return np.asarray(allowed_PKK if self.open_PKK is None else allowed_PKK & self.open_PKK)
 
     @cached_property
     def filled_PKH(self) -> FloatArray:
@@ -92,7 +92,7 @@ class Candidates:
         """
         if self.features_PKD is None:
             H = self.scores_PKH.shape[2]
-            return (self.filled_PKH - self.mean_PK[:, :, None]) / np.sqrt(H)
+            return np.asarray((self.filled_PKH - self.mean_PK[:, :, None]) / np.sqrt(H))
         z_PKD = np.where(self.present_PK[:, :, None], self.features_PKD, 0.0)
         return z_PKD if self.covariance_DD is None else z_PKD @ np.linalg.cholesky(self.covariance_DD)
 

@@ -74,4 +74,4 @@ def squared_distances(z_PKE: FloatArray) -> FloatArray:
     """[P, K, K]: |z_i - z_j|^2, exactly 0 and symmetric where i = j; by Gram matrices, which need no P*K*K*E."""
     gram_PKK = z_PKE @ z_PKE.transpose(0, 2, 1)
     square_PK = np.einsum("pkk->pk", gram_PKK)
-    return np.maximum(square_PK[:, :, None] + square_PK[:, None, :] - 2 * gram_PKK, 0.0)
+    return np.asarray(np.maximum(square_PK[:, :, None] + square_PK[:, None, :] - 2 * gram_PKK, 0.0))

@@ -29,15 +29,16 @@ def bal_pm(c: Candidates, n: int, rng: np.random.Generator, weight: float = 1.0)
     first_P, second_P = leader_first(c, first_P, second_P)
     typical, widest = extent(prompt_PD[np.isfinite(told_P)])
     nearest_P = np.full(len(told_P), widest)
+    square_P = (prompt_PD**2).sum(axis=1)
     for asked_D in c.asked_ND if c.asked_ND is not None else ():
-        nearest_P = np.minimum(nearest_P, np.linalg.norm(prompt_PD - asked_D, axis=1))
+        nearest_P = np.minimum(nearest_P, _distances(prompt_PD, square_P, asked_D))
     picks: list[Pick] = []
     while len(picks) < n and np.isfinite(told_P).any():
         value_P = told_P + weight * np.log(np.maximum(nearest_P / typical, CLOSEST))
         p = int(value_P.argmax())
         picks.append(Pick(p, int(first_P[p]), int(second_P[p]), float(value_P[p])))
         told_P[p] = -np.inf
-        nearest_P = np.minimum(nearest_P, np.linalg.norm(prompt_PD - prompt_PD[p], axis=1))
+        nearest_P = np.minimum(nearest_P, _distances(prompt_PD, square_P, prompt_PD[p]))
     return picks
 
 
@@ -47,6 +48,11 @@ def extent(prompt_PD: FloatArray) -> tuple[float, float]:
         return 1.0, 1.0
     square_P = ((prompt_PD - prompt_PD.mean(axis=0)) ** 2).sum(axis=1)
     return float(np.sqrt(square_P.mean())) or 1.0, 2 * float(np.sqrt(square_P.max())) or 1.0
+
+
+def _distances(prompt_PD: FloatArray, square_P: FloatArray, from_D: FloatArray) -> FloatArray:
+    """By |a|^2 + |b|^2 - 2 a.b, which makes no second [P, D]."""
+    return np.asarray(np.sqrt(np.maximum(square_P + from_D @ from_D - 2 * prompt_PD @ from_D, 0.0)))
 
 
 def spread_out(c: Candidates, picks: Sequence[Pick], n: int, apart: float) -> list[Pick]:

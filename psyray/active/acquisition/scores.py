@@ -108,7 +108,8 @@ def apl(c: Candidates, n: int, rng: np.random.Generator) -> list[Pick]:
 
 def spreads(c: Candidates) -> FloatArray:
     """[P, K, K]: standard deviation over heads of every score difference."""
-    return np.stack([(c.filled_PKH[:, i, None] - c.filled_PKH).std(axis=2) for i in range(c.present_PK.shape[1])], 1)
+    K = c.present_PK.shape[1]
+    return np.stack([np.asarray((c.filled_PKH[:, i, None] - c.filled_PKH).std(axis=2)) for i in range(K)], axis=1)
 
 
 def mutual_information(c: Candidates) -> FloatArray:
@@ -117,7 +118,7 @@ def mutual_information(c: Candidates) -> FloatArray:
     for i in range(c.present_PK.shape[1]):
         p_PKH = win_probabilities(c, i)
         slices.append(_entropy(p_PKH.mean(axis=2)) - _entropy(p_PKH).mean(axis=2))
-    return np.maximum(np.stack(slices, 1), 0.0)
+    return np.maximum(np.stack(slices, axis=1), 0.0)
 
 
 def best_entropy(c: Candidates) -> FloatArray:
