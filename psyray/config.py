@@ -208,9 +208,10 @@ class EfficiencySection(Section):
     pool_share: float = Field(0.6, ge=0.1, le=0.9, description="share of the prompts asked about; the rest is held out")
     model: str = Field(EMBEDDED, description="the frozen language model that features come from")
     layer: int = Field(20, ge=0, description="whose mean over the chat is the feature")
-    components: int = Field(64, ge=1, description="principal axes that the head reads")
-    whiten: float = Field(0.5, ge=0, le=1, description="0: the axes as wide as they are; 1: all alike")
-    ridge: float = Field(0.1, gt=0, description="prior precision of the head's weights")
+    start: int = Field(8, ge=0, description="labels that every strategy begins with, asked at random")
+    components: int = Field(96, ge=1, description="principal axes that the head reads")
+    whiten: float = Field(0.25, ge=0, le=1, description="0: the axes as wide as they are; 1: all alike")
+    ridge: float = Field(0.03, gt=0, description="prior precision of the head's weights")
     draws: int = Field(20, ge=2, description="draws of the posterior that acquisition sees")
 
     @field_validator("strategies")

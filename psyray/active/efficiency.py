@@ -53,6 +53,7 @@ def study(
     batch: int,
     seeds: Sequence[int],
     pool_share: float = 0.6,
+    start: int = 0,
     each: Callable[[], object] = lambda: None,
 ) -> dict[str, list[Curve]]:
     """A curve for every strategy and seed; `each` is called after every replay."""
@@ -61,7 +62,7 @@ def study(
         pool, held_out = split(prompts, pool_share, seed)
         for strategy in strategies:
             curves[strategy].append(
-                replay(bank, pool, held_out, strategy, learner, budgets=budgets, batch=batch, seed=seed)
+                replay(bank, pool, held_out, strategy, learner, budgets=budgets, batch=batch, seed=seed, start=start)
             )
             each()
     return curves

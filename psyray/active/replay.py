@@ -57,9 +57,9 @@ class Bank:
 class Learner:
     """How a head is learnt: the same for every strategy, so that only the questions differ."""
 
-    components: int = 64  # axes of the projection
-    whiten: float = 0.5  # see `fit_projection`
-    ridge: float = 0.1  # prior precision of the weights
+    components: int = 96  # axes of the projection
+    whiten: float = 0.25  # see `fit_projection`
+    ridge: float = 0.03  # prior precision of the weights
     draws: int = 20  # of the posterior, that acquisition sees
 
     def project(self, pool: Bank) -> Callable[[FloatArray], FloatArray]:
@@ -100,13 +100,15 @@ def replay(
     budgets: Sequence[int],
     batch: int,
     seed: int,
+    start: int = 0,
     oracle: Oracle | None = None,
 ) -> Curve:
     """Ask in batches by the strategy, learn from all labels so far, measure on the held-out prompts at each budget.
 
-    Nothing is known at first: the first batch is asked under the prior. A pair is asked once; a batch asks a prompt
-    once. `oracle` answers in the pool's rows (default: what people said); an answer of 0 is spent and teaches
-    nothing. Stops early where the pool has no pair left. Raises ValueError for a batch or budget below 1.
+    The first `start` labels are asked at random whatever the strategy, for nothing is known yet. A pair is asked
+    once; a batch asks a prompt once. `oracle` answers in the pool's rows (default: what people said); an answer of 0
+    is spent and teaches nothing. Stops early where the pool has no pair left. Raises ValueError for a batch or budget
+    below 1.
     """
     if batch < 1 or not budgets or min(budgets) < 1:
         raise ValueError(f"batch and budgets must be 1 or more, not {batch} and {list(budgets)}")
@@ -123,7 +125,8 @@ def replay(
     for budget in sorted(set(budgets)):
         while len(asked) < budget:
             found = candidates(belief, z_PKR, open_PKK, asked)
-            picks = acquire(strategy, found, min(batch, budget - len(asked)), rng)
+            rule = strategy if len(asked) >= start else "random"
+            picks = acquire(rule, found, min(batch, budget - len(asked)), rng)
             if not picks:
                 break
             for pick in picks:
@@ -145,12 +148,13 @@ def candidates(
     """What acquisition may see: scores, features, the posterior, which pairs are open; never a label."""
     P, K, R = z_PKR.shape
     scores_PKH = belief.scores(z_PKR.reshape(P * K, R)).reshape(P, K, -1)
-    prompts = sorted({prompt for prompt, _, _ in asked})
+    where_PR, prompts = np.nanmean(z_PKR, axis=1), sorted({prompt for prompt, _, _ in asked})
     return Candidates(
         scores_PKH,
         features_PKD=z_PKR,
         covariance_DD=belief.covariance_DD,
-        asked_ND=np.nanmean(z_PKR[prompts], axis=1) if prompts else None,
+        prompts_PE=where_PR,
+        asked_NE=where_PR[prompts],
         open_PKK=open_PKK,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ SHOWN = (8, 16, 32, 64, 96, 128, 256, 384, 512)  # budgets in the table; the JSO
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The tables as Markdown."""
-    return "\n\n".join(_markdown(head, rows) for head, rows in tables(found)) + "\n"
+    """The tables as Markdown, accuracies with their intervals."""
+    return "\n\n".join(_markdown(head, rows) for head, rows in tables(found, _percent)) + "\n"
 
 
 def show(found: Mapping[str, Any], out: Console) -> None:
-    """The tables on a terminal."""
-    for head, rows in tables(found):
+    """The tables on a terminal, accuracies bare."""
+    for head, rows in tables(found, lambda interval: f"{100 * interval[1]:.1f}"):
         table = Table(*head, box=None, pad_edge=False)
         for row in rows:
             table.add_row(*row)
@@ -35,13 +35,13 @@ def show(found: Mapping[str, Any], out: Console) -> None:
 Rows = tuple[list[str], list[list[str]]]  # head, lines
 
 
-def tables(found: Mapping[str, Any]) -> list[Rows]:
+def tables(found: Mapping[str, Any], percent: Callable[[Sequence[float]], str]) -> list[Rows]:
     """Accuracy at some budgets; then what each strategy needs to reach random's level, and where it falls below."""
     told = found["strategies"]
     all_budgets = [row["labels"] for row in next(iter(told.values()))["budgets"]]
     shown = [b for b in SHOWN if b in all_budgets] or all_budgets
     accuracy = [
-        [name, *(_percent(row["accuracy"]) for row in entry["budgets"] if row["labels"] in shown)]
+        [name, *(percent(row["accuracy"]) for row in entry["budgets"] if row["labels"] in shown)]
         for name, entry in told.items()
     ]
     aim = found["settings"]["aim"]
@@ -52,18 +52,18 @@ def tables(found: Mapping[str, Any]) -> list[Rows]:
             _labels(entry["labels_to_reach"]),
             " to ".join(map(_labels, entry["labels_to_reach_interval"])),
             _points(entry["quarter"]["ahead_of_aim"]),
-            ", ".join(map(str, entry["below"])) or "nowhere",
+            spans(entry["below"], all_budgets) or "nowhere",
             " ".join(f"{share:.0%}" for share in entry["asked"].values()),
         ]
         for name, entry in told.items()
     ]
     head = [
         "strategy",
-        f"labels to random's level at {aim}",
-        "95 % interval",
-        f"points at {quarter} over random at {aim}",
-        "significantly below random (from 32)",
-        f"asked of {' '.join(found['strata'])}",
+        f"labels to random's {aim}",
+        "interval",
+        f"points at {quarter} over it",
+        "below random at",
+        f"asked {' '.join(found['strata'])}",
     ]
     return [(["strategy", *map(str, shown)], accuracy), (head, needs)]
 
@@ -71,6 +71,18 @@ def tables(found: Mapping[str, Any]) -> list[Rows]:
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spans(some: Sequence[int], every: Sequence[int]) -> str:
+    """The budgets as "32, 88-256": runs without a gap in `every` drawn together."""
+    runs: list[list[int]] = []
+    for budget in every:
+        if budget in some:
+            if runs and every.index(runs[-1][-1]) + 1 == every.index(budget):
+                runs[-1].append(budget)
+            else:
+                runs.append([budget])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _percent(interval: Sequence[float]) -> str:

@@ -70,6 +70,7 @@ def measure(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
             batch=section.batch,
             seeds=range(section.seeds),
             pool_share=section.pool_share,
+            start=section.start,
             each=bar.update,
         )
     reached = shared_budgets(curves)

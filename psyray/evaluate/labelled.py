@@ -69,7 +69,7 @@ class Pairwise(Section):
     a: str
     b: str
     annotators: list[str] = Field(min_length=1)
-    words: dict[str, Verdict] = Field(default_factory=lambda: dict(WORDS), description="cell: A, B or tie")
+    words: dict[str, Verdict] = Field(WORDS, validate_default=True, description="cell: A, B or tie")
     stratum: str | None = Field(None, description="a column that names the stratum")
 
     @field_validator("words")

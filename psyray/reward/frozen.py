@@ -8,6 +8,7 @@ What a middle layer knows of a reply is read by a linear head; no label is neede
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ class FrozenBody:
         if not 0 <= layer <= total:
             raise ValueError(f"layer {layer}: the model has the layers 0 (embeddings) to {total}")
         self.tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="left")
+        # Blocks are left out on purpose; the loader would list every weight of theirs.
+        logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
         # One block more than is read: the last one's output would pass the final norm, the others' do not.
         blocks = min(layer + 1, total)
         self.model = AutoModel.from_pretrained(model, num_hidden_layers=blocks, dtype=torch.bfloat16).eval()

@@ -47,6 +47,12 @@ def test_the_same_seed_gives_the_same_replay_and_another_another(name: str) -> N
     assert name == "d_optimal" or run(name, seed=1).asked != one.asked
 
 
+def test_every_strategy_starts_with_the_same_random_labels() -> None:
+    ways = [run(name, start=16) for name in ("random", "d_optimal", "v_optimal")]
+    assert len({way.asked[:16] for way in ways}) == 1
+    assert len({way.asked for way in ways}) == 3
+
+
 def test_an_oracle_that_answers_by_chance_teaches_nothing() -> None:
     rng = np.random.default_rng(0)
     found = [

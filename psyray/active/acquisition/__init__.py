@@ -18,7 +18,7 @@ import difflib
 import numpy as np
 
 from psyray.active.acquisition.candidates import Acquire, BoolArray, Candidates, FloatArray, IntArray, Pick
-from psyray.active.acquisition.designs import d_optimal
+from psyray.active.acquisition.designs import d_optimal, v_optimal
 from psyray.active.acquisition.diversity import bal_pm, spread_out
 from psyray.active.acquisition.scores import apl, delta_ucb, infomax, max_min, maxmin_lcb, random, uncertainty
 from psyray.active.acquisition.thompson import drts, dts
@@ -36,6 +36,7 @@ ACQUISITIONS: dict[str, Acquire] = {
     "maxmin_lcb": maxmin_lcb,
     "apl": apl,
     "d_optimal": d_optimal,
+    "v_optimal": v_optimal,
     "bal_pm": bal_pm,
 }
 
@@ -47,12 +48,12 @@ def acquire(
     rng: np.random.Generator,
     apart: float | None = None,
 ) -> list[Pick]:
-    """At most `n` picks by the named function, one a prompt, best value first; bare scores do where a rule allows it.
+    """At most `n` picks by the named function, one a prompt, in the order of asking; bare scores do for most rules.
 
-    A prompt with fewer than two responses present is never asked about. Equal values keep the order of the
-    prompts. `apart` (0 to 1) leaves out near-duplicates within the batch, see `spread_out`; fewer than `n` may be
-    left. Raises ValueError for an unknown name, a negative `n`, candidates of the wrong shape, or a rule that needs
-    features where there are none.
+    A prompt with fewer than two responses present is never asked about. Values fall along the picks, except
+    `v_optimal`'s; equal ones keep the order of the prompts. `apart` (0 to 1) leaves out near-duplicates within the
+    batch, see `spread_out`; fewer than `n` may be left. Raises ValueError for an unknown name, a negative `n`,
+    candidates of the wrong shape, or `bal_pm` without `prompts_PE`.
     """
     if name not in ACQUISITIONS:
         near = difflib.get_close_matches(name, ACQUISITIONS, n=1, cutoff=0.0)[0]

@@ -34,22 +34,27 @@ class Candidates:
     """
 
     scores_PKH: FloatArray  # logits, one column a head (or a posterior draw)
-    features_PKD: FloatArray | None = None  # what the heads are linear in
+    features_PKD: FloatArray | None = None  # what the heads are linear in; comes with the covariance
     covariance_DD: FloatArray | None = None  # of the heads' weights, where it is known
+    prompts_PE: FloatArray | None = None  # where the prompts lie, for instance the mean of their responses' features
+    asked_NE: FloatArray | None = None  # where those lie that were asked about before
     entropy_P: FloatArray | None = None  # predictive entropy of the policy at the prompt, in nats
-    asked_ND: FloatArray | None = None  # mean features of the prompts asked about before
     open_PKK: BoolArray | None = None  # symmetric: pairs that may still be asked; none: all
 
     def __post_init__(self) -> None:
         if self.scores_PKH.ndim != 3 or 0 in self.scores_PKH.shape[1:]:
             raise ValueError(f"scores must be [prompts, responses, heads], not of shape {self.scores_PKH.shape}")
         P, K, _ = self.scores_PKH.shape
-        D = self.features_PKD.shape[-1] if self.features_PKD is not None else None
+        if (self.features_PKD is None) != (self.covariance_DD is None):
+            raise ValueError("features_PKD and covariance_DD come together: each says nothing without the other")
+        D = self.features_PKD.shape[-1] if self.features_PKD is not None else 0
+        E = self.prompts_PE.shape[-1] if self.prompts_PE is not None else 0
         expected = {
             "features_PKD": (P, K, D),
             "covariance_DD": (D, D),
+            "prompts_PE": (P, E),
+            "asked_NE": (len(self.asked_NE) if self.asked_NE is not None else 0, E),
             "entropy_P": (P,),
-            "asked_ND": (None if self.asked_ND is None else len(self.asked_ND), D),
             "open_PKK": (P, K, K),
         }
         for name, shape in expected.items():
@@ -86,21 +91,15 @@ class Candidates:
     def embedding_PKE(self) -> FloatArray:
         """Coordinates in which cov(s_i - s_j, s_k - s_l) = (z_i - z_j) . (z_k - z_l) under the heads' posterior.
 
-        With features: z = features . C with C C' = `covariance_DD` (the identity if that is not known). Without:
-        the heads' deviations from their mean over sqrt(H), whose products are the ensemble's own covariance of
-        predictions (2302.08981). Absent responses are 0. O(P K D^2), once.
+        With features: z = features . C with C C' = `covariance_DD`. Without: the heads' deviations from their mean
+        over sqrt(H), whose products are the ensemble's own covariance of predictions (2302.08981). Absent responses
+        are 0. O(P K D^2), once.
         """
-        if self.features_PKD is None:
+        if self.features_PKD is None or self.covariance_DD is None:
             H = self.scores_PKH.shape[2]
             return np.asarray((self.filled_PKH - self.mean_PK[:, :, None]) / np.sqrt(H))
         z_PKD = np.where(self.present_PK[:, :, None], self.features_PKD, 0.0)
-        return z_PKD if self.covariance_DD is None else z_PKD @ np.linalg.cholesky(self.covariance_DD)
-
-    def features(self, rule: str) -> FloatArray:
-        """The features with absent responses at 0; ValueError for a rule that needs them where there are none."""
-        if self.features_PKD is None:
-            raise ValueError(f"{rule} needs features_PKD: give the responses' features beside their scores")
-        return np.where(self.present_PK[:, :, None], self.features_PKD, 0.0)
+        return np.asarray(z_PKD @ np.linalg.cholesky(self.covariance_DD))
 
 
 Acquire = Callable[[Candidates, int, np.random.Generator], list[Pick]]

@@ -16,43 +16,43 @@ def bal_pm(c: Candidates, n: int, rng: np.random.Generator, weight: float = 1.0)
     """Epistemic uncertainty and spread-out prompts (after BAL-PM, 2406.10023), greedily.
 
     value = infomax's + weight * log(distance / typical distance), in nats: the prompt's distance from the nearest
-    one asked about before (`asked_ND`) or picked in this batch, in the mean of its responses' features, over the
-    root mean square distance of the prompts from their mean (while none was, the widest that prompts can lie apart).
-    The logarithm is what one more prompt adds to the
-    nearest-neighbour (Kozachenko-Leonenko) estimate of the entropy of the prompts asked about, up to a constant.
-    The paper's prompt features are its base model's and its neighbours are searched in the whole pool. `first` has the
-    higher mean; `rng` is not used. Needs features. O(P K^2 H + P D (n + N)).
+    one asked about before (`asked_NE`) or picked in this batch (while there is none, the widest that prompts can lie
+    apart), over the root mean square distance of the prompts from their mean. The logarithm is what one more prompt
+    adds to the nearest-neighbour (Kozachenko-Leonenko) estimate of the entropy of the prompts asked about, up to a
+    constant. The paper searches neighbours in the whole pool, in its base model's features; here they lie where
+    `prompts_PE` says, which is needed. `first` has the higher mean; `rng` is not used. O(P K^2 H + P E (n + N)).
     """
-    present_PK = c.present_PK[:, :, None]
-    prompt_PD = c.features("bal_pm").sum(axis=1) / np.maximum(present_PK.sum(axis=1), 1)
+    if c.prompts_PE is None:
+        raise ValueError("bal_pm needs prompts_PE: say where the prompts lie, beside the scores")
+    prompt_PE = c.prompts_PE
     first_P, second_P, told_P = best_pair(mutual_information(c), c.allowed_PKK)
     first_P, second_P = leader_first(c, first_P, second_P)
-    typical, widest = extent(prompt_PD[np.isfinite(told_P)])
+    typical, widest = extent(prompt_PE[np.isfinite(told_P)])
     nearest_P = np.full(len(told_P), widest)
-    square_P = (prompt_PD**2).sum(axis=1)
-    for asked_D in c.asked_ND if c.asked_ND is not None else ():
-        nearest_P = np.minimum(nearest_P, _distances(prompt_PD, square_P, asked_D))
+    square_P = (prompt_PE**2).sum(axis=1)
+    for asked_E in c.asked_NE if c.asked_NE is not None else ():
+        nearest_P = np.minimum(nearest_P, _distances(prompt_PE, square_P, asked_E))
     picks: list[Pick] = []
     while len(picks) < n and np.isfinite(told_P).any():
         value_P = told_P + weight * np.log(np.maximum(nearest_P / typical, CLOSEST))
         p = int(value_P.argmax())
         picks.append(Pick(p, int(first_P[p]), int(second_P[p]), float(value_P[p])))
         told_P[p] = -np.inf
-        nearest_P = np.minimum(nearest_P, _distances(prompt_PD, square_P, prompt_PD[p]))
+        nearest_P = np.minimum(nearest_P, _distances(prompt_PE, square_P, prompt_PE[p]))
     return picks
 
 
-def extent(prompt_PD: FloatArray) -> tuple[float, float]:
+def extent(prompt_PE: FloatArray) -> tuple[float, float]:
     """(root mean square distance from the mean, a bound on the distance of two); 1 where all are the same."""
-    if not len(prompt_PD):
+    if not len(prompt_PE):
         return 1.0, 1.0
-    square_P = ((prompt_PD - prompt_PD.mean(axis=0)) ** 2).sum(axis=1)
+    square_P = ((prompt_PE - prompt_PE.mean(axis=0)) ** 2).sum(axis=1)
     return float(np.sqrt(square_P.mean())) or 1.0, 2 * float(np.sqrt(square_P.max())) or 1.0
 
 
-def _distances(prompt_PD: FloatArray, square_P: FloatArray, from_D: FloatArray) -> FloatArray:
-    """By |a|^2 + |b|^2 - 2 a.b, which makes no second [P, D]."""
-    return np.asarray(np.sqrt(np.maximum(square_P + from_D @ from_D - 2 * prompt_PD @ from_D, 0.0)))
+def _distances(prompt_PE: FloatArray, square_P: FloatArray, from_E: FloatArray) -> FloatArray:
+    """By |a|^2 + |b|^2 - 2 a.b, which makes no second [P, E]."""
+    return np.asarray(np.sqrt(np.maximum(square_P + from_E @ from_E - 2 * prompt_PE @ from_E, 0.0)))
 
 
 def spread_out(c: Candidates, picks: Sequence[Pick], n: int, apart: float) -> list[Pick]:

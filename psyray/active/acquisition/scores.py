@@ -118,7 +118,7 @@ def mutual_information(c: Candidates) -> FloatArray:
     for i in range(c.present_PK.shape[1]):
         p_PKH = win_probabilities(c, i)
         slices.append(_entropy(p_PKH.mean(axis=2)) - _entropy(p_PKH).mean(axis=2))
-    return np.maximum(np.stack(slices, axis=1), 0.0)
+    return np.asarray(np.maximum(np.stack(slices, axis=1), 0.0))
 
 
 def best_entropy(c: Candidates) -> FloatArray:
