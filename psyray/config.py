@@ -137,9 +137,12 @@ class TrainSection(Section):
 
 
 class HeadsSection(Section):
+    kind: Literal["ensemble", "laplace"] = Field(
+        "ensemble", description="bootstrapped heads, or draws of a Bayesian one (last-layer Laplace)"
+    )
     count: int = Field(10, ge=2)
     ridge: float = Field(10.0, gt=0)
-    prior_spread: float = Field(0.05, ge=0, description="spread of the heads' priors around the trained head")
+    prior_spread: float = Field(0.05, ge=0, description="ensemble: spread of the heads' priors about the trained head")
 
 
 class RewardSection(Section):

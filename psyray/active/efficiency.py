@@ -1,8 +1,7 @@
 """How many labels each strategy needs: replays over seeds, and what they say beside random with intervals.
 
-    banks = [split(prompts, part="report", seed=seed) for seed in range(20)]
-    curves = study(bank, splits, strategies, Learner(), budgets=range(8, 513, 8), batch=8, seeds=...)
-    figures(curves, aim=256)
+    curves = study(bank, prompts, strategies, Learner(), budgets=range(8, 513, 8), batch=8, seeds=range(20))
+    figures(curves, bank.strata, aim=256)
 
 Seeds differ in which prompts are the pool and which are held out, in the draws of the posterior and in every random
 choice; all strategies of one seed share them, so differences from random are taken seed by seed. Intervals are 95 %
@@ -37,7 +36,7 @@ def part_of(prompt: str, dev_share: float) -> Part:
 
 
 def split(prompts: Sequence[int], pool_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(pool, held-out) rows of a seed; PsyrayError is the caller's where one is empty."""
+    """(pool, held-out) rows of a seed."""
     order = np.random.default_rng([seed, 0]).permutation(np.asarray(prompts, dtype=np.intp))
     count = round(pool_share * len(order))
     return sorted(map(int, order[:count])), sorted(map(int, order[count:]))
@@ -68,7 +67,7 @@ def study(
     return curves
 
 
-def figures(curves: Curves, strata: Sequence[str], *, aim: int, quarter: int | None = None) -> dict[str, Any]:
+def figures(curves: Curves, strata: Sequence[str], *, aim: int) -> dict[str, Any]:
     """Every figure of the study as a tree of plain numbers: one entry a strategy, one row a budget.
 
     `aim` is random's budget whose accuracy the others are to reach; `below` lists the budgets from 32 up at which
@@ -79,10 +78,7 @@ def figures(curves: Curves, strata: Sequence[str], *, aim: int, quarter: int | N
         raise ValueError(f"the aim of {aim} labels is not among the budgets that all replays reached: {budgets[-1]}")
     base_GB = macro(curves[BASELINE], budgets)
     draws_RG = np.random.default_rng(0).integers(len(base_GB), size=(RESAMPLES, len(base_GB)))
-    return {
-        strategy: _strategy(found, base_GB, budgets, strata, draws_RG, aim, quarter or aim // 4)
-        for strategy, found in curves.items()
-    }
+    return {strategy: _strategy(found, base_GB, budgets, strata, draws_RG, aim) for strategy, found in curves.items()}
 
 
 def shared_budgets(curves: Curves) -> list[int]:
@@ -103,7 +99,6 @@ def _strategy(
     strata: Sequence[str],
     draws_RG: npt.NDArray[np.intp],
     aim: int,
-    quarter: int,
 ) -> dict[str, Any]:
     own_GB = macro(found, budgets)
     by_stratum_BS = np.nanmean(
@@ -114,6 +109,7 @@ def _strategy(
     goal_R = base_GB[draws_RG][:, :, list(budgets).index(aim)].mean(axis=1)
     needed = reach(own_GB.mean(axis=0), float(base_GB[:, list(budgets).index(aim)].mean()), budgets)
     needed_R = [reach(mean_B, goal, budgets) for mean_B, goal in zip(mean_RB, goal_R, strict=True)]
+    quarter = aim // 4
     at_quarter_G = own_GB[:, list(budgets).index(quarter)] - base_GB[:, list(budgets).index(aim)]
     return {
         "budgets": rows,

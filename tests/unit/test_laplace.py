@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from psyray.config import HeadsSection
+from psyray.reward.ensemble import fitted, prompt_matrix
 from psyray.reward.heads import FloatArray, Heads
 from psyray.reward.laplace import Laplace, fit_laplace, prior_laplace
 from psyray.reward.uncertainty import Uncertain
@@ -91,6 +93,24 @@ def test_an_ensembles_difference_by_hand() -> None:
     heads = Heads(np.array([[1.0, 0.0], [3.0, 0.0]]), np.zeros(2), np.ones(2))
     mean_N, spread_N = heads.difference([[2.0, 9.0]], [[1.0, 0.0]])
     assert (mean_N.tolist(), spread_N.tolist()) == ([2.0], [1.0])
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "laplace"])
+def test_a_run_fits_the_kind_of_heads_that_it_names(kind: str) -> None:
+    chosen, rejected = made_pairs(n=200)
+    section = HeadsSection.model_validate({"kind": kind, "count": 6, "ridge": 1.0, "prior_spread": 0.0})
+    heads = fitted(section, 10 * chosen, 10 * rejected, [str(n) for n in range(200)], np.full(5, 0.1), seed=0)
+    assert heads.weights_HD.shape == (6, 5)
+    assert (heads.difference(10 * chosen, 10 * rejected).mean_N > 0).mean() > 0.85
+    alone = fitted(section, 10 * chosen[:1], 10 * rejected[:1], ["0"], np.full(5, 0.1), seed=0)
+    spread = alone.weights_HD.std(axis=0).max()
+    assert spread > 0.5 if kind == "laplace" else spread < 0.5  # one label: a bootstrap sees nothing to doubt
+
+
+def test_where_speeches_lie() -> None:
+    features = {"a": np.array([1.0, 0.0]), "b": np.array([3.0, 2.0])}
+    rows = {"one": [{"response_id": "a"}, {"response_id": "b"}], "two": [{"response_id": "failed"}]}
+    assert prompt_matrix(features, rows).tolist() == [[2.0, 1.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize(
