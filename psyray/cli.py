@@ -156,6 +156,29 @@ def agreement(
 
 
 @app.command()
+def label_efficiency(
+    labelled: Annotated[Path, typer.Argument(help="YAML file of a human-labelled set, as in configs/agreement")],
+    settings: Settings = None,
+    config: Annotated[Path | None, typer.Option(help="a YAML file with an `efficiency` section")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the set's files; none: the YAML file's own")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="where tables, plot and JSON go")] = Path("label-efficiency"),
+    dev: Annotated[bool, typer.Option("--dev", help="on the prompts kept for choosing settings")] = False,
+) -> None:
+    """Measure how many labels each acquisition strategy needs, on a human-labelled set, beside random.
+
+    Examples:  psyray label-efficiency configs/agreement/tiers.yaml --data data/pair
+               psyray label-efficiency configs/agreement/tiers.yaml --data data/pair --dev efficiency.ridge=0.3
+    """
+    from psyray.config import load_config
+    from psyray.evaluate.efficiency_report import show
+    from psyray.evaluate.label_efficiency import Request, measure
+
+    loaded = load_config(config, settings)
+    request = Request(labelled, folder, loaded.efficiency, loaded.track, data, "dev" if dev else "report")
+    show(measure(request, say), out)
+
+
+@app.command()
 def prepare() -> None:
     """Unpack the embedded model and compile DeepSpeed's extension, so that the first run need not."""
     from psyray.models import embedded_model

@@ -262,9 +262,12 @@ class TrainSection(Section):
 
 
 class HeadsSection(Section):
+    kind: Literal["ensemble", "laplace"] = Field(
+        "ensemble", description="bootstrapped heads, or draws of a Bayesian one (last-layer Laplace)"
+    )
     count: int = Field(10, ge=2)
     ridge: float = Field(10.0, gt=0)
-    prior_spread: float = Field(0.05, ge=0, description="spread of the heads' priors around the trained head")
+    prior_spread: float = Field(0.05, ge=0, description="ensemble: spread of the heads' priors about the trained head")
 
 
 class RewardSection(Section):
@@ -293,6 +296,12 @@ class LoopSection(Section):
     prompts: int = Field(48, ge=1, description="training speeches sampled per round")
     k: int = Field(4, ge=1, description="responses per speech; pairs need at least 2")
     acquisition: str = "drts"
+    apart: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="questions of a round whose differences have a larger cosine count as one; none: off",
+    )
     budget: int = Field(24, ge=0, description="comparisons the oracle may label per round")
     reward_margin: float = Field(
         0.5, ge=0, description="the reward model labels a pair only above this margin, in logits"
@@ -319,6 +328,40 @@ class EvaluateSection(Section):
     min_win_rate: float = Field(0.5, ge=0, le=1, description="the interval's lower end must lie above it")
     max_length_change: float = Field(0.2, ge=0, description="share by which the mean length may differ from the start")
     max_repeat_rise: float = Field(0.05, ge=0, description="how far the share of looping replies may rise")
+
+
+class EfficiencySection(Section):
+    """`psyray label-efficiency`: how the strategies are compared. The defaults were chosen on PAIR's dev prompts."""
+
+    strategies: list[str] = Field(default_factory=list, description="beside random; none: all")
+    seeds: int = Field(20, ge=2, description="replays of each strategy, each with its own split of the prompts")
+    batch: int = Field(8, ge=1, description="labels between two fits")
+    budget: int = Field(512, ge=1, description="labels in all")
+    aim: int = Field(256, ge=1, description="random's budget whose accuracy the others are to reach")
+    dev_share: float = Field(0.4, ge=0, le=0.9, description="share of the prompts for choosing settings (--dev)")
+    pool_share: float = Field(0.6, ge=0.1, le=0.9, description="share of the prompts asked about; the rest is held out")
+    model: str = Field(EMBEDDED, description="the frozen language model that features come from")
+    layer: int = Field(20, ge=0, description="whose mean over the chat is the feature")
+    start: int = Field(8, ge=0, description="labels that every strategy begins with, asked at random")
+    components: int = Field(96, ge=1, description="principal axes that the head reads")
+    whiten: float = Field(0.25, ge=0, le=1, description="0: the axes as wide as they are; 1: all alike")
+    ridge: float = Field(0.03, gt=0, description="prior precision of the head's weights")
+    draws: int = Field(20, ge=2, description="draws of the posterior that acquisition sees")
+
+    @field_validator("strategies")
+    @classmethod
+    def strategies_are_known(cls, value: list[str]) -> list[str]:
+        from psyray.active.acquisition import ACQUISITIONS
+
+        if unknown := [name for name in value if name not in ACQUISITIONS]:
+            raise ValueError(f"unknown acquisition {unknown[0]!r}; one of {', '.join(ACQUISITIONS)}")
+        return value
+
+    @model_validator(mode="after")
+    def budgets_are_whole_batches(self) -> Self:
+        if self.aim % (4 * self.batch) or self.aim > self.budget:
+            raise ValueError(f"aim {self.aim} must be a multiple of 4 x batch, {4 * self.batch}, up to budget")
+        return self
 
 
 class TrackSection(Section):
@@ -354,6 +397,7 @@ class Config(Section):
     dpo: DpoSection = DpoSection()
     loop: LoopSection = LoopSection()
     evaluate: EvaluateSection = EvaluateSection()
+    efficiency: EfficiencySection = EfficiencySection()
     track: TrackSection = TrackSection()
     ledger: LedgerSection = LedgerSection()
     cluster: ClusterSection = ClusterSection()

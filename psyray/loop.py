@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from psyray.active.acquisition import acquire
+from psyray.active.acquisition import Candidates, acquire
 from psyray.active.oracles import label
 from psyray.config import Config
 from psyray.data.generate import answer_all, draw_row, engine_identity
@@ -22,7 +22,7 @@ from psyray.evaluate.gate import gate_stage
 from psyray.models import model_identity, resolve_model
 from psyray.policy.dpo import train_policy
 from psyray.records import PAIRS, Row, Status, Verdict, content_id, pair_row
-from psyray.reward.ensemble import features_stage, heads_stage, load_features, score_matrix, scores_stage
+from psyray.reward.ensemble import features_stage, heads_stage, load_features, prompt_matrix, score_matrix, scores_stage
 from psyray.reward.heads import Heads
 from psyray.run import Artifact, Folder, Run
 
@@ -140,9 +140,11 @@ def labels_stage(
             if row["split"] == "train" and row["status"] == Status.OK:
                 groups.setdefault(row["speech_id"], []).append(row)
         ensemble, listed = Heads.load(heads.path / "heads.npz"), list(groups.values())
-        scores_PKH = score_matrix(ensemble, load_features([features]), groups, loop.k)
+        known = load_features([features])
+        scores_PKH = score_matrix(ensemble, known, groups, loop.k)
+        candidates = Candidates(scores_PKH, prompts_PE=prompt_matrix(known, groups))
         rng = np.random.default_rng([config.run.seed, number])
-        picks = acquire(loop.acquisition, scores_PKH, loop.budget, rng)
+        picks = acquire(loop.acquisition, candidates, loop.budget, rng, loop.apart)
         asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], p.value) for p in picks]
         labels, counts = label(
             folder, desk, asked, purpose=f"round-{number}", strategy=loop.acquisition, budget=loop.budget
@@ -156,7 +158,7 @@ def labels_stage(
         return counts | numbers | {"acquisition": loop.acquisition, "reward_labelled": len(rest)}
 
     settings = desk.labels_identity | {
-        **{key: getattr(loop, key) for key in ("acquisition", "budget", "reward_margin", "reward_pairs", "k")},
+        **{key: getattr(loop, key) for key in ("acquisition", "apart", "budget", "reward_margin", "reward_pairs", "k")},
         "seed": config.run.seed,
     }
     return run.stage(f"round-{number}/labels", settings, [heads, features, samples], make)

@@ -234,6 +234,11 @@ class Tracker:
             metrics = [Metric(f"{found[2]}/{name}", value, at, int(found[1])) for name, value in named]
             self._client.log_batch(self.run_id, metrics=metrics)
 
+    def points(self, points: Sequence[Point], at: int) -> None:
+        """Note numbers of the run itself; `at` is their time in milliseconds."""
+        with _plainly(self.uri):
+            self._log(self._client.get_run(self.run_id), {}, points, at)
+
     def artifact(self, path: Path) -> None:
         """Keep a copy of one file, such as the report, in the run's artifacts."""
         with _plainly(self.uri):

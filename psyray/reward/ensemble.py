@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from psyray.config import Config
+from psyray.config import Config, HeadsSection
 from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Row, Status
 from psyray.reward.heads import Heads, fit_heads, standardisation
+from psyray.reward.laplace import fit_laplace
 from psyray.reward.metrics import calibration, reward_metrics
 from psyray.reward.score import FeatureActor, on_actors
 from psyray.run import Artifact, Folder, Run
@@ -87,16 +88,35 @@ def heads_stage(
         if not train:
             raise PsyrayError(f"{name}: no labelled pair to fit the reward heads on")
         chosen_ND, rejected_ND = sides(train, known)
-        prior_D = own_head(reward.model) * standardisation(chosen_ND, rejected_ND)[1]
-        heads = fit_heads(
-            chosen_ND, rejected_ND, [r["speech_id"] for r in train],
-            count=section.count, ridge=section.ridge, prior_spread=section.prior_spread,
-            seed=config.run.seed, prior_D=prior_D,
-        )  # fmt: skip
+        speech_ids = [r["speech_id"] for r in train]
+        heads = fitted(section, chosen_ND, rejected_ND, speech_ids, own_head(reward.model), config.run.seed)
         heads.save(folder.path / "heads.npz")
         return {"train_pairs": len(train), "test_pairs": len(test)} | measure(heads, test, known)
 
     return run.stage(name, section.model_dump() | {"seed": config.run.seed}, [reward, *features, *pairs], make)
+
+
+def fitted(
+    section: HeadsSection,
+    chosen_ND: FloatArray,
+    rejected_ND: FloatArray,
+    speech_ids: Sequence[str],
+    own_head_D: FloatArray,
+    seed: int,
+) -> Heads:
+    """Heads of the configured kind around the reward model's own head, on standardised features."""
+    mean_D, scale_D = standardisation(chosen_ND, rejected_ND)
+    prior_D = own_head_D * scale_D
+    if section.kind == "ensemble":
+        return fit_heads(
+            chosen_ND, rejected_ND, speech_ids, count=section.count, ridge=section.ridge,
+            prior_spread=section.prior_spread, seed=seed, prior_D=prior_D,
+        )  # fmt: skip
+    posterior = fit_laplace(
+        chosen_ND / scale_D, rejected_ND / scale_D,
+        ridge=section.ridge, prior_D=prior_D, draws=section.count, seed=seed,
+    )  # fmt: skip
+    return Heads(posterior.heads.weights_HD, mean_D, scale_D)
 
 
 def sides(pairs: Sequence[Row], features: Features) -> tuple[FloatArray, FloatArray]:
@@ -136,6 +156,16 @@ def score_matrix(heads: Heads, features: Features, by_speech: Mapping[str, Seque
             if response["response_id"] in features:
                 scores_PKH[p, j] = heads.scores(features[response["response_id"]][None])[0]
     return scores_PKH
+
+
+def prompt_matrix(features: Features, by_speech: Mapping[str, Sequence[Row]]) -> FloatArray:
+    """[P, D]: where the speeches lie, the mean of their responses' features; 0 for one without any, never asked."""
+    width = len(next(iter(features.values()), ()))
+    where_PD = np.zeros((len(by_speech), width))
+    for p, responses in enumerate(by_speech.values()):
+        if known := [features[r["response_id"]] for r in responses if r["response_id"] in features]:
+            where_PD[p] = np.mean(known, axis=0)
+    return where_PD
 
 
 def scores_stage(run: Run, name: str, heads: Artifact, features: Artifact, samples: Artifact) -> Artifact:

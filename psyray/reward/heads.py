@@ -22,6 +22,8 @@ import numpy.typing as npt
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
+from psyray.reward.uncertainty import Belief
+
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -39,6 +41,11 @@ class Heads:
         if rows_ND.ndim != 2 or rows_ND.shape[1] != len(self.mean_D):
             raise ValueError(f"features must be [N, {len(self.mean_D)}], not of shape {rows_ND.shape}")
         return np.asarray((rows_ND - self.mean_D) / self.scale_D @ self.weights_HD.T)
+
+    def difference(self, first_ND: npt.ArrayLike, second_ND: npt.ArrayLike) -> Belief:
+        """Mean and standard deviation over the heads of score(first) - score(second), in logits."""
+        margins_NH = self.scores(first_ND) - self.scores(second_ND)
+        return Belief(margins_NH.mean(axis=1), margins_NH.std(axis=1))
 
     def save(self, path: Path) -> None:
         """Write an .npz whole or not at all."""

@@ -81,7 +81,7 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_psyray_command_in_the_docs_is_one(words):
     command, arguments = words[0], words[1:]
-    assert command in {"run", "status", "report", "prepare", "export", "compare", "agreement"}
+    assert command in {"run", "status", "report", "prepare", "export", "compare", "agreement", "label-efficiency"}
     flags = [w for w in arguments if w.startswith("-")]
     text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
     assert all(flag in text for flag in flags)

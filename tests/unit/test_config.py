@@ -27,7 +27,7 @@ def test_words_on_the_command_line_go_over_the_file(tmp_path):
         ("loop.learning_rate=1", "unknown key 'loop.learning_rate'"),
         ("loop.beta=1", "dpo.beta"),
         ("reward.train.lerning_rate=1", "did you mean 'learning_rate'"),
-        ("loop.acquisition=drst", "one of random, max_min, uncertainty, drts, delta_ucb"),
+        ("loop.acquisition=drst", "one of random, max_min, uncertainty, infomax"),
         ("loop.rounds=two", "loop.rounds"),
         ("speeches.test_share=1", "speeches.test_share"),
         ("judge.engine=http", "judge.url"),
