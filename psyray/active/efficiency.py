@@ -106,11 +106,13 @@ def _strategy(
     )
     mean_RB, ahead_RB = own_GB[draws_RG].mean(axis=1), (own_GB - base_GB)[draws_RG].mean(axis=1)
     rows = list(_rows(own_GB, base_GB, mean_RB, ahead_RB, by_stratum_BS, budgets, strata))
-    goal_R = base_GB[draws_RG][:, :, list(budgets).index(aim)].mean(axis=1)
-    needed = reach(own_GB.mean(axis=0), float(base_GB[:, list(budgets).index(aim)].mean()), budgets)
+    at_aim = list(budgets).index(aim)
+    # Summed as the strategies' own means are, or rounding could hide that random reaches its own level.
+    goal_R = base_GB[draws_RG].mean(axis=1)[:, at_aim]
+    needed = reach(own_GB.mean(axis=0), float(base_GB.mean(axis=0)[at_aim]), budgets)
     needed_R = [reach(mean_B, goal, budgets) for mean_B, goal in zip(mean_RB, goal_R, strict=True)]
     quarter = aim // 4
-    at_quarter_G = own_GB[:, list(budgets).index(quarter)] - base_GB[:, list(budgets).index(aim)]
+    at_quarter_G = own_GB[:, list(budgets).index(quarter)] - base_GB[:, at_aim]
     return {
         "budgets": rows,
         "labels_to_reach": needed,
