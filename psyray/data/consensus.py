@@ -86,6 +86,7 @@ def _panel_row(given: Sequence[Row | None], panel_id: str, rubric: Rubric, panel
     return {
         "response_id": rows[0]["response_id"],
         "speech_id": rows[0]["speech_id"],
+        "crisis": rows[0].get("crisis"),
         "judge": panel_id,
         "ratings": ratings,
         "score": rubric.score(ratings) if ratings else None,
