@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from psyray.config import load_config
+from psyray.data.generate import draw_row, start_of
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -83,3 +84,12 @@ def test_cluster_asks_for_the_token_and_keeps_the_dashboard_on_loopback() -> Non
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
     for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
         assert any(command.startswith("ray start") for command in commands)
+
+
+def test_the_pool_in_the_docs_is_a_valid_configuration(tmp_path):
+    page = (ROOT / "docs/responders.md").read_text()
+    (tmp_path / "pool.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    pool = {r.name: r for r in load_config(tmp_path / "pool.yaml").responses.responders}
+    assert pool["remote"].endpoint and pool["remote"].endpoint.max_cost == 40 and pool["adapted"].adapter
+    speech = {"speech_id": "s", "messages": [{"role": "user", "content": "x"}], "split": "train"}
+    assert len({start_of(draw_row(speech, r, "", 0)) for r in pool.values()}) == 3
