@@ -24,7 +24,7 @@ LIMIT_S = 1500
 
 def settings(model: Path, home: Path) -> list[str]:
     responders = [
-        {"name": name, "model": str(model), "max_tokens": 16, "temperature": t} for name, t in (("a", 0.7), ("b", 1.2))
+        {"name": name, "model": str(model), "max_tokens": 16, "temperature": t} for name, t in (("a", 1.3), ("b", 1.6))
     ]
     train = {"learning_rate": 1e-3, "batch_size": 2, "micro_batch": 2, "max_length": 512, "save_every": 2, "epochs": 2}
     return [
@@ -32,6 +32,8 @@ def settings(model: Path, home: Path) -> list[str]:
         "engine.max_num_seqs=8", "engine.kv_cache_gib=1", "engine.max_model_len=768",
         "responses.k=2", f"responses.responders={json.dumps(responders)}", "pairs.gap=0.01",
         f"reward.model={model}", f"reward.train={json.dumps(train)}", f"policy.model={model}", "policy.max_tokens=16",
+        # Hot, so that the random model does not say nothing but line breaks: an empty answer is not judged.
+        "policy.temperature=1.5",
         f"dpo.train={json.dumps(train)}", "loop.rounds=1", "loop.prompts=8", "loop.k=3", "loop.budget=4",
         "loop.reward_margin=0.0", "loop.replay=2",
         # A random model gets no better: the gate is held open so that the path goes on.
