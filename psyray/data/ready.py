@@ -25,7 +25,7 @@ from psyray.data.sources import identity, layout, open_source
 from psyray.records import PAIRS, Row, Status, normalise, rows, table
 from psyray.rubric import Rubric
 from psyray.run import Artifact, Folder, Run, write_parquet
-from psyray.tables import batches, connect, view
+from psyray.tables import connect, in_order, view
 
 if TYPE_CHECKING:
     import duckdb
@@ -134,7 +134,6 @@ SELECT r.* REPLACE (s.split AS split, s.crisis AS crisis) FROM (
 ) r JOIN speech s USING (speech_id)
 ANTI JOIN ready other ON r.source <> 'pool' AND other.source <> 'pool'
     AND other.chosen_id = r.rejected_id AND other.rejected_id = r.chosen_id
-ORDER BY pair_id
 """
 
 
@@ -150,7 +149,7 @@ def usable(
     view(database, "ready", files)
     view(database, "speech", speeches)
     kept: Counter[str] = Counter()
-    for batch in batches(database, _USABLE):
+    for batch in in_order(database, _USABLE, ["pair_id"]):
         found = rows(pa.Table.from_batches([batch]))
         kept.update(row["split"] for row in found)
         yield found

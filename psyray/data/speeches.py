@@ -29,7 +29,7 @@ from psyray.errors import PsyrayError
 from psyray.records import SPEECHES, Row, content_id, table
 from psyray.run import Artifact, Folder, Run, write_parquet
 from psyray.stream import Progress
-from psyray.tables import batches, connect, view
+from psyray.tables import connect, in_order, view
 
 if TYPE_CHECKING:
     import duckdb
@@ -163,7 +163,7 @@ FROM pool ANTI JOIN gone USING (n) WHERE rank > 0 ORDER BY speech_id LIMIT $limi
 _ROWS = """
 SELECT k.speech_id, c.messages, k.split, c.topic, c.subtopic, len(c.crisis_kinds) > 0 AS crisis, c.crisis_kinds,
     c.source, k.answered
-FROM kept k JOIN clean c USING (row) ORDER BY k.speech_id
+FROM kept k JOIN clean c USING (row)
 """
 
 
@@ -190,7 +190,7 @@ def select(
 
 def kept(database: duckdb.DuckDBPyConnection) -> Iterator[list[Row]]:
     """Batches of SPEECHES rows that `select` kept, in the order of their ids."""
-    for batch in batches(database, _ROWS):
+    for batch in in_order(database, _ROWS, ["speech_id"]):
         yield batch.to_pylist()
 
 
