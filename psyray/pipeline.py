@@ -21,7 +21,7 @@ from psyray.data.topics import topic_judge, topics_stage
 from psyray.engines.judges import make_judge, make_panel
 from psyray.errors import PsyrayError
 from psyray.loop import Outcome, Seen, online_loop
-from psyray.models import resolve_model
+from psyray.models import local_models, resolve_model
 from psyray.records import Row
 from psyray.report import write_report
 from psyray.reward.ensemble import features_stage, heads_stage
@@ -143,10 +143,8 @@ def open_desk(config: Config, run: Run) -> Desk:
 def check(config: Config) -> None:
     """All that can be known to be wrong before anything starts; PsyrayError names the setting."""
     check_settings(config)
-    local = [r for r in config.responses.responders if not r.endpoint]
-    names = {r.model for r in local} | {config.policy.model, config.reward.model}
     judges = config.panel.judges or [config.judge]
-    names |= {judge.model or "" for judge in judges if judge.engine == "vllm"}
+    names = local_models(config) | {judge.model or "" for judge in judges if judge.engine == "vllm"}
     for name in sorted(names):
         resolve_model(name)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from psyray.config import Config
 from psyray.data.speeches import preview
 from psyray.errors import PsyrayError
-from psyray.models import resolve_model
+from psyray.models import local_models, resolve_model
 from psyray.rubric import load_rubric
 from psyray.run import run_path
 
@@ -120,9 +120,7 @@ def labels(config: Config) -> str:
 
 def missing_models(config: Config) -> Iterator[str]:
     """Models that this machine cannot see, with the reason."""
-    local = [r for r in config.responses.responders if not r.endpoint]
-    names = {r.model for r in local} | {config.policy.model, config.reward.model}
-    for name in sorted(names):
+    for name in sorted(local_models(config)):
         try:
             resolve_model(name)
         except PsyrayError as error:

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ import yaml
 
 from psyray.errors import PsyrayError
 from psyray.records import Row, content_id, rows, table
-from psyray.tables import connect, in_order, sources
+from psyray.tables import connect, cut, in_order, sources
 
 ROWS_PER_FILE = 50_000
 ROWS_IN_MEMORY = 4_096
@@ -143,10 +145,10 @@ class Parts:
     def __init__(self, path: Path, schema: pa.Schema, key: str) -> None:
         self.path, self.schema, self.key = path, schema, key
         self.ids: set[str] = set()
-        for part in self.files():
+        files = self.files()
+        for part in files:
             self.ids.update(pq.read_table(part, columns=[key])[key].to_pylist())
-        last = self.files()[-1:]
-        self._number = int(last[0].stem[5:]) + 1 if last else 0
+        self._number = int(files[-1].stem[5:]) + 1 if files else 0
 
     def files(self) -> list[Path]:
         """The part files so far, in the order in which they came."""
@@ -178,7 +180,8 @@ class Parts:
         with connect(self.path) as database:
             query, given = "SELECT * FROM read_parquet($files)", {"files": sources(files)}
             found = in_order(database, query, [self.key], given, ROWS_IN_MEMORY)
-            for number, ordered in enumerate(_whole(found, ROWS_PER_FILE)):
+            for number, pieces in groupby(cut(found, ROWS_PER_FILE), key=itemgetter(0)):
+                ordered = pa.Table.from_batches([piece for _, piece in pieces])
                 write_parquet(self.path / f"data-{number:05d}.parquet", ordered.cast(self.schema))
 
     def set_aside(self, ids: set[str]) -> Path:
@@ -193,21 +196,6 @@ class Parts:
                 write_parquet(part, held.filter(pc.invert(leaves)))
         self.ids -= ids
         return aside
-
-
-def _whole(found: Iterable[pa.RecordBatch], count: int) -> Iterator[pa.Table]:
-    """Tables of exactly `count` rows, and a last one of what is left."""
-    held, size = list[pa.RecordBatch](), 0
-    for batch in found:
-        while size + batch.num_rows >= count:
-            held.append(batch.slice(0, count - size))
-            yield pa.Table.from_batches(held)
-            batch, held, size = batch.slice(count - size), [], 0
-        if batch.num_rows:
-            held.append(batch)
-            size += batch.num_rows
-    if held:
-        yield pa.Table.from_batches(held)
 
 
 Make = Callable[[Folder], Mapping[str, Any]]

@@ -127,3 +127,14 @@ def _distribute(stream: Iterable[pa.RecordBatch], key: str, bounds: Sequence[Any
             batch, starts = batch.take(pa.array(order)), np.searchsorted(place[order], range(len(buckets) + 1))
             for number in np.unique(place):
                 writers[number].write_batch(batch.slice(starts[number], starts[number + 1] - starts[number]))
+
+
+def cut(stream: Iterable[pa.RecordBatch], rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The stream's batches with the number of the file that each goes into, cut where a file holds `rows` rows."""
+    done = 0
+    for batch in stream:
+        while batch.num_rows:
+            piece = batch.slice(0, rows - done % rows)
+            yield done // rows, piece
+            done += piece.num_rows
+            batch = batch.slice(piece.num_rows)

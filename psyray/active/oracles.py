@@ -14,7 +14,8 @@ from typing import Any
 
 from psyray.active.ledger import Answer, Question
 from psyray.data.consensus import merge, verdicts_agreement, vote
-from psyray.data.judge import TODO, Desk
+from psyray.data.judge import Desk
+from psyray.engines.judges import ASKED
 from psyray.records import Row, Verdict, compare, content_id, speech_id
 from psyray.rubric import UnusableAnswer, side_by_side
 from psyray.run import Folder
@@ -129,7 +130,7 @@ def put(folder: Folder, desk: Desk, questions: Sequence[Question], *, title: str
         desk.ledger.answer(complete)
 
     pipeline = partial(halve, folder=desk.calls(folder))
-    stream(folder, todo, pipeline, keep, title=title, schema=TODO, total=len(todo))
+    stream(folder, todo, pipeline, keep, title=title, schema=ASKED, total=len(todo))
 
 
 def sides(asked: Question) -> list[Row]:

@@ -28,7 +28,7 @@ from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
 from psyray.run import ROWS_PER_FILE, Artifact, read_stages, run_path, write_atomic
 from psyray.status import read_config
-from psyray.tables import connect, in_order, view
+from psyray.tables import connect, cut, in_order, view
 
 CARD, MARKER, DATA, ROUNDS, DRAFT = "README.md", "psyray.json", "data", "rounds", ".draft"
 OWN = (CARD, DATA, ROUNDS, MARKER)
@@ -153,21 +153,15 @@ def write_shards(folder: Path, split: str, rows: int, stream: Iterable[pa.Record
     count = -(-rows // ROWS_PER_FILE)
     names = [f"{split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
     with tqdm(total=rows, desc=f"{folder.name}, {split}", unit="pairs", dynamic_ncols=True) as bar:
-        for number, pieces in groupby(_numbered(stream, bar), key=itemgetter(0)):
-            write_batches(folder / names[number], (piece for _, piece in pieces))
+        for number, pieces in groupby(cut(stream, ROWS_PER_FILE), key=itemgetter(0)):
+            write_batches(folder / names[number], _counted((piece for _, piece in pieces), bar))
     return names
 
 
-def _numbered(stream: Iterable[pa.RecordBatch], bar: tqdm[Any]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Batches with the number of the file that each goes into, cut where a file is full."""
-    done = 0
-    for batch in stream:
-        while batch.num_rows:
-            piece = batch.slice(0, ROWS_PER_FILE - done % ROWS_PER_FILE)
-            yield done // ROWS_PER_FILE, piece
-            done += piece.num_rows
-            batch = batch.slice(piece.num_rows)
-            bar.update(piece.num_rows)
+def _counted(batches: Iterable[pa.RecordBatch], bar: tqdm[Any]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        yield batch
+        bar.update(batch.num_rows)
 
 
 def other_content(to: Path) -> list[str]:

@@ -11,15 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from psyray.active.ledger import Answer, Ledger, Question
 from psyray.config import JudgeSection, PanelSection
 from psyray.data.consensus import judges_agreement, panel_rows
 from psyray.engines import journal
-from psyray.engines.judges import Judge, error_class
+from psyray.engines.judges import ASKED, Judge, error_class
 from psyray.errors import PsyrayError
-from psyray.records import JUDGEMENTS, MESSAGES, Row, Status, content_id
+from psyray.records import JUDGEMENTS, Row, Status, content_id
 from psyray.rubric import Rubric
 from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
 from psyray.stream import CALLS, stream
@@ -53,7 +51,6 @@ class Desk:
         return folder.path / CALLS / self.judge.id
 
 
-TODO = pa.schema([("key", pa.string()), ("messages", MESSAGES), ("response", pa.string())])
 Responses = Callable[[], Iterable[Row]]  # gives the same rows each time
 
 
@@ -116,7 +113,7 @@ def ask(folder: Folder, desk: Desk, questions: Iterable[Question], count: int, *
 
     todo = ({"key": q.question_id, **q.payload} for q in questions)
     rate = partial(desk.judge.rate, folder=desk.calls(folder))
-    stream(folder, todo, rate, keep, title=title, schema=TODO, total=count)
+    stream(folder, todo, rate, keep, title=title, schema=ASKED, total=count)
 
 
 def chunks(responses: Responses) -> Iterator[list[Row]]:

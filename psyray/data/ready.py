@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from psyray.config import SourceSection, SpeechesSection
 from psyray.data.clean import conversation, scrubbed
-from psyray.data.layout import from_layout
+from psyray.data.layout import SIDES, from_layout, rating_columns
 from psyray.data.scrub import Scrub, scrubber
 from psyray.data.sources import identity, layout, open_source
 from psyray.records import PAIRS, Row, Status, normalise, rows, table
@@ -56,7 +56,7 @@ class Ready:
 
 def responses_of(pair: Row) -> Iterator[Row]:
     """The two RESPONSES rows of a pair, with `ratings` beside."""
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         yield {
             "response_id": pair[f"{side}_id"],
             **{key: pair[key] for key in ("speech_id", "messages", "split", "crisis")},
@@ -113,17 +113,16 @@ def pairs_of(source: SourceSection, rubric: Rubric, scrub: Scrub, counts: Counte
     """The source's PAIRS rows with the side of the split still open."""
     opened = open_source(source)
     text = layout(source, opened.columns).text
-    sides = ("chosen", "rejected")
-    wanted = [*sides, *(f"{s}_model" for s in sides), *(f"{s}_{key}_rating" for s in sides for key in rubric.keys)]
+    wanted = [*SIDES, *(f"{side}_model" for side in SIDES), *rating_columns(rubric.keys)]
     for row in (row for batch in opened.read([text, *(c for c in wanted if c in opened.columns)]) for row in batch):
         counts["read"] += 1
         messages = conversation(row.get(text))
-        if messages is None or not all(isinstance(row.get(side), str) and row[side].strip() for side in sides):
+        if messages is None or not all(isinstance(row.get(side), str) and row[side].strip() for side in SIDES):
             counts["no text"] += 1
         elif normalise(row["chosen"]) == normalise(row["rejected"]):
             counts["same text"] += 1
         else:
-            row |= {side: scrub(row[side])[0] for side in sides}
+            row |= {side: scrub(row[side])[0] for side in SIDES}
             pair = from_layout(row, scrubbed(messages, scrub)[0], rubric)
             yield pair | ({"source": POOL} if source.use == "pool" else {})
 

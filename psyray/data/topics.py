@@ -18,9 +18,9 @@ import pyarrow as pa
 import yaml
 
 from psyray.config import ASSETS, Config
-from psyray.engines.judges import Judge, make_judge
+from psyray.engines.judges import ASKED, Judge, make_judge
 from psyray.errors import PsyrayError
-from psyray.records import MESSAGES, Message, Row, Status, content_id
+from psyray.records import Message, Row, Status, content_id
 from psyray.rubric import Rubric, UnusableAnswer
 from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
 from psyray.stream import CALLS, stream
@@ -37,7 +37,6 @@ TOPICS = pa.schema(
         ("attempts", pa.int32()),
     ]
 )
-ASKED = pa.schema([("key", pa.string()), ("messages", MESSAGES), ("response", pa.string())])
 PROMPT = """Here is what a client said to a counsellor.
 
 {conversation}

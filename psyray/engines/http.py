@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from threading import Thread
@@ -33,7 +34,7 @@ def api_key(endpoint: EndpointSection) -> SecretStr:
     return SecretStr(os.environ.get(endpoint.api_key_env, "").strip())
 
 
-class _Worker:
+class _Worker(ABC):
     """A Ray Data batch function: many threads bring rows, one event loop asks for them all."""
 
     def __init__(self, endpoint: EndpointSection, model: str, key: SecretStr, folder: Path, name: str) -> None:
@@ -65,13 +66,13 @@ class _Worker:
         asyncio.run_coroutine_threadsafe(self.client.close(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
 
+    @abstractmethod
     def one(self, row: Row) -> Coroutine[Any, Any, Row]:
         """The row that answers a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def schema(self) -> Any:
         """The Arrow schema of the rows that come out."""
-        raise NotImplementedError
 
 
 class HttpRater(_Worker):

@@ -125,7 +125,7 @@ class Judged:
         """What the rulings depend on beside the set."""
         again = self.request.again
         asked = {"budget": self.request.budget, "repeats": again.times, "of": again.comparisons if again.times else 0}
-        return self._desk.identity | {"tie_margin": self._desk.section.tie_margin} | asked
+        return self._desk.labels_identity | asked
 
     def rulings(self, run: Run, folder: Folder, items: list[Labelled]) -> list[Ruling]:
         """Bought within the budget."""

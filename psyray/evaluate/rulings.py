@@ -17,7 +17,8 @@ from typing import Protocol
 from psyray.active.ledger import Answer, Question
 from psyray.active.oracles import Label, comparison_question, panel_label, put, read_answer
 from psyray.config import Config
-from psyray.data.judge import TODO, Desk, ask, question
+from psyray.data.judge import Desk, ask, question
+from psyray.engines.judges import ASKED
 from psyray.evaluate.agreement import Ruling
 from psyray.evaluate.labelled import Labelled
 from psyray.records import Row, Verdict, compare, content_id
@@ -213,5 +214,5 @@ def _scores(
         scores.update({row["key"]: row["score"] for row in results})
 
     pipeline = partial(on_actors, ScoreActor, config=config, model=model, heads=heads)
-    stream(folder, todo.values(), pipeline, keep, title=title, schema=TODO, total=len(todo))
+    stream(folder, todo.values(), pipeline, keep, title=title, schema=ASKED, total=len(todo))
     return scores

@@ -25,7 +25,7 @@ FloatArray = npt.NDArray[np.float64]
 Features = Mapping[str, FloatArray]  # response id -> [D]
 
 FEATURES = pa.schema([("response_id", pa.string()), ("features", pa.list_(pa.float32()))])
-TODO = pa.schema([("response_id", pa.string()), ("messages", MESSAGES), ("text", pa.string())])
+ANSWERS = pa.schema([("response_id", pa.string()), ("messages", MESSAGES), ("text", pa.string())])
 SCORES = pa.schema(
     [
         ("response_id", pa.string()),
@@ -44,14 +44,14 @@ def features_stage(
 
     def make(folder: Folder) -> Mapping[str, Any]:
         parts = folder.parts(FEATURES, "response_id")
-        usable = [{key: r[key] for key in TODO.names} for r in responses if r["status"] == Status.OK]
+        usable = [{key: r[key] for key in ANSWERS.names} for r in responses if r["status"] == Status.OK]
         stream(
             folder,
             parts.todo(usable),
             partial(on_actors, FeatureActor, config=config, model=reward.model),
             parts.append,
             title=name,
-            schema=TODO,
+            schema=ANSWERS,
             total=len(usable),
             done=len(parts.ids),
         )

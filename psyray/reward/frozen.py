@@ -9,7 +9,6 @@ What a middle layer knows of a reply is read by a linear head; no label is neede
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +19,8 @@ import pyarrow.parquet as pq
 
 from psyray.models import model_identity
 from psyray.records import Message, content_id
+from psyray.reward.score import chat_tokens, padded
+from psyray.run import write_parquet
 
 FloatArray = npt.NDArray[np.float64]
 Chats = Mapping[str, Sequence[Message]]  # id -> the whole chat, the response last
@@ -76,7 +77,7 @@ class FrozenBody:
         """Features by id in parts of up to `PART`, short chats first, behind a bar."""
         from tqdm import tqdm
 
-        tokens = {key: self._tokens(chat) for key, chat in chats.items()}
+        tokens = {key: chat_tokens(self.tokenizer, chat, self.max_length) for key, chat in chats.items()}
         order = sorted(tokens, key=lambda key: (len(tokens[key]), key))
         with tqdm(total=len(order), desc=f"features of layer {self.layer}", unit="chat") as bar:
             part: dict[str, FloatArray] = {}
@@ -88,20 +89,10 @@ class FrozenBody:
                     yield part
                     part = {}
 
-    def _tokens(self, chat: Sequence[Message]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(list(chat), tokenize=False).rstrip("\n")
-        ids = self.tokenizer(text, add_special_tokens=False, truncation=True, max_length=self.max_length)["input_ids"]
-        return [int(i) for i in ids]
-
     def _mean_states(self, tokens: Sequence[Sequence[int]]) -> FloatArray:
         import torch
 
-        longest = max(map(len, tokens))
-        ids = torch.zeros((len(tokens), longest), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(tokens):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
+        ids, mask = padded(tokens, 0)
         with torch.inference_mode():
             states = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
         kept = mask[:, :, None].float()
@@ -121,7 +112,4 @@ def _read(folder: Path) -> dict[str, FloatArray]:
 def _write(folder: Path, part: Mapping[str, FloatArray]) -> None:
     """One file, whole or not at all; its name is its content's, so that two processes cannot mix theirs."""
     rows = [{"id": key, "features": value_D.astype(np.float32)} for key, value_D in sorted(part.items())]
-    path = folder / f"{content_id(sorted(part))}.parquet"
-    draft = path.with_suffix(f".{os.getpid()}.draft")
-    pq.write_table(pa.Table.from_pylist(rows, schema=FEATURES), draft)
-    draft.replace(path)
+    write_parquet(folder / f"{content_id(sorted(part))}.parquet", pa.Table.from_pylist(rows, schema=FEATURES))

@@ -18,6 +18,25 @@ from psyray.reward.heads import Heads
 FloatArray = npt.NDArray[np.float64]
 
 
+def chat_tokens(tokenizer: Any, chat: Sequence[Message], max_length: int) -> list[int]:
+    """The whole chat, its response last, as tokens; what is too long loses its beginning."""
+    text = tokenizer.apply_chat_template(list(chat), tokenize=False).rstrip("\n")
+    ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
+    return [int(i) for i in ids]
+
+
+def padded(tokens: Sequence[Sequence[int]], pad: int) -> tuple[Any, Any]:
+    """(ids, mask): the rows as one tensor, filled up on the right, and where they are."""
+    import torch
+
+    ids = torch.full((len(tokens), max(map(len, tokens))), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(tokens):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
 class RewardScorer:
     """The reward model's frozen body, and the ensemble of heads on it.
 
@@ -57,15 +76,9 @@ class RewardScorer:
 
     def features(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> FloatArray:
         """[N, D] features; a chat longer than `max_length` tokens loses its beginning, never the response."""
-        chats = [
-            self.tokenizer.apply_chat_template(
-                [*messages, {"role": "assistant", "content": response}], tokenize=False
-            ).rstrip("\n")
-            for messages, response in zip(conversations, responses, strict=True)
-        ]
         tokens = [
-            self.tokenizer(chat, add_special_tokens=False, truncation=True, max_length=self.max_length)["input_ids"]
-            for chat in chats
+            chat_tokens(self.tokenizer, [*messages, {"role": "assistant", "content": response}], self.max_length)
+            for messages, response in zip(conversations, responses, strict=True)
         ]
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         features: list[Any] = [None] * len(tokens)
@@ -78,12 +91,7 @@ class RewardScorer:
     def _last_states(self, tokens: list[list[int]]) -> Any:
         import torch
 
-        longest = max(map(len, tokens))
-        ids = torch.full((len(tokens), longest), self.tokenizer.pad_token_id, device=self.device)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(tokens):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
+        ids, mask = (filled.to(self.device) for filled in padded(tokens, self.tokenizer.pad_token_id))
         with torch.inference_mode():
             states = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
         return states[torch.arange(len(tokens)), mask.sum(1) - 1].float().cpu().numpy()

@@ -14,8 +14,7 @@ import pytest
 
 from psyray.config import ClusterSection, EngineSection, JudgeSection, TrainSection, load_config
 from psyray.data.generate import answer_all, draw_row, starts
-from psyray.data.judge import TODO
-from psyray.engines.judges import make_judge
+from psyray.engines.judges import ASKED, make_judge
 from psyray.engines.vllm import cpu_environment
 from psyray.errors import PsyrayError
 from psyray.records import RESPONSES
@@ -102,7 +101,7 @@ def test_vllm_judges_with_guided_decoding_and_soft_scores(tmp_path, tiny_model, 
     todo = [{"key": str(i), "messages": speech, "response": text} for i, text in enumerate(("You lie awake.", "No."))]
     found: list[dict] = []
     rate = partial(judge.rate, folder=tmp_path / "calls")
-    stream(folder(tmp_path), todo, rate, found.extend, title="judge", schema=TODO, total=len(todo))
+    stream(folder(tmp_path), todo, rate, found.extend, title="judge", schema=ASKED, total=len(todo))
     assert {row["key"] for row in found} == {"0", "1"}
     for row in found:
         assert row["error"] == ""
@@ -120,7 +119,7 @@ def test_vllm_compares_with_nothing_but_the_three_words(tmp_path, tiny_model, ra
     todo = [{"key": str(i), "messages": speech, "response": side_by_side(*two)} for i, two in enumerate(texts)]
     found: list[dict] = []
     compare = partial(judge.compare, folder=tmp_path / "calls")
-    stream(folder(tmp_path), todo, compare, found.extend, title="judge", schema=TODO, total=len(todo))
+    stream(folder(tmp_path), todo, compare, found.extend, title="judge", schema=ASKED, total=len(todo))
     assert {row["key"] for row in found} == {"0", "1"}
     for row in found:
         assert row["error"] == "" and row["raw_text"] in PREFERENCE

@@ -18,10 +18,10 @@ from pydantic import SecretStr
 from psyray.active.ledger import Ledger
 from psyray.config import EndpointSection, EngineSection, JudgeSection, load_config
 from psyray.data.generate import REQUESTS, answer_all, draw_row
-from psyray.data.judge import TODO, Desk, judge
+from psyray.data.judge import Desk, judge
 from psyray.engines import chat, http
 from psyray.engines.journal import read_totals
-from psyray.engines.judges import error_class, make_judge
+from psyray.engines.judges import ASKED, error_class, make_judge
 from psyray.errors import PsyrayError
 from psyray.records import RESPONSES
 from psyray.rubric import load_rubric
@@ -144,7 +144,7 @@ def test_a_row_that_waits_holds_no_other_row(tmp_path, ray_cluster):
         words = ["last", *["fine"] * 255]
         rows = [{"key": r["response_id"], "messages": SPEECH, "response": r["text"]} for r in responses(*words)]
         rate = partial(made.judge.rate, folder=tmp_path / CALLS)
-        stream(folder(tmp_path), rows, rate, found.extend, title="judge", schema=TODO, total=len(rows))
+        stream(folder(tmp_path), rows, rate, found.extend, title="judge", schema=ASKED, total=len(rows))
     assert server.calls == {"last": 1, "fine": 255} and server.most == 2
     assert len({row["key"] for row in found}) == 256 and not any(row["error"] for row in found)
 
