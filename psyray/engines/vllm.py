@@ -49,7 +49,7 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, ada
         "enforce_eager": not gpu,
         "enable_prefix_caching": True,
         **({"tensor_parallel_size": engine.tensor_parallel} if engine.tensor_parallel > 1 else {}),
-        **lora(adapters),
+        **lora(adapters, gpu),
         **engine.kwargs,
     }
     config = vLLMEngineProcessorConfig(
@@ -80,7 +80,7 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, ada
     return processor(dataset)
 
 
-def lora(adapters: Sequence[str]) -> Row:
+def lora(adapters: Sequence[str], gpu: bool) -> Row:
     """vLLM's settings for LoRA adapters; PsyrayError for a folder that holds none."""
     ranks = [adapter_rank(Path(adapter)) for adapter in adapters]
     if not ranks:
@@ -89,7 +89,10 @@ def lora(adapters: Sequence[str]) -> Row:
     room = next((size for size in LORA_RANKS if size >= max(ranks)), None)
     if room is None:
         raise PsyrayError(f"a LoRA adapter of rank {max(ranks)} is more than vLLM takes ({LORA_RANKS[-1]})")
-    return {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": room}
+    # vLLM 0.29 on CPU gives a row without an adapter the one of the last slot where a batch mixes both
+    # (vllm pull request 48421): there the last slot stays empty.
+    slots = len(ranks) if gpu else len(ranks) + 1
+    return {"enable_lora": True, "max_loras": slots, "max_lora_rank": room}
 
 
 def adapter_rank(folder: Path) -> int:
