@@ -97,6 +97,7 @@ def export_stage(run: Run, config: Config, reward: Artifact, outcome: Outcome) -
                 "max_length": config.reward.train.max_length,
             },
             "run": str(run.path),
+            "id": folder.path.name,
         }
         write_atomic(folder.path / CHAMPION, json.dumps(exported, indent=1))
         return {"champion_round": champion.round, **exported}
