@@ -29,6 +29,10 @@ class Args(BaseModel):
     reward: bool = Field(True, description="false: only the policy")
     device: Literal["auto", "cpu", "gpu"] = "auto"
     reward_gpus: float = Field(0, ge=0, le=1, description="GPU share of the reward model; 0: it runs on CPU")
+    keys: Path | None = Field(None, description="file of keys (serve/access.py); none: PSYRAY_KEYS, else an open port")
+    per_minute: int = Field(120, ge=1, description="requests a minute of one key")
+    in_flight: int = Field(256, ge=1, description="requests under way at once; one more gets 503")
+    timeout_s: float = Field(300, gt=0, description="how long an answer may take")
 
     @classmethod
     def read(cls, words: Mapping[str, str]) -> Self:

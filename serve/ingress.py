@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -18,20 +18,23 @@ from starlette.responses import JSONResponse, Response
 
 from psyray.cluster import use_gpu
 from psyray.config import EngineSection
+from serve.access import Gate, Key, Limits, openai_error
 from serve.champion import Args, Champion, Policy, Reward
 from serve.policy import engine_settings, speaks_of_crisis, with_defaults
-from serve.reward import RewardServer, ScoreReply, ScoreRequest
+from serve.reward import MAX_MESSAGES, RewardServer, ScoreReply, ScoreRequest
 
 HEALTH_TIMEOUT_S = 5.0
 ID = "X-Psyray-Id"
 MAX_ONGOING = 1000  # Serve's default of 5 would keep requests from being batched
 
 
-def application(asked: Args, champion: Champion, engine: EngineSection) -> serve.Application:
-    """The ingress bound to the engine and, if asked for, to the reward model."""
+def application(
+    asked: Args, champion: Champion, engine: EngineSection, keys: tuple[Key, ...], limits: Limits
+) -> serve.Application:
+    """The ingress behind its gate, bound to the engine and, if asked for, to the reward model."""
     device = engine.device if asked.device == "auto" else asked.device
     config = LLMConfig(**engine_settings(champion.policy, engine, gpu=use_gpu(device)))
-    ingress = make_fastapi_ingress(Ingress, endpoint_map=ROUTES, app=http_app())
+    ingress = make_fastapi_ingress(Ingress, endpoint_map=ROUTES, app=http_app(keys, limits))
     # The ingress only waits on the network and scoring is light: with the engine's one, two logical CPUs hold all.
     options = {"num_replicas": 1, "max_ongoing_requests": MAX_ONGOING}
     return serve.deployment(ingress, name="Ingress", ray_actor_options={"num_cpus": 0}, **options).bind(
@@ -41,6 +44,7 @@ def application(asked: Args, champion: Champion, engine: EngineSection) -> serve
         reward=_reward(champion.reward, asked.reward_gpus, options) if asked.reward else None,
         reward_name=champion.reward.name,
         export=champion.id,
+        timeout_s=asked.timeout_s,
     )
 
 
@@ -61,20 +65,24 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         reward: DeploymentHandle | None,
         reward_name: str,
         export: str,
+        timeout_s: float,
     ) -> None:
         super().__init__(llm_deployments, model_cards)
-        self.policy, self.reward, self.reward_name, self.export = policy, reward, reward_name, export
+        self.policy, self.reward, self.reward_name = policy, reward, reward_name
+        self.export, self.timeout_s = export, timeout_s
         self.engine = llm_deployments[policy.name]
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """A chat completion by the policy; 400 where nobody speaks to it."""
         if not any(message.get("role") == "user" for message in body.messages):
             raise HTTPException(400, "messages: none has the role 'user'")
+        if len(body.messages) > MAX_MESSAGES:
+            raise HTTPException(400, f"messages: {len(body.messages)} are more than {MAX_MESSAGES}")
         for message in body.messages:
             if not isinstance(message.get("content"), str | None):
                 message["content"] = list(message["content"])  # pydantic leaves a one-way iterator of the parts
         in_crisis = speaks_of_crisis(body.messages)
-        response: Response = await super().chat(with_defaults(body, self.policy), request)
+        response: Response = await self._in_time(super().chat(with_defaults(body, self.policy), request))
         response.headers[ID] = self.export
         if in_crisis:
             response.headers["X-Psyray-Crisis"] = "true"
@@ -85,7 +93,15 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         if self.reward is None:
             raise HTTPException(404, "this server was started with reward=false")
         response.headers[ID] = self.export
-        return ScoreReply(model=self.reward_name, scores=await self.reward.score.remote(body.items))
+        scores = await self._in_time(self.reward.score.remote(body.items))
+        return ScoreReply(model=self.reward_name, scores=scores)
+
+    async def _in_time(self, answer: Awaitable[Any]) -> Any:
+        """The answer; 503 where it takes too long, which on a busy server passes."""
+        try:
+            return await asyncio.wait_for(answer, self.timeout_s)
+        except TimeoutError:
+            raise HTTPException(503, "no answer in time", headers={"Retry-After": "10"}) from None
 
     async def healthz(self) -> JSONResponse:
         """Whether the engine behind the port answers."""
@@ -106,9 +122,10 @@ ROUTES = {
 }
 
 
-def http_app() -> FastAPI:
+def http_app(keys: tuple[Key, ...], limits: Limits) -> FastAPI:
     """A bare application without CORS: no web page of another origin may read what clients say here."""
     app = FastAPI(title="psyray", docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, keys=keys, limits=limits)
     app.add_exception_handler(RequestValidationError, _refuse)
     app.add_exception_handler(HTTPException, _fail)
     app.add_exception_handler(OpenAIHTTPException, _fail)
@@ -122,17 +139,15 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     if request.url.path.startswith("/v1/"):
         first = detail[0]
         message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        return _openai_error(422, message, "invalid_request_error")
+        return openai_error(422, message, "invalid_request_error")
     return JSONResponse({"detail": detail}, 422)
 
 
 async def _fail(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException | OpenAIHTTPException)
     message = error.detail if isinstance(error, HTTPException) else error.message
+    headers = getattr(error, "headers", None)
     if request.url.path.startswith("/v1/"):
-        return _openai_error(error.status_code, message, getattr(error, "type", "invalid_request_error"))
-    return JSONResponse({"detail": message}, error.status_code)
-
-
-def _openai_error(code: int, message: str, kind: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, code)
+        kind = getattr(error, "type", "invalid_request_error")
+        return openai_error(error.status_code, message, kind, headers)
+    return JSONResponse({"detail": message}, error.status_code, headers=headers)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import socket
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -44,8 +46,12 @@ def serve_once(
     the start. PsyrayError where Ray is not up, Serve is in use already, the engine fails, or time runs out.
     """
     messages = messages or held_out(run)
-    with serving({"run": str(run)}, say=say, start_timeout_s=start_timeout_s) as url:
-        return ask(url, messages, request_timeout_s)
+    token = secrets.token_hex(24)  # the port is open to the whole machine meanwhile
+    with tempfile.TemporaryDirectory() as place:
+        keys = Path(place) / "keys"
+        keys.write_text(f"once chat,score {token}\n")
+        with serving({"run": str(run), "keys": str(keys)}, say=say, start_timeout_s=start_timeout_s) as url:
+            return ask(url, messages, request_timeout_s, token)
 
 
 def held_out(run: Path) -> list[Message]:
@@ -119,15 +125,15 @@ def _why(application: Any) -> str:
     return " | ".join([application.message, *parts]).strip()[-1500:]
 
 
-def ask(url: str, messages: Sequence[Message], timeout_s: float) -> dict[str, Any]:
+def ask(url: str, messages: Sequence[Message], timeout_s: float, token: str) -> dict[str, Any]:
     """One chat request and the score of its answer, from a server of `serve.app`."""
     started = time.monotonic()
-    chat = post(f"{url}/v1/chat/completions", {"messages": list(messages)}, timeout_s)
+    chat = post(f"{url}/v1/chat/completions", {"messages": list(messages)}, timeout_s, token)
     answer = chat["choices"][0]["message"]["content"]
     if not (answer or "").strip():
         raise PsyrayError("serve: the policy gave an empty answer, so there is nothing to score")
     item = {"messages": list(messages), "response": answer}
-    scored = post(f"{url}/reward/score", {"items": [item]}, timeout_s)["scores"][0]
+    scored = post(f"{url}/reward/score", {"items": [item]}, timeout_s, token)["scores"][0]
     return {
         "question": client_words(messages),
         "answer": answer,
@@ -137,9 +143,10 @@ def ask(url: str, messages: Sequence[Message], timeout_s: float) -> dict[str, An
     }
 
 
-def post(url: str, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+def post(url: str, body: Mapping[str, Any], timeout_s: float, token: str) -> dict[str, Any]:
     """The JSON answer to a JSON request; PsyrayError names the address and the server's own words."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     # A proxy from the environment must not come between two ends on one machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -30,6 +30,7 @@ from psyray.rubric import Principle, Rubric
 from serve.request import ask, serve_once, serving
 
 CLIENT = [{"role": "user", "content": "My sister moved abroad and the flat is too quiet in the evenings."}]
+TOKEN = "tests-" + "0123456789abcdef" * 2
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -90,6 +91,7 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (run / "champion.json").write_text(json.dumps(champion))
     engine = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_gib": 1}
+    (run / "keys").write_text(f"tests chat,score {TOKEN}\n")
     (run / "config.yaml").write_text(yaml.safe_dump({"engine": engine}))
     return run
 
@@ -115,13 +117,15 @@ def ray_here() -> Iterator[None]:
 def server(served_run: Path, ray_here: None) -> Iterator[str]:
     """The address of the run behind one HTTP port."""
     # A busy machine takes long to import the engine four times over.
-    with serving({"run": str(served_run), "device": "cpu"}, start_timeout_s=480) as url:
+    words = {"run": str(served_run), "device": "cpu", "keys": str(served_run / "keys"), "per_minute": "100000"}
+    with serving(words, start_timeout_s=480) as url:
         yield url
 
 
-def call(url: str, body: Any = None) -> tuple[int, Headers, str]:
+def call(url: str, body: Any = None, token: str = TOKEN) -> tuple[int, Headers, str]:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(url, data, headers)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=120) as reply:
@@ -135,6 +139,16 @@ def test_health_and_models(server: str) -> None:
     assert (status, json.loads(text)["policy"]) == (200, "psyray-round-1")
     status, _, text = call(f"{server}/v1/models")
     assert (status, [m["id"] for m in json.loads(text)["data"]]) == (200, ["psyray-round-1"])
+
+
+def test_only_a_known_key_is_answered(server: str) -> None:
+    for path, body in (("/v1/models", None), ("/v1/chat/completions", {"messages": CLIENT}), ("/reward/score", {})):
+        status, headers, text = call(server + path, body, token="x" * 32)
+        assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert json.loads(text)["error"]["message"] == "unauthorized"
+    assert call(f"{server}/healthz", token="none")[0] == 200
+    status, _, text = call(f"{server}/v1/chat/completions", {"messages": CLIENT * 65})
+    assert status == 400 and "65 are more than 64" in text
 
 
 def test_chat_uses_the_policys_defaults(server: str) -> None:
@@ -225,7 +239,7 @@ def test_bad_scores_say_where(server: str) -> None:
     )
     assert CLIENT[0]["content"] not in text
     assert call(f"{server}/reward/score", {"items": []})[0] == 422
-    assert call(f"{server}/nothing/here")[0] == 404
+    assert call(f"{server}/nothing/here")[0] == 403  # what is not there is nobody's to know
 
 
 def test_our_own_endpoint_serves_our_own_http_judge(server: str, tmp_path: Path) -> None:
@@ -235,7 +249,7 @@ def test_our_own_endpoint_serves_our_own_http_judge(server: str, tmp_path: Path)
     endpoint = EndpointSection(
         url=f"{server}/v1", retries=0, concurrency=2, price_per_million_tokens=(1.0, 1.0), max_cost=1.0
     )
-    rater = HttpRater(rubric, endpoint, "psyray-round-1", 12, SecretStr(""), tmp_path)
+    rater = HttpRater(rubric, endpoint, "psyray-round-1", 12, SecretStr(TOKEN), tmp_path)
     answers = ["That sounds lonely.", "Buy a radio.", "word " * 2000]
     rows = [{"key": str(i), "messages": CLIENT, "response": answer} for i, answer in enumerate(answers)]
     (table,) = rater(pa.Table.from_pylist(rows))
@@ -251,7 +265,7 @@ def test_our_own_endpoint_serves_our_own_http_judge(server: str, tmp_path: Path)
 
 
 def test_one_question_is_asked_and_scored(server: str, served_run: Path) -> None:
-    result = ask(server, CLIENT, 60)
+    result = ask(server, CLIENT, 60, TOKEN)
     assert set(result) == {"question", "answer", "score", "spread", "seconds"}
     assert result["question"] == CLIENT[0]["content"] and np.isfinite(result["score"]) and result["spread"] == 0
     with pytest.raises(PsyrayError, match="Serve is in use"):
