@@ -6,9 +6,9 @@
     POST /reward/score          the reward model (serve/reward.py)
     GET  /healthz               200 while the engine answers, else 503
 
-Where a client names no system message or no sampling, those that the policy was trained with apply. A reply to
-client words that speak of a crisis (psyray/crisis.py) carries the header `X-Psyray-Crisis: true`; the reply itself
-is left as it is. `X-Psyray-Id` names the export that answered, for `psyray lineage`. Without keys (serve/access.py)
+Where a client names no system message or no sampling, those that the policy was trained with apply. Client words
+that speak of a crisis (psyray/crisis.py) get a fixed reply (serve/guard.py) and the header `X-Psyray-Crisis: true`.
+`X-Psyray-Id` names the export that answered, for `psyray lineage`. Without keys (serve/access.py)
 anyone who reaches the port may ask: then keep it on loopback.
 """
 

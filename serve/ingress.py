@@ -14,13 +14,15 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
+from ray.util.metrics import Counter
 from starlette.responses import JSONResponse, Response
 
 from psyray.cluster import use_gpu
 from psyray.config import EngineSection
 from serve.access import Gate, Key, Limits, openai_error
 from serve.champion import Args, Champion, Policy, Reward
-from serve.policy import engine_settings, speaks_of_crisis, with_defaults
+from serve.guard import Replies, crisis_kinds, read_replies, safe_reply
+from serve.policy import engine_settings, with_defaults
 from serve.reward import MAX_MESSAGES, RewardServer, ScoreReply, ScoreRequest
 
 HEALTH_TIMEOUT_S = 5.0
@@ -45,6 +47,7 @@ def application(
         reward_name=champion.reward.name,
         export=champion.id,
         timeout_s=asked.timeout_s,
+        replies=read_replies(asked.replies) if asked.guard == "reply" else None,
     )
 
 
@@ -66,10 +69,13 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         reward_name: str,
         export: str,
         timeout_s: float,
+        replies: Replies | None,
     ) -> None:
         super().__init__(llm_deployments, model_cards)
         self.policy, self.reward, self.reward_name = policy, reward, reward_name
-        self.export, self.timeout_s = export, timeout_s
+        self.export, self.timeout_s, self.replies = export, timeout_s, replies
+        about = "chat requests whose words speak of a crisis, by kind"
+        self.crises = Counter("psyray_crisis_requests", description=about, tag_keys=("kind", "guard"))
         self.engine = llm_deployments[policy.name]
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
@@ -81,11 +87,18 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         for message in body.messages:
             if not isinstance(message.get("content"), str | None):
                 message["content"] = list(message["content"])  # pydantic leaves a one-way iterator of the parts
-        in_crisis = speaks_of_crisis(body.messages)
-        response: Response = await self._in_time(super().chat(with_defaults(body, self.policy), request))
+        kinds = crisis_kinds(body.messages)
+        response: Response
+        if kinds and self.replies:
+            text = self.replies.for_language(request.headers.get("Accept-Language", ""))
+            response = safe_reply(text, self.policy.name, stream=bool(body.stream))
+        else:
+            response = await self._in_time(super().chat(with_defaults(body, self.policy), request))
         response.headers[ID] = self.export
-        if in_crisis:
+        if kinds:
             response.headers["X-Psyray-Crisis"] = "true"
+            for kind in kinds:
+                self.crises.inc(tags={"kind": kind, "guard": "reply" if self.replies else "mark"})
         return response
 
     async def score_answers(self, body: ScoreRequest, response: Response) -> ScoreReply:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from psyray import crisis
 from psyray.cluster import QUIET
 from psyray.config import EngineSection
 from psyray.engines.vllm import cpu_environment
@@ -51,15 +49,3 @@ def with_defaults(body: Body, policy: Policy) -> Body:
     if "stop" not in given and policy.stop:
         body.stop = policy.stop
     return body
-
-
-def speaks_of_crisis(messages: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether any of the client's own messages does; a crisis named earlier in the conversation still counts."""
-    return any(crisis.flag(_text(message.get("content"))) for message in messages if message.get("role") == "user")
-
-
-def _text(content: Any) -> str:
-    """A message's words; OpenAI's format also allows a list of parts."""
-    if isinstance(content, str):
-        return content
-    return " ".join(part.get("text", "") for part in content or [] if isinstance(part, Mapping))

@@ -55,12 +55,12 @@ def serve_once(
 
 
 def held_out(run: Path) -> list[Message]:
-    """The first held-out speech of the run; PsyrayError where it has none."""
+    """The first held-out speech of the run, one without a crisis if there is any; PsyrayError where it has none."""
     stages = [stage for stage in read_stages(run) if stage.name == "speeches"]
-    speeches = [row["messages"] for stage in stages for row in stage.rows() if row["split"] == "test"]
+    speeches = [row for stage in stages for row in stage.rows() if row["split"] == "test"]
     if not speeches:
         raise PsyrayError(f"the run at {run} has no held-out speech to ask; raise speeches.test_share")
-    return list(speeches[0])
+    return list(min(speeches, key=lambda row: bool(row["crisis"]))["messages"])
 
 
 @contextmanager

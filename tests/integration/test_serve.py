@@ -173,10 +173,11 @@ def test_streamed_chat_equals_the_whole(server: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_crisis_words_set_the_header_and_leave_the_reply(server: str, stream: bool) -> None:
+def test_crisis_words_are_answered_by_the_fixed_reply_and_marked(server: str, stream: bool) -> None:
     words = [{"role": "user", "content": [{"type": "text", "text": "Some nights I want to kill myself."}]}]
     status, headers, text = call(f"{server}/v1/chat/completions", {"messages": words, "stream": stream})
-    assert (status, headers["X-Psyray-Crisis"]) == (200, "true") and "choices" in text
+    assert (status, headers["X-Psyray-Crisis"]) == (200, "true") and "findahelpline.com" in text
+    assert text.endswith("data: [DONE]\n\n") == stream and headers["X-Psyray-Id"] == "3f2a9c0e1b77"
 
 
 @pytest.mark.parametrize(

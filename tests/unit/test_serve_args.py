@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from psyray.config import EngineSection
 from psyray.errors import PsyrayError
 from serve.champion import Args, Policy, read_champion, read_engine
-from serve.policy import engine_settings, speaks_of_crisis, with_defaults
+from serve.guard import crisis_kinds
+from serve.policy import engine_settings, with_defaults
 from serve.request import serve_once
 from serve.reward import MAX_ITEMS, ScoreItem, ScoreRequest, score_together
 
@@ -118,9 +119,9 @@ def test_policy_defaults_yield_to_the_client() -> None:
 def test_only_the_clients_words_raise_the_crisis_header() -> None:
     crisis = "I want to kill myself"
     parts = [{"type": "text", "text": crisis}]
-    assert speaks_of_crisis([{"role": "user", "content": crisis}, {"role": "assistant", "content": "ok"}])
-    assert speaks_of_crisis([{"role": "user", "content": parts}])
-    assert not speaks_of_crisis([{"role": "system", "content": crisis}, CLIENT])
+    assert crisis_kinds([{"role": "user", "content": crisis}, {"role": "assistant", "content": "ok"}])
+    assert crisis_kinds([{"role": "user", "content": parts}])
+    assert not crisis_kinds([{"role": "system", "content": crisis}, CLIENT])
 
 
 class CountingScorer:
