@@ -3,6 +3,7 @@
     serve run serve.app:build run=RUN [reward=false] [device=cpu|gpu] [reward_gpus=1] [keys=FILE] [per_minute=120]
 
     POST /v1/chat/completions   the policy, also streaming       GET /v1/models
+    POST /v1/chat/best          the best of several answers by the reward model (serve/best.py)
     POST /reward/score          the reward model (serve/reward.py)
     GET  /healthz               200 while the engine answers, else 503
 

@@ -74,10 +74,10 @@ def locales(accepted: str) -> list[str]:
 
 def crisis_kinds(messages: Iterable[Mapping[str, Any]]) -> list[str]:
     """The kinds of crisis that the client's own messages speak of; one named earlier still counts."""
-    return crisis.kinds(*(_text(message.get("content")) for message in messages if message.get("role") == "user"))
+    return crisis.kinds(*(words(message.get("content")) for message in messages if message.get("role") == "user"))
 
 
-def _text(content: Any) -> str:
+def words(content: Any) -> str:
     """A message's words; OpenAI's format also allows a list of parts."""
     if isinstance(content, str):
         return content

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException, to_model_metadata
 from ray.serve.handle import DeploymentHandle
@@ -20,13 +22,14 @@ from starlette.responses import JSONResponse, Response
 from psyray.cluster import use_gpu
 from psyray.config import EngineSection
 from serve.access import Gate, Key, Limits, openai_error
+from serve.best import BestRequest, answer
 from serve.champion import Args, Champion, Policy, Reward
 from serve.guard import Replies, crisis_kinds, read_replies, safe_reply
 from serve.policy import engine_settings, with_defaults
 from serve.reward import MAX_MESSAGES, RewardServer, ScoreReply, ScoreRequest
 
 HEALTH_TIMEOUT_S = 5.0
-ID = "X-Psyray-Id"
+ID, CRISIS = "X-Psyray-Id", "X-Psyray-Crisis"
 MAX_ONGOING = 1000  # Serve's default of 5 would keep requests from being batched
 
 
@@ -96,10 +99,31 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
             response = await self._in_time(super().chat(with_defaults(body, self.policy), request))
         response.headers[ID] = self.export
         if kinds:
-            response.headers["X-Psyray-Crisis"] = "true"
+            response.headers[CRISIS] = "true"
             for kind in kinds:
                 self.crises.inc(tags={"kind": kind, "guard": "reply" if self.replies else "mark"})
         return response
+
+    async def best(self, body: BestRequest, request: Request) -> Response:
+        """The answer of several that the reward model likes best (serve/best.py)."""
+        if self.reward is None:
+            raise HTTPException(404, "this server was started with reward=false")
+        try:
+            asked, conversation = ChatCompletionRequest.model_validate(body.chat()), body.conversation()
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from error
+        response = await self.chat(asked, request)
+        if response.status_code != 200 or (self.replies and CRISIS in response.headers):
+            return response
+        completion = json.loads(bytes(response.body))
+        completion["choices"] = [c for c in completion["choices"] if (c["message"]["content"] or "").strip()]
+        if not completion["choices"]:
+            raise HTTPException(503, f"the policy gave {body.of} empty answers", headers={"Retry-After": "1"})
+        texts = [choice["message"]["content"] for choice in completion["choices"]]
+        items = [conversation.model_copy(update={"response": text}) for text in texts]
+        scores = [(s.score, s.spread) for s in await self._in_time(self.reward.score.remote(items))]
+        kept = {name: response.headers[name] for name in (ID, CRISIS) if name in response.headers}
+        return JSONResponse(answer(completion, scores, body.caution, self.reward_name), headers=kept)
 
     async def score_answers(self, body: ScoreRequest, response: Response) -> ScoreReply:
         """Scores of answers by the reward model."""
@@ -130,6 +154,7 @@ ROUTES = {
     "models": lambda app: app.get("/v1/models"),
     "model_data": lambda app: app.get("/v1/models/{model:path}"),
     "chat": lambda app: app.post("/v1/chat/completions"),
+    "best": lambda app: app.post("/v1/chat/best"),
     "score_answers": lambda app: app.post("/reward/score"),
     "healthz": lambda app: app.get("/healthz"),
 }

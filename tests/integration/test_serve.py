@@ -172,6 +172,29 @@ def test_streamed_chat_equals_the_whole(server: str) -> None:
     assert len(deltas) > 1 and "".join(deltas) == whole["choices"][0]["message"]["content"]
 
 
+def test_the_best_of_several_is_the_one_that_the_reward_model_scores_highest(server: str) -> None:
+    body = {"messages": CLIENT, "of": 5, "temperature": 1.5, "max_tokens": 8}
+    status, headers, text = call(f"{server}/v1/chat/best", body)
+    reply = json.loads(text)
+    considered, picked = reply["best_of"]["considered"], reply["best_of"]["picked"]
+    assert status == 200 and len(reply["choices"]) == 1 and headers["X-Psyray-Id"] == "3f2a9c0e1b77"
+    assert len({c["text"] for c in considered}) > 1 and picked == np.argmax([c["score"] for c in considered])
+    assert reply["choices"][0]["message"]["content"] == considered[picked]["text"]
+    items = [{"messages": CLIENT, "response": c["text"]} for c in considered]
+    scored = json.loads(call(f"{server}/reward/score", {"items": items})[2])["scores"]
+    np.testing.assert_allclose([s["score"] for s in scored], [c["score"] for c in considered], rtol=1e-6)
+    for wrong, words in (
+        ({"of": 1}, "of"),
+        ({"of": 99}, "of"),
+        ({"caution": -1}, "caution"),
+        ({"messages": 3}, "messages"),
+    ):
+        status, _, text = call(f"{server}/v1/chat/best", body | wrong)
+        assert status == 422 and words in json.loads(text)["error"]["message"]
+    last = [*CLIENT, {"role": "assistant", "content": "I see."}]
+    assert call(f"{server}/v1/chat/best", {"messages": last})[0] == 422
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_crisis_words_are_answered_by_the_fixed_reply_and_marked(server: str, stream: bool) -> None:
     words = [{"role": "user", "content": [{"type": "text", "text": "Some nights I want to kill myself."}]}]
