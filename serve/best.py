@@ -14,29 +14,35 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve.guard import words
-from serve.reward import ScoreItem
+from serve.reward import MAX_MESSAGES, ScoreItem
 
 MOST = 16
 
 
-class BestRequest(BaseModel):
-    """A chat request with two words more; what else it holds is the chat request's own."""
+class Chat(BaseModel):
+    """A chat request, as far as this server must know it before the engine reads the rest."""
 
     model_config = ConfigDict(extra="allow")
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+
+
+class BestRequest(Chat):
+    """A chat request with two words more."""
 
     of: int = Field(4, ge=2, le=MOST, description="answers to pick from")
     caution: float = Field(0.0, ge=0, le=10, description="standard deviations taken off each score")
 
     def chat(self) -> dict[str, Any]:
         """The chat request that brings the answers."""
-        return {**(self.model_extra or {}), "n": self.of, "stream": False}
+        return {**(self.model_extra or {}), "messages": self.messages, "n": self.of, "stream": False}
 
     def conversation(self) -> ScoreItem:
         """What client and therapist said, as the reward model reads it, with the answer still open.
 
-        ValidationError where it does not end in the client's words; `chat()` must be known to be a chat request.
+        ValidationError where it does not end in the client's words.
         """
-        said = [m for m in (self.model_extra or {})["messages"] if m["role"] in ("user", "assistant")]
+        said = [m for m in self.messages if m.get("role") in ("user", "assistant")]
         turns = [{"role": m["role"], "content": words(m.get("content"))} for m in said]
         return ScoreItem.model_validate({"messages": turns, "response": "-"})
 

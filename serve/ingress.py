@@ -18,15 +18,16 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from ray.util.metrics import Counter
 from starlette.responses import JSONResponse, Response
+from vllm.exceptions import VLLMValidationError
 
 from psyray.cluster import use_gpu
 from psyray.config import EngineSection
 from serve.access import Gate, Key, Limits, openai_error
-from serve.best import BestRequest, answer
+from serve.best import BestRequest, Chat, answer
 from serve.champion import Args, Champion, Policy, Reward
 from serve.guard import Replies, crisis_kinds, read_replies, safe_reply
 from serve.policy import engine_settings, with_defaults
-from serve.reward import MAX_MESSAGES, RewardServer, ScoreReply, ScoreRequest
+from serve.reward import RewardServer, ScoreReply, ScoreRequest
 
 HEALTH_TIMEOUT_S = 5.0
 ID, CRISIS = "X-Psyray-Id", "X-Psyray-Crisis"
@@ -81,12 +82,13 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         self.crises = Counter("psyray_crisis_requests", description=about, tag_keys=("kind", "guard"))
         self.engine = llm_deployments[policy.name]
 
-    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+    async def chat(self, body: Chat, request: Request) -> Response:
         """A chat completion by the policy; 400 where nobody speaks to it."""
+        return await self._chat(readable(body.model_dump(exclude_unset=True)), request)
+
+    async def _chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         if not any(message.get("role") == "user" for message in body.messages):
             raise HTTPException(400, "messages: none has the role 'user'")
-        if len(body.messages) > MAX_MESSAGES:
-            raise HTTPException(400, f"messages: {len(body.messages)} are more than {MAX_MESSAGES}")
         for message in body.messages:
             if not isinstance(message.get("content"), str | None):
                 message["content"] = list(message["content"])  # pydantic leaves a one-way iterator of the parts
@@ -108,11 +110,12 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         """The answer of several that the reward model likes best (serve/best.py)."""
         if self.reward is None:
             raise HTTPException(404, "this server was started with reward=false")
+        asked = readable(body.chat())
         try:
-            asked, conversation = ChatCompletionRequest.model_validate(body.chat()), body.conversation()
+            conversation = body.conversation()
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
-        response = await self.chat(asked, request)
+        response = await self._chat(asked, request)
         if response.status_code != 200 or (self.replies and CRISIS in response.headers):
             return response
         completion = json.loads(bytes(response.body))
@@ -148,6 +151,18 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         except Exception as error:  # whatever ails the engine, the answer to this question is "not well"
             return JSONResponse({"status": "unavailable", "error": type(error).__name__, **names}, 503)
         return JSONResponse({"status": "ok", **names})
+
+
+def readable(tree: dict[str, Any]) -> ChatCompletionRequest:
+    """The request as the engine reads it; 422 where it cannot."""
+    try:
+        return ChatCompletionRequest.model_validate(tree)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+    except VLLMValidationError as error:  # its own words may repeat the client's
+        raise HTTPException(422, f"{error.parameter or 'the request'}: not as the engine can take it") from error
+    except (TypeError, AttributeError, LookupError) as error:  # vLLM's validators expect the shape that they check for
+        raise HTTPException(422, "the request cannot be read") from error
 
 
 ROUTES = {
