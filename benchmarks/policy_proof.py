@@ -66,7 +66,7 @@ RUBRIC = {
 class Gold:
     """A reward learnt from people's choices; `accuracy` is on the prompts that it did not see."""
 
-    def __init__(self, declaration: Path, data: Path | None) -> None:
+    def __init__(self, declaration: Path, data: Path, limit: int) -> None:
         from psyray.active.efficiency import split
         from psyray.active.replay import Learner, accuracies
         from psyray.config import EfficiencySection
@@ -77,7 +77,8 @@ class Gold:
 
         section = EfficiencySection()
         declared, items, _ = load_labelled(declaration, data)
-        prompts, bank = featured(items, section)
+        kept = set(sorted({item.speech_id for item in items})[:limit])
+        prompts, bank = featured([item for item in items if item.speech_id in kept], section)
         train, test = split(range(len(prompts)), 0.8, 0)
         learner = Learner()
         self.project = learner.project(bank.rows(train))
@@ -233,6 +234,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder that the set's paths start from")
     parser.add_argument("--set", type=Path, default=ROOT / "configs/agreement/tiers.yaml", help="the labelled set")
+    parser.add_argument(
+        "--gold-prompts", type=int, default=100, help="of the set, for gold; features cost a second for two replies"
+    )
     parser.add_argument("--arms", nargs="+", default=[BASELINE, "drts"], help=f"acquisition functions, and {OFFLINE}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
@@ -259,7 +263,7 @@ def proof(args: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Every arm with every seed; prints the table, returns the figures."""
     from psyray.rubric import load_rubric
 
-    gold = Gold(args.set, args.data)
+    gold = Gold(args.set, args.data, args.gold_prompts)
     gold.read = judge_reader(load_rubric(str(place / "gold.yaml")))
     agrees = ", ".join(f"{stratum} {share:.3f}" for stratum, share in gold.accuracy.items())
     print(f"gold agrees with people on prompts that it did not see: {agrees}", flush=True)
