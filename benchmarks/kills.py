@@ -32,11 +32,13 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +77,10 @@ def tiny_model(folder: Path) -> Path:
 
 def settings(model: Path, url: str, rounds: int = 3) -> dict[str, Any]:
     """A run of `rounds` rounds in little time; texts depend on the seed alone."""
-    train = {"learning_rate": 1e-3, "batch_size": 2, "micro_batch": 2, "max_length": 384, "save_every": 1, "epochs": 2}
+    train = {"learning_rate": 1e-3, "batch_size": 2, "micro_batch": 2, "max_length": 384, "save_every": 3, "epochs": 2}
     endpoint = {"url": url, "concurrency": 2}
     return {
-        "speeches": {"limit": 20, "test_share": 0.35, "max_chars": 300},
+        "speeches": {"limit": 26, "test_share": 0.35, "max_chars": 300},
         "engine": {
             "max_num_seqs": 8,
             "kv_cache_gib": 1,
@@ -97,7 +99,7 @@ def settings(model: Path, url: str, rounds: int = 3) -> dict[str, Any]:
         "dpo": {"train": train},
         "loop": {"rounds": rounds, "prompts": 6, "k": 3, "budget": 4, "reward_margin": 0.0, "replay": 2},
         # A random model gets no better: the gate is held open so that the rounds follow one another.
-        "evaluate": {"speeches": 4, "min_win_rate": 0.0, "max_length_change": 9.0, "max_repeat_rise": 1.0},
+        "evaluate": {"speeches": 8, "min_win_rate": 0.0, "max_length_change": 9.0, "max_repeat_rise": 1.0},
     }
 
 
@@ -239,15 +241,12 @@ def contents(home: Path) -> dict[str, list[str]]:
 
 def ledger(home: Path) -> dict[str, tuple[str, int, int, int]]:
     """For each question its status, how often it was bought, its calls, and how many charges it has."""
-    import duckdb
-
-    sql = duckdb.connect()
-    sql.execute(f"ATTACH '{home}/labels.db' AS labels (TYPE sqlite, READ_ONLY)")
-    rows = sql.execute(
-        "SELECT q.question_id, q.status, q.asks, q.attempts, count(c.question_id) FILTER (WHERE c.bought) "
-        "FROM labels.question q LEFT JOIN labels.charge c USING (question_id) GROUP BY ALL"
-    ).fetchall()
-    return {key: (status, asks, attempts, bought) for key, status, asks, attempts, bought in rows}
+    with closing(sqlite3.connect(home / "labels.db")) as database:
+        rows = database.execute(
+            "SELECT q.question_id, q.status, q.asks, q.attempts, total(c.bought) "
+            "FROM question q LEFT JOIN charge c USING (question_id) GROUP BY 1, 2, 3, 4"
+        ).fetchall()
+    return {key: (status, asks, attempts, int(bought)) for key, status, asks, attempts, bought in rows}
 
 
 def weights(home: Path) -> dict[str, Path]:

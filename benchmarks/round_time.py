@@ -1,6 +1,6 @@
 """A round of the online loop beside TRL's experimental online DPO: same models, prompts, number of pairs and machine.
 
-    python benchmarks/round_time.py --pairs 32 128 --repeats 2
+    python benchmarks/round_time.py --pairs 16 64 --repeats 2
 
 For each number of pairs and repeat both train the embedded model on two fresh answers to each of as many prompts,
 labelled by the same reward model (the embedded model with a random score head), with batches of --batch pairs, one
@@ -241,7 +241,7 @@ def table(row: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, nargs="+", default=[32, 128], help="prompts of a round, one pair each")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[16, 64], help="prompts of a round, one pair each")
     parser.add_argument("--batch", type=int, default=8, help="pairs in a step")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--one", choices=["psyray", "trl"], help=argparse.SUPPRESS)
