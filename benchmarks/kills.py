@@ -31,7 +31,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -145,28 +144,35 @@ class Attempt:
     def kill(self) -> None:
         """SIGKILL to the driver and all that it started, at once."""
         tree = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        for process in tree:
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:  # ended since it was listed
-                continue
+        end(tree)
         psutil.wait_procs(tree, timeout=30)
-        for process in _of_session(self.process.pid):  # started while the list was made
-            process.kill()
+        end(_of_session(self.process.pid))  # started while the list was made
         self.process.wait()
 
     def wait(self, until: Callable[[Attempt], bool] = lambda attempt: False) -> bool:
         """Whether the condition came before the end; SystemExit where the run ends badly or not at all."""
-        while self.process.poll() is None:
-            if until(self):
-                return True
-            if time.time() - self.began > LIMIT_S:
-                self.kill()
-                sys.exit(f"no end after {LIMIT_S:.0f} s, see {self.home}/log")
-            time.sleep(0.05)
+        try:
+            while self.process.poll() is None:
+                if until(self):
+                    return True
+                if time.time() - self.began > LIMIT_S:
+                    sys.exit(f"no end after {LIMIT_S:.0f} s, see {self.home}/log")
+                time.sleep(0.05)
+        except BaseException:  # Ctrl-C does not reach a session of its own
+            self.kill()
+            raise
         if self.process.returncode:
             sys.exit(f"the run ended with {self.process.returncode}:\n{(self.home / 'log').read_text()[-3000:]}")
         return False
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """SIGKILL to all of them."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:  # ended since it was listed
+            continue
 
 
 def _of_session(leader: int) -> list[psutil.Process]:

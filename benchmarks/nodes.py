@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 from endpoint import served
-from kills import Attempt, contents, ledger, say, settings, tiny_model
+from kills import Attempt, contents, end, ledger, say, settings, tiny_model
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,7 @@ def holder(nodes: list[Any], title: str) -> Any:
 def lose(cluster: Any, node: Any) -> None:
     """Kill a node with all that runs on it, as if its machine had gone."""
     [raylet] = node.all_processes["raylet"]
-    workers = psutil.Process(raylet.process.pid).children(recursive=True)
-    for worker in workers:
-        try:
-            worker.kill()
-        except psutil.NoSuchProcess:  # ended since it was listed
-            continue
+    end(psutil.Process(raylet.process.pid).children(recursive=True))
     cluster.remove_node(node, allow_graceful=False)
 
 
