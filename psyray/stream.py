@@ -32,7 +32,7 @@ class Progress:
     """A bar on the terminal and the same numbers in the stage's folder."""
 
     def __init__(self, folder: Folder, title: str, total: int, done: int = 0, unit: str = "rows") -> None:
-        self.folder, self.unit, self.total = folder, unit, total
+        self.folder, self.unit, self.total, self.done = folder, unit, total, done
         every = 0.5 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=every, dynamic_ncols=True)
         folder.progress(done, total, unit)
@@ -45,12 +45,13 @@ class Progress:
 
     def add(self, count: int) -> None:
         """Note that `count` more are done."""
+        self.done += count  # a bar that is off (TQDM_DISABLE) counts nothing
         self.bar.update(count)
-        self.folder.progress(int(self.bar.n), self.total, self.unit)
+        self.folder.progress(self.done, self.total, self.unit)
 
     def reach(self, done: int) -> None:
         """Note that `done` are done in all."""
-        self.add(done - int(self.bar.n))
+        self.add(done - self.done)
 
 
 def stream(

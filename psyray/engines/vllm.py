@@ -76,7 +76,7 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, ada
     light = {"num_cpus": 0.05, "compute": TaskPoolStrategy(size=engine.replicas)}
     processor = build_processor(
         config,
-        preprocess=partial(_to_request, model, gpu),
+        preprocess=partial(_to_request, model, gpu or kwargs.get("enable_chunked_prefill") is False),
         postprocess=_to_result,
         preprocess_map_kwargs=light,
         postprocess_map_kwargs=light,
@@ -132,6 +132,7 @@ def _to_request(model: str, seeded: bool, row: Row) -> Row:
     sampling = json.loads(row["sampling"])
     if not seeded:
         # vLLM 0.29 on CPU dies of a seeded request whose prompt is prefilled in chunks: its generator has no offset.
+        # With `engine.kwargs: {enable_chunked_prefill: false}` there are no chunks, and seeds are kept.
         sampling.pop("seed", None)
     # A row's model that is not the engine's is one of its adapters; each row names one: Arrow fills gaps with null.
     carried = {"model": row.get("adapter") or model} | ({"draw": row["draw"]} if "draw" in row else {})

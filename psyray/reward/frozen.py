@@ -85,7 +85,7 @@ class FrozenBody:
                 batch = order[start : start + self.batch_size]
                 part |= dict(zip(batch, self._mean_states([tokens[key] for key in batch]), strict=True))
                 bar.update(len(batch))
-                if len(part) >= PART or bar.n == len(order):
+                if len(part) >= PART or start + len(batch) == len(order):  # a bar that is off counts nothing
                     yield part
                     part = {}
 
