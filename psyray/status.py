@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from psyray.run import Artifact, read_stages, run_path
+from psyray.times import by_round
 
 DASH = "–"  # noqa: RUF001  what is not known, here and in the report
 ROUND = re.compile(r"round-(\d+)/(\w+)")
@@ -191,6 +192,21 @@ def gate_note(stats: Mapping[str, Any]) -> str:
     return f"{verdict}: {rate}, length {change(stats.get('length_change'))}" + (f" ({reasons})" if reasons else "")
 
 
+def probe_note(stats: Mapping[str, Any]) -> str:
+    """One line on what a policy kept: perplexity, questions, distance to the start."""
+    return (
+        f"perplexity {number(stats.get('perplexity'), 1)} ({change(stats.get('perplexity_rise'))}), "
+        f"questions {share(stats.get('accuracy'))} (start {share(stats.get('start_accuracy'))}), "
+        f"KL {number(stats.get('kl'), 3)} nats a token"
+    )
+
+
+def second_note(stats: Mapping[str, Any]) -> str:
+    """One line on the second judge's win rate."""
+    rate = f"win rate {share(stats.get('win_rate'))} [{share(stats.get('low'))}, {share(stats.get('high'))}]"
+    return f"{rate} by {stats.get('judge') or DASH}"
+
+
 KEY_NUMBERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "speeches": lambda s: _counts(s, "train", "test"),
     "responses": lambda s: f"{_counts(s, 'ok', 'failed')}, {number(s.get('mean_words'), 0)} words",
@@ -203,6 +219,8 @@ KEY_NUMBERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "heads": _heads,
     "labels": lambda s: _counts(s, "bought", "reused", "reward_labelled", "ties", "invalid"),
     "gate": gate_note,
+    "probe": probe_note,
+    "second": second_note,
     "export": lambda s: f"champion: round {number(s.get('champion_round'))}",
 }
 
@@ -240,10 +258,18 @@ def _facts(path: Path, lines: list[Line]) -> list[str]:
     gates = [n for n in round_numbers(stages) if n and f"round-{n}/gate" in stages]
     if gates:
         facts.append(f"Latest gate, round {gates[-1]}: {gate_note(stats_of(stages, f'round-{gates[-1]}/gate'))}")
+        facts.append(time_fact(stages))
         facts.append(f"Champion: {f'round {best}' if (best := champion_round(stages)) else 'the start policy'}")
     report = path / "report.html"
     facts.append(f"Report: {report}" if report.exists() else f"Report: none yet; `psyray report {path}` writes one")
     return facts
+
+
+def time_fact(stages: Mapping[str, Artifact]) -> str:
+    """Where the time of the latest round went."""
+    latest, parts = list(by_round(stages.values()).items())[-1]
+    shown = ", ".join(f"{part} {duration(seconds)}" for part, seconds in parts.items())
+    return f"Time of round {latest}: {duration(sum(parts.values()))} ({shown})"
 
 
 def _driver_fact(path: Path, lines: list[Line]) -> str:

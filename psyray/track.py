@@ -30,6 +30,7 @@ from psyray.config import TrackSection
 from psyray.errors import PsyrayError
 from psyray.models import model_identity
 from psyray.run import Artifact, write_atomic
+from psyray.times import by_round, spent
 
 # MLflow reads these when it is imported, which is why that happens later; a user's own setting stays.
 for _name, _value in (
@@ -106,6 +107,7 @@ class Tracker:
         self.uri = tracking_uri(section, run_folder)
         self.run_id = self._experiment_id = ""
         self._nested: dict[str, str] = {}  # stage fingerprint -> id of its finished nested run
+        self._passed: list[Artifact] = []  # the rounds' stages of this pass
         self._client: Any = None
 
     def __enter__(self) -> Self:
@@ -170,6 +172,8 @@ class Tracker:
 
     def stage(self, artifact: Artifact) -> None:
         """Note a finished stage in a nested run; the same fingerprint again does nothing."""
+        if spent(artifact):
+            self._passed.append(artifact)
         if artifact.fingerprint in self._nested:
             return
         # The manifest's own time makes a point that is sent twice the same point.
@@ -232,6 +236,14 @@ class Tracker:
 
             named = numbers(artifact.stats)
             metrics = [Metric(f"{found[2]}/{name}", value, at, int(found[1])) for name, value in named]
+            self._client.log_batch(self.run_id, metrics=metrics)
+        if known := spent(artifact):
+            from mlflow.entities import Metric
+
+            # So far: a round's later stages raise the same point.
+            parts = by_round(self._passed)[known[0]]
+            named_parts = {part.replace(" ", "_"): parts[part] for part in known[1]}
+            metrics = [Metric(f"seconds/{part}", seconds, at, known[0]) for part, seconds in named_parts.items()]
             self._client.log_batch(self.run_id, metrics=metrics)
 
     def points(self, points: Sequence[Point], at: int) -> None:
