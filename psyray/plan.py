@@ -123,7 +123,8 @@ def labels(config: Config) -> str:
     """The label budget in words."""
     first = "all responses" if config.judge.budget is None else f"at most {config.judge.budget} responses"
     each = [config.loop.budget_of(number) for number in range(1, config.loop.rounds + 1)]
-    rounds = f"{' + '.join(map(str, each)) or 'no round'} = {sum(each)} comparisons"
+    summed = " + ".join(map(str, each)) if len(set(each)) > 1 else f"{len(each)} x {config.loop.budget_of(1)}"
+    rounds = f"{summed} = {sum(each)} comparisons"
     return f"{first} rated first, then {rounds}; rubric {load_rubric(config.rubric).name}"
 
 

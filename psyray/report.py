@@ -113,7 +113,8 @@ def selection(stages: Stages, config: Mapping[str, Any]) -> str:
     if test := gates[-1].get("test"):
         return (
             f"The gate and the choice of the round went by {number(gates[-1].get('n'))} held-out speeches (dev); the "
-            f"result above is that of the other {number(test.get('n'))} (test), which decided nothing."
+            f"result above is that of the other {number(test.get('n'))} (test), which decided nothing. The table of "
+            "rounds shows the numbers that decided."
         )
     return (
         "The same held-out speeches decided whether a round passed and measure the result, so the win rate of the "

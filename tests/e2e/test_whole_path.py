@@ -70,7 +70,7 @@ def stage_file(home: Path, pattern: str) -> bool:
 
 def contents(home: Path) -> dict[str, list[str]]:
     """For each stage of rows the ids that it holds."""
-    keys = {"speeches": "speech_id", "pairs": "pair_id", "labels": "pair_id"}
+    keys = {"speeches": "speech_id", "pairs": "pair_id", "labels": "pair_id", "probe": "key"}
     return {
         stage.name: [row[keys.get(stage.name.split("/")[-1], "response_id")] for row in stage.rows()]
         for stage in read_stages(home / "run")
