@@ -17,7 +17,7 @@ from psyray.data.generate import answer_all, draw_row, engine_identity
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
 from psyray.evaluate.duels import second_stage
-from psyray.evaluate.gate import Start, gate_stage, held_out
+from psyray.evaluate.gate import Start, gate_stage
 from psyray.evaluate.probe import probe_stage
 from psyray.models import model_identity, resolve_model
 from psyray.policy.dpo import train_policy
@@ -74,7 +74,7 @@ def online_loop(
         features = features_stage(run, f"round-{number}/features", config, reward, samples.rows(), samples)
         scores = scores_stage(run, f"round-{number}/scores", outcome.heads, features, samples)
         probe = probe_stage(run, number, config, samples, trained.path, outcome.policies[0].path, probe)
-        other = second_stage(run, number, second, samples, start.samples, held_out) if second else None
+        other = second_stage(run, number, second, samples, start.samples) if second else None
         gate = gate_stage(run, number, config, desk, samples, scores, start, probe, other)
         outcome.policies.append(trained)
         outcome.gates.append(gate)

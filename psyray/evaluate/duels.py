@@ -6,7 +6,7 @@ each pair in both orders, and where it contradicts itself that is a tie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,11 @@ class Duel:
         return str(self.policy["speech_id"])
 
 
+def held_out(samples: Artifact) -> list[Row]:
+    """The answers to held-out speeches."""
+    return [row for row in samples.each() if row["split"] == "test"]
+
+
 def by_speech(answers: Sequence[Row], first: Sequence[Row]) -> list[Duel]:
     """The two answers to each speech, joined by id."""
     start = {row["speech_id"]: row for row in first}
@@ -68,9 +73,8 @@ def side_by_side(folder: Folder, desk: Desk, duels: Sequence[Duel], *, purpose: 
     PsyrayError where more than `max_invalid_share` of the answers cannot be used.
     """
     asked = [d for d in duels if d.policy["text"] and d.start["text"] and d.policy["text"] != d.start["text"]]
-    labels, _ = label(
-        folder, desk, [(d.policy, d.start, 0.0) for d in asked], purpose=purpose, strategy="", budget=None
-    )
+    pairs = [(d.policy, d.start, 0.0) for d in asked]
+    labels = label(folder, desk, pairs, purpose=purpose, strategy="", budget=None)[0] if pairs else []
     check_invalid(labels, desk)
     found = {d.speech: one for d, one in zip(asked, labels, strict=True) if one is not None}
 
@@ -97,9 +101,7 @@ def check_invalid(labels: Sequence[Label | None], desk: Desk) -> None:
         )
 
 
-def second_stage(
-    run: Run, number: int, desk: Desk, samples: Artifact, first: Artifact, held_out: Callable[[Artifact], list[Row]]
-) -> Artifact:
+def second_stage(run: Run, number: int, desk: Desk, samples: Artifact, first: Artifact) -> Artifact:
     """The stage `round-N/second`: VERDICTS of a second judge on the held-out answers of the policy and the start.
 
     Ratings of the start's answers are in the ledger from the second round on and are not bought again.
@@ -120,9 +122,8 @@ def second_stage(
         parts.append(verdict_rows(compared, desk))
         parts.finish()
         calls = journal.stats(folder.path / CALLS)
-        return (
-            {"judge": desk.judge.id} | grade(duels, [c.verdict for c in compared]) | ({"calls": calls} if calls else {})
-        )
+        stats = {"judge": desk.judge.id} | grade(duels, [c.verdict for c in compared])
+        return stats | ({"calls": calls} if calls else {})
 
     return run.stage(f"round-{number}/second", desk.labels_identity, [samples, first], make)
 

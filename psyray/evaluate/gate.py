@@ -10,7 +10,7 @@ the others are reported as `test` and decide nothing. Without it one set does bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from psyray.data.generate import summary as response_summary
 from psyray.data.judge import Desk, judge
 from psyray.data.judge import summary as judgement_summary
 from psyray.errors import PsyrayError
-from psyray.evaluate.duels import VERDICTS, Duel, by_scores, by_speech, grade, side_by_side, verdict_rows
+from psyray.evaluate.duels import VERDICTS, Duel, by_scores, by_speech, grade, held_out, side_by_side, verdict_rows
 from psyray.records import Row, Verdict, content_id, table
 from psyray.run import Artifact, Folder, Run, write_parquet
 
@@ -90,11 +90,6 @@ def gate_stage(
     return run.stage(f"round-{number}/gate", settings, inputs, make)
 
 
-def held_out(samples: Artifact) -> list[Row]:
-    """The answers to held-out speeches."""
-    return [row for row in samples.each() if row["split"] == "test"]
-
-
 Keep = Callable[[str], bool]  # whether a speech, by its id, is of the part
 
 
@@ -147,7 +142,7 @@ def reward_opinion(duels: Sequence[Duel], scores: Sequence[Row]) -> dict[str, fl
     return {"reward_win_rate": sum(a > b for a, b in known) / len(known)} if known else {}
 
 
-def second_grade(duels: Sequence[Duel], verdicts: Any) -> dict[str, Any]:
+def second_grade(duels: Sequence[Duel], verdicts: Iterable[Row]) -> dict[str, Any]:
     """The same win rate by another judge's VERDICTS."""
     found = {row["speech_id"]: Verdict(row["verdict"]) for row in verdicts}
     return grade(duels, [found[duel.speech] for duel in duels])

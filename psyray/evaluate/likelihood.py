@@ -53,7 +53,7 @@ def _each_model(asked: Asked, dtype: str, max_length: int, gpu: bool, threads: i
 
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    found = []
+    found = list[dict[str, list[float]]]()
     for name, passages in asked:
         if not passages:
             found.append({})

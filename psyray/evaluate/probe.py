@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from psyray.records import Row, Status, content_id
 from psyray.reward.metrics import cluster_bootstrap
 from psyray.run import Artifact, Folder, Run
 
+T = TypeVar("T")
 FloatArray = npt.NDArray[np.float64]
 PROBES = ASSETS / "probes"
 PROBED = pa.schema(
@@ -75,10 +76,10 @@ def load_probe(name: str) -> Probe:
     return Probe(tuple(texts), tuple(questions))
 
 
-def _lines(path: Path, read: Any) -> list[Any]:
+def _lines(path: Path, read: Callable[[Any], T]) -> list[T]:
     if not path.is_file():
         raise PsyrayError(f"evaluate.probe: {path} is missing; compare {PROBES / 'general'}")
-    found = []
+    found = list[T]()
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             found.append(read(json.loads(line)))
@@ -155,7 +156,7 @@ def known_passages(probe: Probe) -> Read:
     return found
 
 
-def answer_passages(samples: Any, config: Config) -> Read:
+def answer_passages(samples: Iterable[Row], config: Config) -> Read:
     """Held-out answers, each after its conversation: of the same speeches every round, as many as the setting says."""
     usable = [row for row in samples if row["split"] == "test" and row["status"] == Status.OK]
     usable.sort(key=lambda row: content_id("probe", row["speech_id"]))

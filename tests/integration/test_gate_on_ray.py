@@ -11,7 +11,7 @@ from comparing_server import comparing_server
 
 from psyray.config import Config, load_config
 from psyray.evaluate.duels import second_stage
-from psyray.evaluate.gate import Start, gate_stage, held_out
+from psyray.evaluate.gate import Start, gate_stage
 from psyray.pipeline import open_desk, second_desk
 from psyray.records import RESPONSES
 from psyray.reward.ensemble import SCORES
@@ -61,7 +61,7 @@ def rounds(config: Config, count: int = 1) -> list[Artifact]:
     gates = [start.gate]
     for number in range(1, count + 1):
         after = answers(run, number, AFTER)
-        other = second_stage(run, number, second, after[0], samples, held_out) if second else None
+        other = second_stage(run, number, second, after[0], samples) if second else None
         gates.append(gate_stage(run, number, config, desk, *after, start, None, other))
     return gates
 
