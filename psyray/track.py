@@ -229,22 +229,16 @@ class Tracker:
         self._client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "result")])])
 
     def _overview(self, artifact: Artifact, at: int) -> None:
-        """The rounds' own numbers once more in the parent run, with the round as step: a curve over the rounds."""
-        found = re.fullmatch(r"round-(\d+)/(gate|labels|heads)", artifact.name)
-        if found:
-            from mlflow.entities import Metric
+        """The rounds' own numbers and seconds in the parent run, with the round as step: a curve over the rounds."""
+        if not (known := spent(artifact)):
+            return
+        from mlflow.entities import Metric
 
-            named = numbers(artifact.stats)
-            metrics = [Metric(f"{found[2]}/{name}", value, at, int(found[1])) for name, value in named]
-            self._client.log_batch(self.run_id, metrics=metrics)
-        if known := spent(artifact):
-            from mlflow.entities import Metric
-
-            # So far: a round's later stages raise the same point.
-            parts = by_round(self._passed)[known[0]]
-            named_parts = {part.replace(" ", "_"): parts[part] for part in known[1]}
-            metrics = [Metric(f"seconds/{part}", seconds, at, known[0]) for part, seconds in named_parts.items()]
-            self._client.log_batch(self.run_id, metrics=metrics)
+        found = re.fullmatch(r"round-\d+/(gate|labels|heads)", artifact.name)
+        named = [(f"{found[1]}/{name}", value) for name, value in numbers(artifact.stats)] if found else []
+        so_far = by_round(self._passed)[known[0]]  # a round's later stages raise the same point
+        named += [(f"seconds/{part.replace(' ', '_')}", so_far[part]) for part in known[1]]
+        self._client.log_batch(self.run_id, metrics=[Metric(name, value, at, known[0]) for name, value in named])
 
     def points(self, points: Sequence[Point], at: int) -> None:
         """Note numbers of the run itself; `at` is their time in milliseconds."""

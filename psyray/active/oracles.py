@@ -50,9 +50,8 @@ def label(
 ) -> tuple[list[Label | None], dict[str, Any]]:
     """Labels for pairs (a, b, acquisition value) in order, and counts; None where the budget did not reach.
 
-    A budget of None is no bound.
-    Of a panel each judge is asked within the budget, the labels are what its rules make of the answers, the counts are
-    summed over the judges, and `judges_agreement` stands beside them.
+    A budget of None is no bound. Of a panel each judge is asked within the budget, the labels are what its rules make
+    of the answers, the counts are summed over the judges, and `judges_agreement` stands beside them.
     """
     if desk.members:
         asking = partial(label, folder, asked=asked, strategy=strategy, budget=budget)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,14 @@ def test_a_missing_probe_and_a_second_judge_that_labels_are_named_before_anythin
         load_config(None, ["evaluate.second_decides=true"])
     with pytest.raises(PsyrayError, match=r"max_kl needs evaluate.probe"):
         load_config(None, ["evaluate.max_kl=0.5", "evaluate.probe="])
+
+
+def test_the_example_in_the_docs_is_a_valid_configuration(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/loop.md").read_text()
+    (tmp_path / "loop.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    config = load_config(tmp_path / "loop.yaml")
+    check_settings(config)
+    assert config.evaluate.second and config.evaluate.second.engine == "vllm" and config.evaluate.max_kl == 0.5
 
 
 def test_perplexity_is_over_all_tokens_and_its_rise_over_the_start():
