@@ -258,18 +258,18 @@ def _facts(path: Path, lines: list[Line]) -> list[str]:
     gates = [n for n in round_numbers(stages) if n and f"round-{n}/gate" in stages]
     if gates:
         facts.append(f"Latest gate, round {gates[-1]}: {gate_note(stats_of(stages, f'round-{gates[-1]}/gate'))}")
-        facts.append(time_fact(stages))
+        facts.append(time_fact(stages, gates[-1]))
         facts.append(f"Champion: {f'round {best}' if (best := champion_round(stages)) else 'the start policy'}")
     report = path / "report.html"
     facts.append(f"Report: {report}" if report.exists() else f"Report: none yet; `psyray report {path}` writes one")
     return facts
 
 
-def time_fact(stages: Mapping[str, Artifact]) -> str:
-    """Where the time of the latest round went."""
-    latest, parts = list(by_round(stages.values()).items())[-1]
+def time_fact(stages: Mapping[str, Artifact], round_: int) -> str:
+    """Where the time of a round went."""
+    parts = by_round(stages.values())[round_]
     shown = ", ".join(f"{part} {duration(seconds)}" for part, seconds in parts.items())
-    return f"Time of round {latest}: {duration(sum(parts.values()))} ({shown})"
+    return f"Time of round {round_}: {duration(sum(parts.values()))} ({shown})"
 
 
 def _driver_fact(path: Path, lines: list[Line]) -> str:
