@@ -302,14 +302,41 @@ class LoopSection(Section):
         le=1,
         description="questions of a round whose differences have a larger cosine count as one; none: off",
     )
-    budget: int = Field(24, ge=0, description="comparisons the oracle may label per round")
+    budget: int | list[int] = Field(
+        24, description="comparisons the oracle may label per round; a list: one number a round, the last for the rest"
+    )
     reward_margin: float = Field(
         0.5, ge=0, description="the reward model labels a pair only above this margin, in logits"
+    )
+    reward_confidence: float | None = Field(
+        None, ge=0.5, lt=1, description="and only where it believes itself right with this probability; none: off"
+    )
+    length_penalty: float = Field(
+        0.0, ge=0, description="logits per 100 words taken off before the reward model labels; the oracle is not held"
     )
     reward_pairs: int = Field(1, ge=0, description="pairs per speech that the reward model may label, widest first")
     replay: int = Field(0, ge=0, description="older judge- or oracle-labelled pairs added to each round's training")
     reference: Literal["initial", "previous"] = "initial"
     on_gate_fail: Literal["continue", "stop"] = Field("continue", description="go on from the last good policy")
+    patience: int | None = Field(
+        None, ge=1, description="rounds without a better passed win rate that end it; none: off"
+    )
+    champion: Literal["last", "best"] = Field(
+        "last", description="of the rounds that passed, the one exported: the last, or the one of the best win rate"
+    )
+
+    def budget_of(self, number: int) -> int:
+        """The comparisons that round `number` (from 1) may buy."""
+        each = self.budget if isinstance(self.budget, list) else [self.budget]
+        return each[min(number, len(each)) - 1]
+
+    @field_validator("budget")
+    @classmethod
+    def budget_is_sound(cls, value: int | list[int]) -> int | list[int]:
+        each = value if isinstance(value, list) else [value]
+        if not each or min(each) < 0:
+            raise ValueError("budget is a number from 0, or a list of such numbers, one a round")
+        return value
 
     @field_validator("acquisition")
     @classmethod
@@ -328,6 +355,33 @@ class EvaluateSection(Section):
     min_win_rate: float = Field(0.5, ge=0, le=1, description="the interval's lower end must lie above it")
     max_length_change: float = Field(0.2, ge=0, description="share by which the mean length may differ from the start")
     max_repeat_rise: float = Field(0.05, ge=0, description="how far the share of looping replies may rise")
+    dev_share: float = Field(
+        0.0, ge=0, le=0.9, description="share of the held-out speeches that decide; then the others only report"
+    )
+    probe: str | None = Field(
+        "general",
+        description="what else a policy must not lose: a name in psyray/assets/probes, or a folder; none: off",
+    )
+    probe_answers: int = Field(32, ge=0, description="held-out answers that the distance to the start is taken on")
+    max_perplexity_rise: float = Field(
+        0.25, ge=0, description="share by which the perplexity on the probe's texts may rise over the start's"
+    )
+    max_capability_drop: float = Field(
+        0.1, ge=0, description="how far the share of the probe's questions answered right may fall"
+    )
+    max_kl: float | None = Field(None, gt=0, description="nats a token that a policy may go from the start; none: any")
+    second: JudgeSection | None = Field(
+        None, description="another judge (keys as in `judge`) that grades the same answers; none: none"
+    )
+    second_decides: bool = Field(False, description="its win rate must hold as well; else it is reported only")
+
+    @model_validator(mode="after")
+    def what_decides_is_there(self) -> Self:
+        if self.second_decides and not self.second:
+            raise ValueError("evaluate.second_decides needs a judge in evaluate.second")
+        if self.max_kl and not (self.probe and self.probe_answers):
+            raise ValueError("evaluate.max_kl needs evaluate.probe and evaluate.probe_answers above 0")
+        return self
 
 
 class EfficiencySection(Section):

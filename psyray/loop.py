@@ -8,22 +8,21 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from psyray.active.acquisition import Candidates, acquire
-from psyray.active.oracles import label
-from psyray.config import Config
+from psyray.active.labelling import labels_stage
+from psyray.config import Config, LoopSection
 from psyray.data.generate import answer_all, draw_row, engine_identity
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
-from psyray.evaluate.gate import gate_stage
+from psyray.evaluate.duels import second_stage
+from psyray.evaluate.gate import Start, gate_stage
+from psyray.evaluate.probe import probe_stage
 from psyray.models import model_identity, resolve_model
 from psyray.policy.dpo import train_policy
-from psyray.records import PAIRS, Row, Status, Verdict, content_id, pair_row
-from psyray.reward.ensemble import features_stage, heads_stage, load_features, prompt_matrix, score_matrix, scores_stage
-from psyray.reward.heads import Heads
+from psyray.records import Row, content_id
+from psyray.reward.ensemble import features_stage, heads_stage, scores_stage
 from psyray.run import Artifact, Folder, Run
 
 
@@ -38,45 +37,79 @@ class Policy:
 
 @dataclass
 class Outcome:
-    """Where the loop ended."""
+    """Where the loop stands: the heads, and each round's policy with its gate, the start's first."""
 
-    champion: Policy
     heads: Artifact
+    policies: list[Policy] = field(default_factory=list)
     gates: list[Artifact] = field(default_factory=list)
+
+    def champion(self, loop: LoopSection) -> Policy:
+        """The policy to export, by `loop.champion`."""
+        return self.policies[chosen([gate.stats for gate in self.gates], loop.champion)]
 
 
 def online_loop(
-    run: Run, config: Config, desk: Desk, speeches: Artifact, reward: Artifact, heads: Artifact, seen: Seen
-) -> Outcome:
+    run: Run, config: Config, desk: Desk, speeches: Artifact, reward: Artifact, heads: Artifact, seen: Seen,
+    second: Desk | None = None,
+) -> Outcome:  # fmt: skip
     """`loop.rounds` rounds from the start policy; a policy that fails its gate is kept, marked and not built upon."""
-    start = policy = Policy(0, resolve_model(config.policy.model), model_identity(config.policy.model))
-    samples = sample_stage(run, 0, config, speeches, policy, prompts_of=1, held_out=True)
+    policy = Policy(0, resolve_model(config.policy.model), model_identity(config.policy.model))
+    samples, ahead = samples_stage(run, 0, config, speeches, policy)
     features = features_stage(run, "round-0/features", config, reward, samples.rows(), samples)
     scores = scores_stage(run, "round-0/scores", heads, features, samples)
-    first = (samples, scores, gate_stage(run, 0, config, desk, samples, scores, None))
-    outcome = Outcome(policy, heads, [first[2]])
+    start = Start(samples, scores, gate_stage(run, 0, config, desk, samples, scores, None))
+    probe: Artifact | None = None
+    outcome = Outcome(heads, [policy], [start.gate])
     for number in range(1, config.loop.rounds + 1):
+        if not ahead:
+            samples = samples_again(run, number - 1, config, speeches, policy)
+            name = f"round-{number - 1}/features-again"
+            features = features_stage(run, name, config, reward, samples.rows(), samples)
         labels = labels_stage(run, number, config, desk, outcome.heads, features, samples)
         seen = seen.with_round(features, labels)
         outcome.heads = heads_stage(run, f"round-{number}/heads", config, reward, seen.features, seen.pairs)
-        trained = policy_stage(run, number, config, labels, seen, policy, start)
+        trained = policy_stage(run, number, config, labels, seen, policy, outcome.policies[0])
 
-        samples = sample_stage(run, number, config, speeches, trained, prompts_of=number + 1, held_out=True)
+        samples, ahead = samples_stage(run, number, config, speeches, trained)
         features = features_stage(run, f"round-{number}/features", config, reward, samples.rows(), samples)
         scores = scores_stage(run, f"round-{number}/scores", outcome.heads, features, samples)
-        gate = gate_stage(run, number, config, desk, samples, scores, first)
+        probe = probe_stage(run, number, config, samples, trained.path, outcome.policies[0].path, probe)
+        other = second_stage(run, number, second, samples, start.samples) if second else None
+        gate = gate_stage(run, number, config, desk, samples, scores, start, probe, other)
+        outcome.policies.append(trained)
         outcome.gates.append(gate)
 
-        if gate.stats["passed"]:
-            policy = outcome.champion = trained
-        elif config.loop.on_gate_fail == "stop":
+        if reason := why_stop([gate.stats for gate in outcome.gates], config.loop):
+            run.say(f"the loop ends after round {number}: {reason}")
             break
+        if gate.stats["passed"]:
+            policy = trained
         elif number < config.loop.rounds:
             reasons = "; ".join(gate.stats["reasons"])
             run.say(f"round {number} failed its gate ({reasons}): going on from round {policy.round}")
-            samples = sample_stage(run, number, config, speeches, policy, prompts_of=number + 1, held_out=False)
-            features = features_stage(run, f"round-{number}/features-again", config, reward, samples.rows(), samples)
+            ahead = False  # the failed policy has answered the next prompts, if any has
     return outcome
+
+
+def chosen(gates: Sequence[Mapping[str, Any]], rule: str) -> int:
+    """The round to export, of those that passed their gate: the last, or the first of the best win rate; 0: none."""
+    passed = [n for n, gate in enumerate(gates) if n and gate["passed"]]
+    if not passed:
+        return 0
+    return passed[-1] if rule == "last" else max(passed, key=lambda n: float(gates[n]["win_rate"]))
+
+
+def why_stop(gates: Sequence[Mapping[str, Any]], loop: LoopSection) -> str:
+    """Why no further round is to come after these, round 0 first; empty if one may."""
+    if not gates[-1]["passed"] and loop.on_gate_fail == "stop":
+        return f"it failed its gate ({'; '.join(gates[-1]['reasons'])}) and loop.on_gate_fail is stop"
+    best, at = float(gates[0]["win_rate"]), 0
+    for number, gate in enumerate(gates):
+        if gate["passed"] and gate["win_rate"] > best:
+            best, at = float(gate["win_rate"]), number
+    if loop.patience and len(gates) - 1 - at >= loop.patience and len(gates) <= loop.rounds:
+        return f"no passed win rate was above {best:.2f} for {loop.patience} rounds (loop.patience)"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -93,117 +126,82 @@ class Seen:
 
 def prompts(speeches: Sequence[Row], number: int, config: Config) -> list[Row]:
     """The training speeches of a round: the next in an order drawn by the seed, from the start again at the end."""
-    if number > config.loop.rounds:
-        return []
     order = sorted((s for s in speeches if s["split"] == "train"), key=lambda s: s["speech_id"])
     random.Random(config.run.seed).shuffle(order)
     count = min(config.loop.prompts, len(order))
     return [order[((number - 1) * count + i) % len(order)] for i in range(count)]
 
 
-def sample_stage(
-    run: Run, number: int, config: Config, speeches: Artifact, policy: Policy, *, prompts_of: int, held_out: bool
-) -> Artifact:
-    """Answers of a policy: `loop.k` to each prompt of round `prompts_of`, one to each held-out speech."""
-    rows = speeches.rows()
-    test = [s for s in rows if s["split"] == "test"][: config.evaluate.speeches] if held_out else []
-    identity = content_id(policy.identity, config.policy.model_dump(exclude={"model"}))
-    name = f"policy-{policy.round}"
+def samples_stage(run: Run, number: int, config: Config, speeches: Artifact, policy: Policy) -> tuple[Artifact, bool]:
+    """The stage `round-N/samples`, and whether the next round's prompts are answered in it too.
 
-    def make(folder: Folder) -> Mapping[str, Any]:
-        seeds = [(s, config.loop.k) for s in prompts(rows, prompts_of, config)] + [(s, 1) for s in test]
-        base = config.run.seed * 1_000_003 + 10_007 * number
-        draws = [draw_row(s, config.policy, identity, base + i, name) for s, k in seeds for i in range(k)]
-        title = f"samples of round {number}"
-        return answer_all(folder, lambda: draws, len(draws), config, title=title, model=policy.path)
-
-    settings = {
-        "policy": identity,
-        "k": config.loop.k,
-        "prompts": [s["speech_id"] for s in prompts(rows, prompts_of, config)],
-        "test": [s["speech_id"] for s in test],
-        "seed": config.run.seed,
-        **engine_identity(config.engine),
-    }
-    return run.stage(f"round-{number}/samples" + ("" if held_out else "-again"), settings, [speeches], make)
+    They are where a next round is to come. A run that goes on after what was its last round finds that round's stage
+    without them and keeps it, with all that was made of it; the prompts are then a stage of their own.
+    """
+    alone, joint = (Draws(config, number, policy, speeches, True, ahead) for ahead in (False, True))
+    ahead = joint.done(run) or (number < config.loop.rounds and not alone.done(run))
+    return (joint if ahead else alone).stage(run), ahead
 
 
-def labels_stage(
-    run: Run, number: int, config: Config, desk: Desk, heads: Artifact, features: Artifact, samples: Artifact
-) -> Artifact:
-    """The round's pairs: the oracle labels what acquisition picks, within the budget; the reward model the rest."""
-    loop = config.loop
-
-    def make(folder: Folder) -> Mapping[str, Any]:
-        groups: dict[str, list[Row]] = {}
-        for row in samples.rows():
-            if row["split"] == "train" and row["status"] == Status.OK:
-                groups.setdefault(row["speech_id"], []).append(row)
-        ensemble, listed = Heads.load(heads.path / "heads.npz"), list(groups.values())
-        known = load_features([features])
-        scores_PKH = score_matrix(ensemble, known, groups, loop.k)
-        candidates = Candidates(scores_PKH, prompts_PE=prompt_matrix(known, groups))
-        rng = np.random.default_rng([config.run.seed, number])
-        picks = acquire(loop.acquisition, candidates, loop.budget, rng, loop.apart)
-        asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], p.value) for p in picks]
-        labels, counts = label(
-            folder, desk, asked, purpose=f"round-{number}", strategy=loop.acquisition, budget=loop.budget
-        )
-        oracle, numbers = oracle_pairs(asked, labels, [_gap(scores_PKH, p) for p in picks])
-        labelled = {p.prompt for p, given in zip(picks, labels, strict=True) if given}
-        rest = reward_pairs(listed, scores_PKH.mean(axis=2), labelled, loop.reward_pairs, loop.reward_margin)
-        parts = folder.parts(PAIRS, "pair_id")
-        parts.append(oracle + rest)
-        parts.finish()
-        return counts | numbers | {"acquisition": loop.acquisition, "reward_labelled": len(rest)}
-
-    settings = desk.labels_identity | {
-        **{key: getattr(loop, key) for key in ("acquisition", "apart", "budget", "reward_margin", "reward_pairs", "k")},
-        "seed": config.run.seed,
-    }
-    return run.stage(f"round-{number}/labels", settings, [heads, features, samples], make)
+def samples_again(run: Run, number: int, config: Config, speeches: Artifact, policy: Policy) -> Artifact:
+    """The stage `round-N/samples-again`: the next round's prompts alone, by the policy that it starts from."""
+    return Draws(config, number, policy, speeches, False, True).stage(run)
 
 
-def _gap(scores_PKH: Any, pick: Any) -> float:
-    return float(np.mean(scores_PKH[pick.prompt, pick.first] - scores_PKH[pick.prompt, pick.second]))
+@dataclass(frozen=True)
+class Draws:
+    """What one engine start of a policy answers: each held-out speech once, the next round's prompts `loop.k` times."""
 
+    config: Config
+    round: int
+    policy: Policy
+    speeches: Artifact
+    held_out: bool
+    ahead: bool
 
-def oracle_pairs(
-    asked: Sequence[tuple[Row, Row, float]], labels: Sequence[Any], gaps: Sequence[float]
-) -> tuple[list[Row], dict[str, Any]]:
-    """Pairs that the oracle decided, and counts; ties and invalid answers never become pairs."""
-    pairs, agreed, ties, invalid = [], [], 0, 0
-    for (a, b, _), given, gap in zip(asked, labels, gaps, strict=True):
-        if given is None:
-            continue
-        verdict, margin, _ = given
-        ties += verdict is Verdict.TIE
-        invalid += verdict is Verdict.INVALID
-        if verdict in (Verdict.A, Verdict.B):
-            agreed.append((gap > 0) == (verdict is Verdict.A))
-            chosen, rejected = (a, b) if verdict is Verdict.A else (b, a)
-            pairs.append(pair_row(a, chosen, rejected, margin=abs(margin), source="oracle"))
-    agreement = sum(agreed) / len(agreed) if agreed else None
-    return pairs, {"ties": ties, "invalid": invalid, "agreement": agreement}
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return f"round-{self.round}/samples" + ("" if self.held_out else "-again")
 
+    @cached_property
+    def wanted(self) -> tuple[list[str], list[str]]:
+        """The ids of (prompts, held-out speeches)."""
+        rows = list(self.speeches.each(["speech_id", "split"]))
+        asked = prompts(rows, self.round + 1, self.config) if self.ahead else []
+        test = [s for s in rows if s["split"] == "test"][: self.config.evaluate.speeches] if self.held_out else []
+        return [s["speech_id"] for s in asked], [s["speech_id"] for s in test]
 
-def reward_pairs(
-    groups: Sequence[Sequence[Row]], mean_PK: Any, labelled: set[int], per_speech: int, margin: float
-) -> list[Row]:
-    """Pairs that the reward model labels in the speeches the oracle did not: the widest gaps above the margin."""
-    pairs = []
-    for p, responses in enumerate(groups):
-        if p in labelled:
-            continue
-        gaps = [
-            (float(mean_PK[p, i] - mean_PK[p, j]), i, j)
-            for i in range(len(responses))
-            for j in range(len(responses))
-            if i != j and responses[i]["text"] != responses[j]["text"] and mean_PK[p, i] - mean_PK[p, j] > margin
-        ]
-        for gap, i, j in sorted(gaps, reverse=True)[:per_speech]:
-            pairs.append(pair_row(responses[i], responses[i], responses[j], margin=gap, source="reward"))
-    return pairs
+    @cached_property
+    def identity(self) -> str:
+        """What the answers depend on beside the speeches."""
+        return content_id(self.policy.identity, self.config.policy.model_dump(exclude={"model"}))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What stands for the stage in its fingerprint: nothing of how many rounds there are."""
+        asked, test = self.wanted
+        seed, k = self.config.run.seed, self.config.loop.k
+        own = {"policy": self.identity, "k": k, "prompts": asked, "test": test, "seed": seed}
+        return own | engine_identity(self.config.engine)
+
+    def done(self, run: Run) -> bool:
+        """Whether the stage is finished."""
+        return run.has(self.name, self.settings, [self.speeches])
+
+    def stage(self, run: Run) -> Artifact:
+        """The stage itself."""
+        return run.stage(self.name, self.settings, [self.speeches], self._make)
+
+    def _make(self, folder: Folder) -> Mapping[str, Any]:
+        config, (asked, test) = self.config, self.wanted
+        times = dict.fromkeys(asked, config.loop.k) | dict.fromkeys(test, 1)
+        speech = {row["speech_id"]: row for row in self.speeches.each() if row["speech_id"] in times}
+        seeds = [(speech[key], k) for key, k in times.items()]
+        base, by = config.run.seed * 1_000_003 + 10_007 * self.round, f"policy-{self.policy.round}"
+        draws = [draw_row(s, config.policy, self.identity, base + i, by) for s, k in seeds for i in range(k)]
+        title = f"samples of round {self.round}"
+        return answer_all(folder, lambda: draws, len(draws), config, title=title, model=self.policy.path)
 
 
 def policy_stage(
@@ -225,8 +223,9 @@ def policy_stage(
         pairs = fresh + replayed(seen.pairs[:-1], config.loop.replay, config.run.seed + number)
         if not pairs:
             raise PsyrayError(
-                f"round {number} has no pair to train on: loop.budget is {config.loop.budget} and the reward model "
-                f"labelled none above loop.reward_margin {config.loop.reward_margin}; raise one or lower the other"
+                f"round {number} has no pair to train on: its budget is {config.loop.budget_of(number)} and the reward "
+                f"model labelled none above loop.reward_margin {config.loop.reward_margin} (loop.reward_confidence "
+                f"{config.loop.reward_confidence}); raise the one or lower the others"
             )
         random.Random(config.run.seed).shuffle(pairs)
         steps = train_policy(folder, config, pairs, policy.path, reference.path, title=f"policy of round {number}")

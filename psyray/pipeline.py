@@ -20,13 +20,14 @@ from psyray.data.speeches import speeches_stage
 from psyray.data.topics import topic_judge, topics_stage
 from psyray.engines.judges import make_judge, make_panel
 from psyray.errors import PsyrayError
+from psyray.evaluate.probe import load_probe
 from psyray.loop import Outcome, Seen, online_loop
 from psyray.models import local_models, resolve_model
 from psyray.records import Row
 from psyray.report import write_report
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
-from psyray.rubric import load_rubric
+from psyray.rubric import Rubric, load_rubric
 from psyray.run import Artifact, Folder, Run, write_atomic
 from psyray.track import Tracker
 
@@ -45,7 +46,7 @@ def run_pipeline(config: Config, *, serve: bool = False, say: Callable[[str], No
         run.on_stage = tracker.stage
         desk = open_desk(config, run)
         with ray_session(config):
-            export = run_stages(run, config, desk)
+            export = run_stages(run, config, desk, second_desk(config, desk))
             register(tracker, export)
             if serve:
                 served_stage(run, export, config)
@@ -54,7 +55,7 @@ def run_pipeline(config: Config, *, serve: bool = False, say: Callable[[str], No
     return report
 
 
-def run_stages(run: Run, config: Config, desk: Desk) -> Artifact:
+def run_stages(run: Run, config: Config, desk: Desk, second: Desk | None = None) -> Artifact:
     """All stages in order, up to the exported champion."""
     speeches = speeches_stage(run, config.speeches)
     topics_stage(run, config, speeches)
@@ -65,7 +66,7 @@ def run_stages(run: Run, config: Config, desk: Desk) -> Artifact:
     reward = reward_stage(run, config, pairs)
     features = features_stage(run, "reward-features", config, reward, in_pairs(responses, pairs, ready), pairs)
     heads = heads_stage(run, "reward-heads", config, reward, [features], [pairs])
-    outcome = online_loop(run, config, desk, speeches, reward, heads, Seen((features,), (pairs,)))
+    outcome = online_loop(run, config, desk, speeches, reward, heads, Seen((features,), (pairs,)), second)
     return export_stage(run, config, reward, outcome)
 
 
@@ -79,7 +80,7 @@ def in_pairs(responses: Artifact, pairs: Artifact, ready: Ready | None) -> list[
 
 def export_stage(run: Run, config: Config, reward: Artifact, outcome: Outcome) -> Artifact:
     """The stage `export`: what serving reads, in RUN/champion.json."""
-    champion = outcome.champion
+    champion = outcome.champion(config.loop)
 
     def make(folder: Folder) -> Mapping[str, Any]:
         policy = config.policy.model_dump(exclude={"model"})
@@ -141,10 +142,18 @@ def open_desk(config: Config, run: Run) -> Desk:
     return Desk(panel, rubric, ledger, str(run.path), section, members, config.panel)
 
 
+def second_desk(config: Config, desk: Desk) -> Desk | None:
+    """The judge of `evaluate.second`, with the rubric, the ledger and the run of the first."""
+    if not (section := config.evaluate.second):
+        return None
+    judge = make_judge(section, desk.rubric, config.engine, config.cluster.wait_s)
+    return Desk(judge, desk.rubric, desk.ledger, desk.run_id, section)
+
+
 def check(config: Config) -> None:
     """All that can be known to be wrong before anything starts; PsyrayError names the setting."""
     check_settings(config)
-    judges = [*(config.panel.judges or [config.judge]), *([config.topics] if config.topics else [])]
+    judges = [*(config.panel.judges or [config.judge]), *filter(None, [config.topics, config.evaluate.second])]
     names = local_models(config) | {judge.model or "" for judge in judges if judge.engine == "vllm"}
     for name in sorted(names):
         resolve_model(name)
@@ -156,6 +165,7 @@ def check_settings(config: Config) -> None:
     topic_judge(config)
     judges = [make_judge(j, rubric, config.engine, config.cluster.wait_s) for j in (config.judge, *config.panel.judges)]
     make_panel(judges[1:], config.panel, rubric)
+    check_evaluation(config, rubric, {judge.id for judge in judges[1:] or judges[:1]})
     Rules.make(config.pairs, rubric)
     if config.responses.k < 2:
         raise PsyrayError("responses.k is 1: a pair needs two responses to one speech; set responses.k to 2 or more")
@@ -164,5 +174,16 @@ def check_settings(config: Config) -> None:
     longest = max(r.max_tokens for r in (*config.responses.responders, config.policy))
     if longest >= (room := config.engine.max_model_len):
         raise PsyrayError(f"max_tokens {longest} leaves no room for a prompt in engine.max_model_len {room}")
-    if config.loop.rounds and not config.loop.budget and not config.loop.reward_pairs:
+    bought = sum(config.loop.budget_of(number) for number in range(1, config.loop.rounds + 1))
+    if config.loop.rounds and not bought and not config.loop.reward_pairs:
         raise PsyrayError("loop.budget and loop.reward_pairs are both 0: no round would have a pair to train on")
+
+
+def check_evaluation(config: Config, rubric: Rubric, labelling: set[str]) -> None:
+    """The probe and the second judge; PsyrayError where the second is one of those that label."""
+    if config.evaluate.probe is not None:
+        load_probe(config.evaluate.probe)
+    if section := config.evaluate.second:
+        judge = make_judge(section, rubric, config.engine, config.cluster.wait_s)
+        if judge.id in labelling:
+            raise PsyrayError(f"evaluate.second is the judge that labels ({judge.id}): it would grade its own lesson")

@@ -70,14 +70,22 @@ def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:
     yield "round 0", f"{sampled} samples ({held_out} held out)", config.policy.model, engine
     for number in range(1, loop.rounds + 1):
         more = prompts * loop.k if number < loop.rounds else 0
-        pairs = f"{min(loop.budget, prompts)} asked by {loop.acquisition}, the rest by the reward model"
+        pairs = f"{min(loop.budget_of(number), prompts)} asked by {loop.acquisition}, the rest by the reward model"
         yield (
             f"round {number}",
             f"{pairs}; DPO: {training(config.dpo.train)}",
             config.policy.model,
             workers(config, config.dpo.train.workers),
         )
-        yield f"round {number} gate", f"{more + held_out} samples ({held_out} held out)", "", engine
+        yield f"round {number} gate", f"{more + held_out} samples ({held_out} held out){graded(config)}", "", engine
+
+
+def graded(config: Config) -> str:
+    """What else looks at the held-out answers, in words."""
+    second, probe = config.evaluate.second, config.evaluate.probe
+    others = [f"probe {probe}"] if probe else []
+    others += [f"graded again by {second.model or f'judge {second.engine}'}"] if second else []
+    return "".join(f", {other}" for other in others)
 
 
 def training(train: object) -> str:
@@ -114,7 +122,9 @@ def workers(config: Config, count: int) -> str:
 def labels(config: Config) -> str:
     """The label budget in words."""
     first = "all responses" if config.judge.budget is None else f"at most {config.judge.budget} responses"
-    rounds = f"{config.loop.rounds} x {config.loop.budget} = {config.loop.rounds * config.loop.budget} comparisons"
+    each = [config.loop.budget_of(number) for number in range(1, config.loop.rounds + 1)]
+    summed = " + ".join(map(str, each)) if len(set(each)) > 1 else f"{len(each)} x {config.loop.budget_of(1)}"
+    rounds = f"{summed} = {sum(each)} comparisons"
     return f"{first} rated first, then {rounds}; rubric {load_rubric(config.rubric).name}"
 
 

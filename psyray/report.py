@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from psyray import plots, status
+from psyray import plots, status, times
 from psyray.records import Row, client_words
 from psyray.run import Artifact, run_path, write_atomic
 from psyray.status import champion_round, change, number, round_numbers, share, stats_of
@@ -46,6 +46,8 @@ def contents(path: Path) -> dict[str, Any]:
         "missing": [line.name for line in lines if line.state != "done"],
         "headline": headline(stages),
         "rounds": round_rows(stages),
+        "times": time_table(stages),
+        "selection": selection(stages, config),
         "figures": list(figures(stages, config)),
         "principles": principle_table(stages),
         "reward": reward_table(stages),
@@ -64,6 +66,7 @@ def headline(stages: Stages) -> dict[str, Any]:
     champion = champion_round(stages)
     shown = champion or (gates[-1] if gates else None)
     gate = stats_of(stages, f"round-{shown}/gate") if shown else {}
+    gate |= gate.get("test") or {}  # where there is a test part, it is the one to report
     return {
         "champion": champion,
         "round": shown,
@@ -87,9 +90,36 @@ def round_rows(stages: Stages) -> list[dict[str, Any]]:
             "gate": stats_of(stages, f"round-{n}/gate"),
             "labels": stats_of(stages, f"round-{n}/labels"),
             "heads": stats_of(stages, f"round-{n}/heads").get("metrics") or {},
+            "probe": stats_of(stages, f"round-{n}/probe"),
+            "second": stats_of(stages, f"round-{n}/gate").get("second") or {},
+            "test": stats_of(stages, f"round-{n}/gate").get("test") or {},
         }
         for n in round_numbers(stages)
     ]
+
+
+def time_table(stages: Stages) -> dict[str, Any]:
+    """Seconds of each part of the rounds, and their sums."""
+    found = times.by_round(stages.values())
+    parts = [part for part in times.PARTS if any(part in row for row in found.values())]
+    return {"parts": parts, "rows": [(n, [row.get(p) for p in parts], sum(row.values())) for n, row in found.items()]}
+
+
+def selection(stages: Stages, config: Mapping[str, Any]) -> str:
+    """On what the rounds were judged and chosen, in words: a number that chose is no unbiased report."""
+    gates = [stats_of(stages, f"round-{n}/gate") for n in gated_rounds(stages)]
+    if not gates:
+        return ""
+    if test := gates[-1].get("test"):
+        return (
+            f"The gate and the choice of the round went by {number(gates[-1].get('n'))} held-out speeches (dev); the "
+            f"result above is that of the other {number(test.get('n'))} (test), which decided nothing. The table of "
+            "rounds shows the numbers that decided."
+        )
+    return (
+        "The same held-out speeches decided whether a round passed and measure the result, so the win rate of the "
+        "exported round leans upwards; evaluate.dev_share keeps the two apart."
+    )
 
 
 def figures(stages: Stages, config: Mapping[str, Any]) -> Iterator[dict[str, str]]:
@@ -293,7 +323,8 @@ def settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The settings that a reader needs to judge the numbers; secrets are never among them."""
     wanted = (
         "run.seed policy.model reward.model judge.engine judge.model judge.mode rubric loop.rounds loop.prompts loop.k "
-        "loop.acquisition loop.budget dpo.beta dpo.loss_type evaluate.min_win_rate evaluate.max_length_change"
+        "loop.acquisition loop.budget loop.champion dpo.beta dpo.loss_type evaluate.min_win_rate "
+        "evaluate.max_length_change evaluate.dev_share"
     )
     found = []
     for name in wanted.split():

@@ -240,7 +240,7 @@ class Run:
         `config` is all that the result depends on beside the inputs. `make` writes into the folder and returns
         the stage's numbers; rows that it kept with `Folder.parts` are merged afterwards.
         """
-        fingerprint = content_id(name, config, [a.fingerprint for a in inputs])
+        fingerprint = _fingerprint(name, config, inputs)
         folder = Folder(self.path / "stages" / name / fingerprint)
         self._list(name, fingerprint)
         manifest = folder.path / "manifest.json"
@@ -252,6 +252,10 @@ class Run:
         artifact = Artifact(name, folder.path, fingerprint, json.loads(manifest.read_text()))
         self.on_stage(artifact)
         return artifact
+
+    def has(self, name: str, config: Mapping[str, Any], inputs: Sequence[Artifact]) -> bool:
+        """Whether that very stage is finished already."""
+        return (self.path / "stages" / name / _fingerprint(name, config, inputs) / "manifest.json").exists()
 
     def _announce(self, name: str, folder: Folder) -> None:
         stage = folder.path.parent
@@ -297,6 +301,10 @@ class Run:
         self.stages.append({"name": name, "fingerprint": fingerprint})
         state = {"pid": os.getpid(), "stages": self.stages}
         write_atomic(self.path / "run.json", json.dumps(state, indent=1))
+
+
+def _fingerprint(name: str, config: Mapping[str, Any], inputs: Sequence[Artifact]) -> str:
+    return content_id(name, config, [a.fingerprint for a in inputs])
 
 
 def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from psyray.run import Artifact, read_stages, run_path
+from psyray.times import by_round
 
 DASH = "–"  # noqa: RUF001  what is not known, here and in the report
 ROUND = re.compile(r"round-(\d+)/(\w+)")
@@ -63,9 +64,12 @@ def expected_stages(config: Mapping[str, Any]) -> list[str]:
     brings = any(source.get("use", "speeches") != "speeches" for source in speeches.get("sources") or [])
     names = ["speeches", *(["topics"] if config.get("topics") else []), *(["ready"] if brings else [])]
     names += ["responses", "judgements", "pairs", "reward", "reward-features", "reward-heads"]
-    for number_ in range(int((config.get("loop") or {}).get("rounds", 0)) + 1):
-        steps = ["labels", "heads", "policy", "samples", "features", "scores", "gate"][0 if number_ else 3 :]
-        names += [f"round-{number_}/{step}" for step in steps]
+    evaluate = config.get("evaluate") or {}
+    measured = [name for name in ("probe", "second") if evaluate.get(name)]
+    names += [f"round-0/{step}" for step in ("samples", "features", "scores", "gate")]
+    for round_ in range(1, int((config.get("loop") or {}).get("rounds", 0)) + 1):
+        steps = ["labels", "heads", "policy", "samples", "features", "scores", *measured, "gate"]
+        names += [f"round-{round_}/{step}" for step in steps]
     return [*names, "export"]
 
 
@@ -193,6 +197,21 @@ def gate_note(stats: Mapping[str, Any]) -> str:
     return f"{verdict}: {rate}, length {change(stats.get('length_change'))}" + (f" ({reasons})" if reasons else "")
 
 
+def probe_note(stats: Mapping[str, Any]) -> str:
+    """One line on what a policy kept: perplexity, questions, distance to the start."""
+    return (
+        f"perplexity {number(stats.get('perplexity'), 1)} ({change(stats.get('perplexity_rise'))}), "
+        f"questions {share(stats.get('accuracy'))} (start {share(stats.get('start_accuracy'))}), "
+        f"KL {number(stats.get('kl'), 3)} nats a token"
+    )
+
+
+def second_note(stats: Mapping[str, Any]) -> str:
+    """One line on the second judge's win rate."""
+    rate = f"win rate {share(stats.get('win_rate'))} [{share(stats.get('low'))}, {share(stats.get('high'))}]"
+    return f"{rate} by {stats.get('judge') or DASH}"
+
+
 KEY_NUMBERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "speeches": lambda s: _counts(s, "train", "test"),
     "responses": lambda s: f"{_counts(s, 'ok', 'failed')}, {number(s.get('mean_words'), 0)} words",
@@ -205,6 +224,8 @@ KEY_NUMBERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "heads": _heads,
     "labels": lambda s: _counts(s, "bought", "reused", "reward_labelled", "ties", "invalid"),
     "gate": gate_note,
+    "probe": probe_note,
+    "second": second_note,
     "export": lambda s: f"champion: round {number(s.get('champion_round'))}",
 }
 
@@ -242,10 +263,18 @@ def _facts(path: Path, lines: list[Line]) -> list[str]:
     gates = [n for n in round_numbers(stages) if n and f"round-{n}/gate" in stages]
     if gates:
         facts.append(f"Latest gate, round {gates[-1]}: {gate_note(stats_of(stages, f'round-{gates[-1]}/gate'))}")
+        facts.append(time_fact(stages, gates[-1]))
         facts.append(f"Champion: {f'round {best}' if (best := champion_round(stages)) else 'the start policy'}")
     report = path / "report.html"
     facts.append(f"Report: {report}" if report.exists() else f"Report: none yet; `psyray report {path}` writes one")
     return facts
+
+
+def time_fact(stages: Mapping[str, Artifact], round_: int) -> str:
+    """Where the time of a round went."""
+    parts = by_round(stages.values())[round_]
+    shown = ", ".join(f"{part} {duration(seconds)}" for part, seconds in parts.items())
+    return f"Time of round {round_}: {duration(sum(parts.values()))} ({shown})"
 
 
 def _driver_fact(path: Path, lines: list[Line]) -> str:

@@ -30,6 +30,7 @@ from psyray.config import TrackSection
 from psyray.errors import PsyrayError
 from psyray.models import model_identity
 from psyray.run import Artifact, write_atomic
+from psyray.times import by_round, spent
 
 # MLflow reads these when it is imported, which is why that happens later; a user's own setting stays.
 for _name, _value in (
@@ -106,6 +107,7 @@ class Tracker:
         self.uri = tracking_uri(section, run_folder)
         self.run_id = self._experiment_id = ""
         self._nested: dict[str, str] = {}  # stage fingerprint -> id of its finished nested run
+        self._passed: list[Artifact] = []  # the rounds' stages of this pass
         self._client: Any = None
 
     def __enter__(self) -> Self:
@@ -170,6 +172,8 @@ class Tracker:
 
     def stage(self, artifact: Artifact) -> None:
         """Note a finished stage in a nested run; the same fingerprint again does nothing."""
+        if spent(artifact):
+            self._passed.append(artifact)
         if artifact.fingerprint in self._nested:
             return
         # The manifest's own time makes a point that is sent twice the same point.
@@ -225,14 +229,16 @@ class Tracker:
         self._client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "result")])])
 
     def _overview(self, artifact: Artifact, at: int) -> None:
-        """The rounds' own numbers once more in the parent run, with the round as step: a curve over the rounds."""
-        found = re.fullmatch(r"round-(\d+)/(gate|labels|heads)", artifact.name)
-        if found:
-            from mlflow.entities import Metric
+        """The rounds' own numbers and seconds in the parent run, with the round as step: a curve over the rounds."""
+        if not (known := spent(artifact)):
+            return
+        from mlflow.entities import Metric
 
-            named = numbers(artifact.stats)
-            metrics = [Metric(f"{found[2]}/{name}", value, at, int(found[1])) for name, value in named]
-            self._client.log_batch(self.run_id, metrics=metrics)
+        found = re.fullmatch(r"round-\d+/(gate|labels|heads)", artifact.name)
+        named = [(f"{found[1]}/{name}", value) for name, value in numbers(artifact.stats)] if found else []
+        so_far = by_round(self._passed)[known[0]]  # a round's later stages raise the same point
+        named += [(f"seconds/{part.replace(' ', '_')}", so_far[part]) for part in known[1]]
+        self._client.log_batch(self.run_id, metrics=[Metric(name, value, at, known[0]) for name, value in named])
 
     def points(self, points: Sequence[Point], at: int) -> None:
         """Note numbers of the run itself; `at` is their time in milliseconds."""

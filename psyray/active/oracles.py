@@ -40,12 +40,18 @@ def comparison_question(desk: Desk, a: Row, b: Row, strategy: str, scores: dict[
 
 
 def label(
-    folder: Folder, desk: Desk, asked: Sequence[tuple[Row, Row, float]], *, purpose: str, strategy: str, budget: int
+    folder: Folder,
+    desk: Desk,
+    asked: Sequence[tuple[Row, Row, float]],
+    *,
+    purpose: str,
+    strategy: str,
+    budget: int | None,
 ) -> tuple[list[Label | None], dict[str, Any]]:
     """Labels for pairs (a, b, acquisition value) in order, and counts; None where the budget did not reach.
 
-    Of a panel each judge is asked within the budget, the labels are what its rules make of the answers, the counts are
-    summed over the judges, and `judges_agreement` stands beside them.
+    A budget of None is no bound. Of a panel each judge is asked within the budget, the labels are what its rules make
+    of the answers, the counts are summed over the judges, and `judges_agreement` stands beside them.
     """
     if desk.members:
         asking = partial(label, folder, asked=asked, strategy=strategy, budget=budget)
@@ -101,14 +107,14 @@ def panel_label(desk: Desk, given: Sequence[Label | None]) -> Label | None:
     if desk.section.form == "pairwise":
         return vote(verdicts, desk.panel), fmean(margin for _, margin, _ in labels), said
     try:
-        a, b = (
-            desk.rubric.score(merge([one[2].get(side) if one else None for one in given], desk.rubric, desk.panel))
-            for side in ("a", "b")
-        )
+        sides = {
+            side: merge([one[2].get(side) if one else None for one in given], desk.rubric, desk.panel) for side in "ab"
+        }
     except UnusableAnswer as error:
         return Verdict.INVALID, 0.0, said | {"error": str(error)}
+    a, b = (desk.rubric.score(ratings) for ratings in sides.values())
     found = compare("", ("a", a), ("b", b), desk.section.tie_margin)
-    return found.verdict, found.margin, said
+    return found.verdict, found.margin, said | sides
 
 
 def put(folder: Folder, desk: Desk, questions: Sequence[Question], *, title: str) -> None:

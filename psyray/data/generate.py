@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -119,14 +120,15 @@ def answer_all(
     to be looked up. PsyrayError where more than `responses.max_invalid_share` failed.
     """
     parts = folder.parts(RESPONSES, "response_id")
-    tries = config.responses.retries + 1
+    tries, begun = config.responses.retries + 1, list[EngineStart]()
     for attempt in range(1, tries + 1):
         for start, adapters in starts(draws(), parts).items():
+            begun.append(EngineStart())
             stream(
                 folder,
                 (request(row) for row in draws() if start_of(row) == start and row["response_id"] not in parts.ids),
                 engine_for(start, adapters, config, folder, model),
-                partial(keep, parts, attempt, final=attempt == tries),
+                partial(keep, parts, attempt, begun[-1], final=attempt == tries),
                 title=title,
                 schema=REQUESTS,
                 total=count,
@@ -135,7 +137,21 @@ def answer_all(
     check_share(parts, config.responses.max_invalid_share, title)
     parts.finish()
     calls = journal.stats(folder.path / CALLS)
-    return summary(parts.each(SUMMED)) | ({"calls": calls} if calls else {})
+    started = {"engine_start_s": round(sum(one.seconds for one in begun), 1)}
+    return summary(parts.each(SUMMED)) | started | ({"calls": calls} if calls else {})
+
+
+class EngineStart:
+    """How long an engine takes before it works: until its first answers come, less what the slowest of them took."""
+
+    def __init__(self) -> None:
+        self.asked, self.seconds, self._known = time.monotonic(), 0.0, False
+
+    def note(self, results: Sequence[Row]) -> None:
+        """See results as they come; only the first with an engine's own time count, and an endpoint's have none."""
+        took = [row["seconds"] for row in results if (row.get("seconds") or 0) > 0]
+        if took and not self._known:
+            self.seconds, self._known = max(0.0, time.monotonic() - self.asked - max(took)), True
 
 
 Start = tuple[str, str]  # a model, and as JSON its endpoint or its settings over those of the section `engine`
@@ -189,8 +205,9 @@ def request(draw: Row) -> Row:
     }
 
 
-def keep(parts: Parts, attempt: int, results: list[Row], *, final: bool) -> None:
+def keep(parts: Parts, attempt: int, begun: EngineStart, results: list[Row], *, final: bool) -> None:
     """Keep answers, and the failures that no further try could mend."""
+    begun.note(results)
     rows: list[Row] = [{"attempts": attempt} | _response(result) for result in results]
     parts.append(row for row in rows if final or row["status"] != Status.FAILED or hopeless(row))
 

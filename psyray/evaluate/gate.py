@@ -1,12 +1,17 @@
 """The gate of a round: the policy against the start on held-out speeches, and whether it may go on.
 
-Verdicts come from pointwise ratings, so there is no order of presentation that could sway them. The reward model
-gives a second opinion, which is reported and decides nothing.
+The judge's ratings give mean score and principles, and the verdicts too unless it compares (`judge.form: pairwise`):
+then the two answers are put to it side by side, in both orders. The reward model gives an opinion that decides nothing;
+a second judge (`evaluate.second`) decides only where it is told to. The probe says what the policy lost on the way.
+
+With `evaluate.dev_share` that share of the held-out speeches decides, and choosing among rounds goes by it as well;
+the others are reported as `test` and decide nothing. Without it one set does both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from psyray.config import Config, EvaluateSection
@@ -14,9 +19,20 @@ from psyray.data.generate import summary as response_summary
 from psyray.data.judge import Desk, judge
 from psyray.data.judge import summary as judgement_summary
 from psyray.errors import PsyrayError
-from psyray.evaluate.winrate import length_controlled, outcomes, win_rate
-from psyray.records import Comparison, Row, Status, Verdict, compare
-from psyray.run import Artifact, Folder, Run
+from psyray.evaluate.duels import VERDICTS, Duel, by_scores, by_speech, grade, held_out, side_by_side, verdict_rows
+from psyray.records import Row, Verdict, content_id, table
+from psyray.run import Artifact, Folder, Run, write_parquet
+
+TEST = "test"  # under this key the numbers of the speeches that decide nothing
+
+
+@dataclass(frozen=True)
+class Start:
+    """Round 0 as later rounds need it."""
+
+    samples: Artifact
+    scores: Artifact
+    gate: Artifact
 
 
 def gate_stage(
@@ -26,89 +42,153 @@ def gate_stage(
     desk: Desk,
     samples: Artifact,
     scores: Artifact,
-    start: tuple[Artifact, Artifact, Artifact] | None,
+    start: Start | None,
+    probe: Artifact | None = None,
+    second: Artifact | None = None,
 ) -> Artifact:
-    """The stage `round-N/gate`; `start` is (samples, scores, gate) of round 0, None for round 0 itself."""
-    settings = desk.identity | config.evaluate.model_dump() | {"tie_margin": desk.section.tie_margin}
+    """The stage `round-N/gate`; `start` is None for round 0 itself, which leaves what the others are held against.
+
+    Beside the JUDGEMENTS of the answers it leaves `verdicts.parquet`.
+    """
+    section = config.evaluate
+    settings = desk.labels_identity | section.model_dump(exclude={"second"})
 
     def make(folder: Folder) -> Mapping[str, Any]:
         answers = held_out(samples)
         parts = judge(folder, desk, lambda: answers, len(answers), purpose=f"evaluation-{number}", budget=None)
         parts.finish()
-        judged = list(parts.each())
-        stats = response_summary(answers) | judgement_summary(lambda: judged, desk) | {"n": len(answers)}
+        found = Graded(answers, list(parts.each()), desk)
         if start is None:
+            stats = by_part(found.on_its_own, answers, section.dev_share)
             return stats | {"win_rate": 0.5, "passed": True, "reasons": [], "start_words": stats["mean_words"]}
-        first_samples, first_scores, first_gate = start
-        pairs = by_speech(answers, judged, held_out(first_samples), first_gate.rows())
-        stats |= against_start(pairs, desk.section.tie_margin)
-        stats |= second_opinion(pairs, scores.rows() + first_scores.rows())
-        stats |= {"start_words": first_gate.stats["mean_words"]}
-        stats["length_change"] = stats["mean_words"] / stats["start_words"] - 1 if stats["start_words"] else 0.0
-        reasons = failures(stats, first_gate.stats, config.evaluate)
+        duels = by_speech(answers, held_out(start.samples))
+        if desk.section.form == "pairwise":
+            compared = side_by_side(folder, desk, duels, purpose=f"duels-{number}")
+        else:
+            compared = by_scores(duels, [*found.judged, *start.gate.each()], desk.section.tie_margin)
+        write_parquet(folder.path / "verdicts.parquet", table(verdict_rows(compared, desk), VERDICTS))
+
+        def measured(keep: Keep) -> dict[str, Any]:
+            mine = [(d, c.verdict) for d, c in zip(duels, compared, strict=True) if keep(d.speech)]
+            stats = found.on_its_own(keep) | grade(*_columns(mine))
+            stats |= reward_opinion([d for d, _ in mine], [*scores.each(), *start.scores.each()])
+            if second:
+                stats["second"] = {"judge": second.stats["judge"]} | second_grade([d for d, _ in mine], second.each())
+            return stats
+
+        stats = by_part(measured, answers, section.dev_share)
+        for part, first in ((stats, start.gate.stats), (stats.get(TEST), start.gate.stats.get(TEST))):
+            if part and first:
+                part["start_words"] = first["mean_words"]
+                part["length_change"] = part["mean_words"] / first["mean_words"] - 1 if first["mean_words"] else 0.0
+        stats |= {"probe": probe.stats} if probe else {}
+        reasons = failures(stats, start.gate.stats, section)
         return stats | {"passed": not reasons, "reasons": reasons}
 
-    inputs = [samples, scores, *(start or ())]
+    inputs = [samples, scores, *([start.samples, start.scores, start.gate] if start else [])]
+    inputs += [extra for extra in (probe, second) if extra]
     return run.stage(f"round-{number}/gate", settings, inputs, make)
 
 
-def held_out(samples: Artifact) -> list[Row]:
-    """The answers to held-out speeches."""
-    return [row for row in samples.rows() if row["split"] == "test"]
+Keep = Callable[[str], bool]  # whether a speech, by its id, is of the part
 
 
-Duel = tuple[Row, Row]  # the policy's and the start's answer to one speech, each with `score`
+def by_part(measure: Callable[[Keep], dict[str, Any]], answers: Sequence[Row], dev_share: float) -> dict[str, Any]:
+    """The numbers of the speeches that decide, and under `test` those of the others, if there are any.
+
+    PsyrayError where a share is wanted and one of the parts has no speech.
+    """
+    if not dev_share:
+        return measure(lambda speech: True)
+    deciding = sum(decides(row["speech_id"], dev_share) for row in answers)
+    if not 0 < deciding < len(answers):
+        raise PsyrayError(
+            f"evaluate.dev_share {dev_share} puts {deciding} of {len(answers)} held-out speeches into the part that "
+            "decides: hold out more (speeches.test_share, evaluate.speeches), or choose another share"
+        )
+    stats = measure(lambda speech: decides(speech, dev_share))
+    return stats | {TEST: measure(lambda speech: not decides(speech, dev_share))}
 
 
-def by_speech(
-    answers: Sequence[Row], judged: Sequence[Row], first_answers: Sequence[Row], first_judged: Sequence[Row]
-) -> list[Duel]:
-    """The two answers to each speech, joined by id; a failed or unrated answer has the score None."""
-    score = {row["response_id"]: row["score"] for row in (*judged, *first_judged) if row["status"] == Status.OK}
-    first = {row["speech_id"]: row for row in first_answers}
-    scored = [(row | {"score": score.get(row["response_id"])}, first[row["speech_id"]]) for row in answers]
-    return [(row, other | {"score": score.get(other["response_id"])}) for row, other in scored]
+def decides(speech: str, dev_share: float) -> bool:
+    """Whether a held-out speech is of the part that decides: by hash, the same in every round and run."""
+    return int(content_id("dev", speech), 16) < dev_share * 16**16
 
 
-def _compare(duel: Duel, tie_margin: float) -> Comparison:
-    a, b = duel
-    return compare(a["speech_id"], (a["response_id"], a["score"]), (b["response_id"], b["score"]), tie_margin)
+@dataclass(frozen=True)
+class Graded:
+    """A policy's held-out answers and what the judge rated them."""
+
+    answers: Sequence[Row]
+    judged: Sequence[Row]
+    desk: Desk
+
+    def on_its_own(self, keep: Keep) -> dict[str, Any]:
+        """Lengths, loops, cut-offs and ratings of a part."""
+        answers = [row for row in self.answers if keep(row["speech_id"])]
+        judged = [row for row in self.judged if keep(row["speech_id"])]
+        return response_summary(answers) | judgement_summary(lambda: judged, self.desk) | {"n": len(answers)}
 
 
-def against_start(duels: Sequence[Duel], tie_margin: float) -> dict[str, Any]:
-    """Win rate over the start with its interval, raw and at equal length."""
-    compared = [_compare(duel, tie_margin) for duel in duels]
-    won = win_rate([c.verdict for c in compared], [c.speech_id for c in compared])
-    valid = [(c, a, b) for c, (a, b) in zip(compared, duels, strict=True) if c.verdict is not Verdict.INVALID]
-    if not valid:
-        raise PsyrayError("no held-out speech has two rated answers, so there is nothing to compare")
-    outcome_N = outcomes([c.verdict for c, _, _ in valid])
-    controlled = length_controlled(outcome_N, [len(a["text"]) - len(b["text"]) for _, a, b in valid])
-    counts = {name: getattr(won, name) for name in ("low", "high", "wins", "ties", "losses", "invalid")}
-    return {"win_rate": won.rate, "length_controlled": controlled} | counts
+def _columns(mine: Sequence[tuple[Duel, Verdict]]) -> tuple[list[Duel], list[Verdict]]:
+    return [duel for duel, _ in mine], [verdict for _, verdict in mine]
 
 
-def second_opinion(duels: Sequence[Duel], scores: Sequence[Row]) -> dict[str, float]:
+def reward_opinion(duels: Sequence[Duel], scores: Sequence[Row]) -> dict[str, float]:
     """The win rate by the reward model's mean score."""
     mean = {row["response_id"]: row["mean"] for row in scores}
-    known = [(mean[a["response_id"]], mean[b["response_id"]]) for a, b in duels
-             if a["response_id"] in mean and b["response_id"] in mean]  # fmt: skip
+    ids = [(duel.policy["response_id"], duel.start["response_id"]) for duel in duels]
+    known = [(mean[a], mean[b]) for a, b in ids if a in mean and b in mean]
     return {"reward_win_rate": sum(a > b for a, b in known) / len(known)} if known else {}
 
 
+def second_grade(duels: Sequence[Duel], verdicts: Iterable[Row]) -> dict[str, Any]:
+    """The same win rate by another judge's VERDICTS."""
+    found = {row["speech_id"]: Verdict(row["verdict"]) for row in verdicts}
+    return grade(duels, [found[duel.speech] for duel in duels])
+
+
 def failures(stats: Mapping[str, Any], start: Mapping[str, Any], section: EvaluateSection) -> list[str]:
-    """Why the policy may not go on; empty if it may."""
+    """Why the policy may not go on; empty if it may. A number that is none (NaN) fails its limit."""
     rise = stats["repeated_share"] - start["repeated_share"]
     checks = [
-        (
-            stats["low"] > section.min_win_rate,
-            f"win rate {stats['win_rate']:.2f} is not surely above {section.min_win_rate:.2f} "
-            f"(interval {stats['low']:.2f} to {stats['high']:.2f})",
-        ),
+        _surely_better("win rate", stats, section.min_win_rate),
         (
             abs(stats["length_change"]) <= section.max_length_change,
             f"mean length changed by {stats['length_change']:+.0%}, allowed are {section.max_length_change:.0%}",
         ),
         (rise <= section.max_repeat_rise, f"looping replies rose by {rise:.0%}"),
     ]
-    return [reason for passed, reason in checks if not passed]
+    if section.second_decides:
+        checks.append(_surely_better("the second judge's win rate", stats["second"], section.min_win_rate))
+    return [reason for passed, reason in (*checks, *_lost(stats.get("probe") or {}, section)) if not passed]
+
+
+Check = tuple[bool, str]
+
+
+def _surely_better(name: str, stats: Mapping[str, Any], least: float) -> Check:
+    interval = f"(interval {stats['low']:.2f} to {stats['high']:.2f})"
+    return stats["low"] > least, f"{name} {stats['win_rate']:.2f} is not surely above {least:.2f} {interval}"
+
+
+def _lost(probe: Mapping[str, Any], section: EvaluateSection) -> list[Check]:
+    """What the probe says against the policy."""
+    limits = [
+        (
+            "perplexity_rise",
+            section.max_perplexity_rise,
+            "perplexity on general text rose by {:.0%}, allowed: {:.0%}",
+        ),
+        (
+            "capability_drop",
+            section.max_capability_drop,
+            "{:.0%} fewer questions were answered right, allowed: {:.0%}",
+        ),
+        ("kl", section.max_kl, "it went {:.2f} nats a token from the start, allowed: {:.2f}"),
+    ]
+    return [
+        (probe[key] <= limit, words.format(probe[key], limit))
+        for key, limit, words in limits
+        if key in probe and limit is not None
+    ]

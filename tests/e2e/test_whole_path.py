@@ -38,6 +38,7 @@ def settings(model: Path, home: Path) -> list[str]:
         "loop.reward_margin=0.0", "loop.replay=2",
         # A random model gets no better: the gate is held open so that the path goes on.
         "evaluate.min_win_rate=0.0", "evaluate.max_length_change=9", "evaluate.max_repeat_rise=1",
+        "evaluate.max_perplexity_rise=1e9", "evaluate.max_capability_drop=1", "evaluate.probe_answers=4",
     ]  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def stage_file(home: Path, pattern: str) -> bool:
 
 def contents(home: Path) -> dict[str, list[str]]:
     """For each stage of rows the ids that it holds."""
-    keys = {"speeches": "speech_id", "pairs": "pair_id", "labels": "pair_id"}
+    keys = {"speeches": "speech_id", "pairs": "pair_id", "labels": "pair_id", "probe": "key"}
     return {
         stage.name: [row[keys.get(stage.name.split("/")[-1], "response_id")] for row in stage.rows()]
         for stage in read_stages(home / "run")
@@ -94,6 +95,8 @@ def test_every_stage_leaves_what_the_next_ones_and_a_user_need(undisturbed):
     assert rows["round-0/samples"] == 8 * 3 + held_out and rows["round-1/samples"] == held_out
     assert rows["pairs"] > 0 and stages["round-1/labels"].stats["bought"] == 4
     assert 0 <= stages["reward-heads"].stats["metrics"]["accuracy"] <= 1
+    probe = stages["round-1/gate"].stats["probe"]
+    assert probe["kl"] > 0 and probe["perplexity"] > 1 and (probe["questions"], probe["answers"]) == (40, 4)
     assert stages["round-1/gate"].stats["passed"] and stages["export"].stats["champion_round"] == 1
     layout = pq.read_table(stages["pairs"].path / "psychocounsel.parquet")
     assert layout.num_rows == rows["pairs"]

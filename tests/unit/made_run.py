@@ -41,6 +41,7 @@ class MadeRun:
             "run": {"path": str(path), "seed": 0},
             "judge": {"engine": "http", "url": "http://user:hunter2@judge.invalid/v1", "api_key": SECRET_KEY},
             "loop": {"rounds": rounds, "budget": 24, "acquisition": "drts"},
+            "evaluate": {"probe": "general"},
         }
 
     def make(self) -> list[Artifact]:
@@ -94,6 +95,7 @@ class MadeRun:
             before = self._responses(f"round {n - 1}", n - 1)
             pairs = self._pairs(before, "oracle")[:6] + self._pairs(before, "reward")[6:]
             stats: dict[str, Any] = {"asked": 8, "answered": 7, "bought": 6, "reused": 1, "ties": 1, "invalid": 1}
+            stats |= {"vetoed": 3, "unsure": 2, "sure": 4, "sure_agreement": 0.75}
             stats |= {"reward_labelled": 6, "acquisition": "drts", "agreement": 0.6 + 0.05 * n}
             self._stage(made, f"{at}/labels", pairs, records.PAIRS, stats, "pair_id")
             self._stage(made, f"{at}/heads", [], None, self._heads(0.66 + 0.03 * n))
@@ -105,6 +107,8 @@ class MadeRun:
         draw = self.random.gauss
         scores = [{**row, "mean": draw(0.4 * n, 1), "spread": abs(draw(0, 1))} for row in drawn]
         self._stage(made, f"{at}/scores", scores, SCORES, {}, "response_id")
+        if n:
+            self._stage(made, f"{at}/probe", [], None, self._probe(n))
         held_out = [row for row in drawn if row["split"] == "test"]
         self._stage(made, f"{at}/gate", self._judgements(held_out, n), records.JUDGEMENTS, self._gate(n), "response_id")
 
@@ -156,6 +160,12 @@ class MadeRun:
         ]
         return {"metrics": metrics, "calibration": bins, "test_pairs": 14}
 
+    def _probe(self, n: int) -> dict[str, Any]:
+        perplexity = {"perplexity": 20.0 * (1 + 0.1 * n), "start_perplexity": 20.0, "perplexity_rise": 0.1 * n}
+        perplexity |= {"perplexity_rise_low": 0.1 * n - 0.05, "perplexity_rise_high": 0.1 * n + 0.05}
+        questions = {"accuracy": 0.8 - 0.05 * n, "start_accuracy": 0.8, "capability_drop": 0.05 * n, "questions": 40}
+        return perplexity | questions | {"kl": 0.0625 * n, "kl_low": 0.05 * n, "kl_high": 0.075 * n, "texts": 30}
+
     def _gate(self, n: int) -> dict[str, Any]:
         rate = 0.5 + 0.0625 * n
         reasons = ["the mean length changed by 27.0 %, more than 20.0 %"] if n == 2 else []
@@ -167,4 +177,5 @@ class MadeRun:
             **{"mean_words": 41.5 + 5 * n, "start_words": 41.5, "length_change": 0.135 * n},
             **{"repeated_share": 0.01, "truncated_share": 0.02, "mean_score": 2.5 + 0.2 * n},
             "principles": dict.fromkeys(PRINCIPLES, 2.5 + 0.1 * n),
+            "second": {"judge": "other-judge", "win_rate": rate - 0.03, "low": rate - 0.1, "high": rate + 0.04},
         }

@@ -1,10 +1,18 @@
-"""The gate: what it compares, and why a policy may not go on."""
+"""The gate: what it compares, which speeches decide, and why a policy may not go on."""
 
-from psyray.config import EvaluateSection
-from psyray.evaluate.gate import against_start, by_speech, failures, second_opinion
+import math
+
+import pytest
+
+from psyray.config import EvaluateSection, JudgeSection
+from psyray.errors import PsyrayError
+from psyray.evaluate.duels import Duel, by_scores, by_speech, check_invalid, grade, verdict_rows
+from psyray.evaluate.gate import by_part, decides, failures, reward_opinion, second_grade
+from psyray.records import Verdict
 
 START = {"repeated_share": 0.02}
 GOOD = {"win_rate": 0.7, "low": 0.6, "high": 0.8, "length_change": 0.1, "repeated_share": 0.05}
+KEPT = {"perplexity_rise": 0.1, "capability_drop": 0.05, "kl": 0.4}
 
 
 def answer(key: str, speech: str, text: str = "words") -> dict:
@@ -18,18 +26,55 @@ def judged(**scores: float | None) -> list[dict]:
 def test_answers_meet_by_speech_and_an_unrated_one_is_invalid_not_lost():
     new = [answer("n1", "s1"), answer("n2", "s2"), answer("n3", "s3")]
     old = [answer("o3", "s3"), answer("o1", "s1"), answer("o2", "s2")]
-    duels = by_speech(new, judged(n1=4.0, n2=2.0, n3=None), old, judged(o1=3.0, o2=3.0, o3=3.0))
-    found = against_start(duels, tie_margin=0.0)
+    rated = judged(n1=4.0, n2=2.0, n3=None, o1=3.0, o2=3.0, o3=3.0)
+    duels = by_speech(new, old)
+    compared = by_scores(duels, rated, tie_margin=0.0)
+    assert [(c.speech_id, c.a_id, c.b_id) for c in compared] == [
+        ("s1", "n1", "o1"),
+        ("s2", "n2", "o2"),
+        ("s3", "n3", "o3"),
+    ]
+    found = grade(duels, [c.verdict for c in compared])
     assert (found["wins"], found["losses"], found["ties"], found["invalid"]) == (1, 1, 0, 1)
     assert found["win_rate"] == 0.5
 
 
-def test_the_reward_model_gives_a_second_opinion_by_id():
-    duels = [(answer("n1", "s1"), answer("o1", "s1")), (answer("n2", "s2"), answer("o2", "s2"))]
+def test_the_reward_model_has_an_opinion_by_id():
+    duels = [Duel(answer("n1", "s1"), answer("o1", "s1")), Duel(answer("n2", "s2"), answer("o2", "s2"))]
     scores = [{"response_id": k, "mean": v} for k, v in {"n1": 1.0, "o1": 0.0, "n2": 0.0, "o2": 1.0}.items()]
-    assert second_opinion(duels, scores) == {"reward_win_rate": 0.5}
-    assert second_opinion(duels, scores[:2]) == {"reward_win_rate": 1.0}
-    assert second_opinion(duels, []) == {}
+    assert reward_opinion(duels, scores) == {"reward_win_rate": 0.5}
+    assert reward_opinion(duels, scores[:2]) == {"reward_win_rate": 1.0}
+    assert reward_opinion(duels, []) == {}
+
+
+def test_a_second_judges_verdicts_are_joined_by_speech():
+    duels = [Duel(answer(f"n{i}", f"s{i}"), answer(f"o{i}", f"s{i}")) for i in range(4)]
+    rows = [{"speech_id": f"s{i}", "verdict": v} for i, v in enumerate(("A", "A", "B", "tie"))]
+    assert second_grade(duels, rows[::-1])["win_rate"] == pytest.approx(0.625)
+    assert second_grade(duels[:2], rows)["win_rate"] == 1.0
+
+
+def test_without_a_usable_verdict_there_is_no_win_rate():
+    with pytest.raises(PsyrayError, match="nothing to compare"):
+        grade([Duel(answer("n", "s"), answer("o", "s"))], [Verdict.INVALID])
+
+
+def test_too_many_unusable_verdicts_stop_the_stage():
+    from psyray.data.judge import Desk
+    from psyray.engines.judges import RuleJudge
+    from psyray.rubric import load_rubric
+
+    rubric = load_rubric("counselling")
+    desk = Desk(RuleJudge(rubric), rubric, None, "run", JudgeSection(max_invalid_share=0.25))  # type: ignore[arg-type]
+    good = [(Verdict.A, 1.0, {})] * 3
+    check_invalid([*good, (Verdict.INVALID, 0.0, {"error": "gone"})], desk)
+    with pytest.raises(PsyrayError, match=r"2 of 5 pairs .* the first: gone"):
+        check_invalid([*good, (Verdict.INVALID, 0.0, {"error": "gone"}), None], desk)
+    duels = [Duel(answer("n", "s"), answer("o", "s"))]
+    [row] = verdict_rows(by_scores(duels, judged(n=2.0, o=1.5), 0.0), desk)
+    assert row == {
+        "speech_id": "s", "policy_id": "n", "start_id": "o", "judge": desk.judge.id, "verdict": "A", "margin": 0.5,
+    }  # fmt: skip
 
 
 def test_a_good_policy_passes_and_each_fault_is_named():
@@ -39,3 +84,41 @@ def test_a_good_policy_passes_and_each_fault_is_named():
     assert "mean length changed by -25%" in failures(GOOD | {"length_change": -0.25}, START, section)[0]
     assert "looping replies rose by 8%" in failures(GOOD | {"repeated_share": 0.10}, START, section)[0]
     assert len(failures(GOOD | {"low": 0.1, "length_change": 1.0, "repeated_share": 1.0}, START, section)) == 3
+
+
+def test_what_the_probe_found_lost_is_named_and_no_number_is_no_pass():
+    section = EvaluateSection()
+    assert failures(GOOD | {"probe": KEPT}, START, section) == []
+    for key, value, words in (
+        ("perplexity_rise", 0.3, "perplexity on general text rose by 30%, allowed: 25%"),
+        ("perplexity_rise", math.nan, "perplexity"),
+        ("capability_drop", 0.2, "20% fewer questions were answered right"),
+    ):
+        [reason] = failures(GOOD | {"probe": KEPT | {key: value}}, START, section)
+        assert words in reason
+    [reason] = failures(GOOD | {"probe": KEPT}, START, EvaluateSection(max_kl=0.3))
+    assert "0.40 nats a token" in reason
+    assert failures(GOOD | {"probe": KEPT}, START, EvaluateSection(max_kl=0.5)) == []
+
+
+def test_a_second_judge_decides_only_where_it_is_told_to():
+    doubtful = GOOD | {"second": {"win_rate": 0.52, "low": 0.45, "high": 0.6}}
+    other = JudgeSection(engine="vllm", model="m")
+    assert failures(doubtful, START, EvaluateSection(second=other)) == []
+    [reason] = failures(doubtful, START, EvaluateSection(second=other, second_decides=True))
+    assert "the second judge's win rate 0.52 is not surely above 0.50" in reason
+
+
+def test_a_share_of_the_speeches_decides_and_the_others_only_report():
+    answers = [{"speech_id": f"s{i}"} for i in range(400)]
+
+    def measure(keep) -> dict:
+        return {"speeches": [a["speech_id"] for a in answers if keep(a["speech_id"])]}
+
+    assert by_part(measure, answers, 0.0) == {"speeches": [a["speech_id"] for a in answers]}
+    parts = by_part(measure, answers, 0.3)
+    dev, test = parts["speeches"], parts["test"]["speeches"]
+    assert set(dev) | set(test) == {a["speech_id"] for a in answers} and not set(dev) & set(test)
+    assert 0.22 < len(dev) / 400 < 0.38 and {s for s in dev if decides(s, 0.6)} == set(dev)
+    with pytest.raises(PsyrayError, match=r"evaluate.dev_share 0\.3"):
+        by_part(measure, [a for a in answers if a["speech_id"] in set(test)], 0.3)

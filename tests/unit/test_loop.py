@@ -1,11 +1,10 @@
-"""The pure parts of the online loop: prompts, draws, labels, replay."""
+"""The pure parts of the online loop: prompts, draws, questions, where it stops and what it exports."""
 
-import numpy as np
 import pytest
 
-from psyray.config import Config, Responder, load_config
+from psyray.config import Config, LoopSection, Responder, load_config
 from psyray.data.generate import draw, draw_row, with_system
-from psyray.loop import oracle_pairs, prompts, reward_pairs
+from psyray.loop import chosen, prompts, why_stop
 from psyray.records import Verdict
 
 
@@ -25,8 +24,8 @@ def test_rounds_take_new_prompts_until_all_had_a_turn():
     assert all(s["split"] == "train" for r in rounds for s in r)
 
 
-def test_there_are_no_prompts_after_the_last_round_and_no_more_than_there_are_speeches():
-    assert prompts(speeches(40), 3, config(rounds=2)) == []
+def test_a_rounds_prompts_are_the_same_however_many_rounds_there_are_and_no_more_than_there_are_speeches():
+    assert prompts(speeches(40), 3, config(rounds=2)) == prompts(speeches(40), 3, config(rounds=9))
     assert len(prompts(speeches(8), 1, config(rounds=1, prompts=100))) == 6
 
 
@@ -52,33 +51,8 @@ def test_a_conversation_keeps_its_own_system_prompt():
     assert with_system(own[1:], "") == own[1:]
 
 
-def responses(*texts: str, speech: str = "s") -> list[dict]:
-    return [
-        {"response_id": f"{speech}{i}", "speech_id": speech, "messages": [], "split": "train", "text": t, "model": "m"}
-        for i, t in enumerate(texts)
-    ]
-
-
-def test_the_oracles_ties_and_invalid_answers_never_become_pairs():
-    a, b = responses("a", "b")
-    labels = [(Verdict.A, 0.5, {}), (Verdict.B, -0.5, {}), (Verdict.TIE, 0.0, {}), (Verdict.INVALID, 0.0, {}), None]
-    pairs, counts = oracle_pairs([(a, b, 1.0)] * 5, labels, gaps=[0.2] * 5)
-    assert [(p["chosen_id"], p["rejected_id"], p["margin"]) for p in pairs] == [("s0", "s1", 0.5), ("s1", "s0", 0.5)]
-    assert counts == {"ties": 1, "invalid": 1, "agreement": 0.5}
-    assert oracle_pairs([], [], [])[1]["agreement"] is None
-
-
-def test_the_reward_model_labels_only_what_the_oracle_did_not_and_only_above_the_margin():
-    groups = [responses("a", "b", "c", speech="s"), responses("a", "b", "c", speech="t")]
-    mean_PK = np.array([[3.0, 0.0, 1.0], [2.0, 1.9, np.nan]])
-    pairs = reward_pairs(groups, mean_PK, labelled=set(), per_speech=2, margin=0.5)
-    assert [(p["chosen_id"], p["rejected_id"], p["margin"]) for p in pairs] == [("s0", "s1", 3.0), ("s0", "s2", 2.0)]
-    assert {p["source"] for p in pairs} == {"reward"}
-    assert reward_pairs(groups, mean_PK, labelled={0}, per_speech=2, margin=0.5) == []
-
-
-def test_equal_texts_are_no_pair_whatever_the_scores_say():
-    assert reward_pairs([responses("same", "same")], np.array([[3.0, 0.0]]), set(), 1, 0.1) == []
+def responses(*texts: str) -> list[dict]:
+    return [{"response_id": f"s{i}", "speech_id": "s", "messages": [], "text": t} for i, t in enumerate(texts)]
 
 
 @pytest.mark.parametrize(("given", "expected"), [(Verdict.A, "s0"), (Verdict.B, "s1")])
@@ -101,3 +75,27 @@ def test_a_question_is_one_question_whichever_way_the_pair_came_up(given, expect
         for pair, label in (((a, b), read(answer, ab_flipped)), ((b, a), read(answer, ba_flipped)))
     ]
     assert [w["response_id"] for w in winners] == [expected, expected]
+
+
+def gates(*rates: float) -> list[dict]:
+    """Round 0 and trained rounds; a negative win rate is of a round that failed."""
+    trained = [{"passed": rate > 0, "win_rate": abs(rate), "reasons": ["too long"]} for rate in rates]
+    return [{"passed": True, "win_rate": 0.5, "reasons": []}, *trained]
+
+
+def test_the_champion_is_the_last_that_passed_or_the_best_of_them():
+    assert chosen(gates(0.7, 0.8, 0.75, -0.9), "last") == 3
+    assert chosen(gates(0.7, 0.8, 0.75, -0.9), "best") == 2
+    assert chosen(gates(0.7, 0.7), "best") == 1  # the shorter way from the start
+    assert chosen(gates(-0.4), "best") == chosen(gates(), "last") == 0
+
+
+def test_the_loop_ends_after_rounds_without_a_better_one_that_passed():
+    patient, stopping = LoopSection(rounds=9, patience=2), LoopSection(rounds=9, on_gate_fail="stop")
+    assert why_stop(gates(0.6, 0.7, 0.65), patient) == ""
+    assert "no passed win rate was above 0.70 for 2 rounds" in why_stop(gates(0.6, 0.7, 0.65, -0.9), patient)
+    assert why_stop(gates(0.6, 0.7, 0.65, 0.71), patient) == ""
+    assert "above 0.50 for 2 rounds" in why_stop(gates(0.45, -0.4), patient)
+    assert why_stop(gates(0.6, 0.55, 0.5), LoopSection(rounds=9)) == ""
+    assert "it failed its gate (too long)" in why_stop(gates(-0.4), stopping)
+    assert why_stop(gates(0.6), stopping) == ""

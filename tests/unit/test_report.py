@@ -69,6 +69,10 @@ def test_headline_and_tables_hold_the_run_s_numbers(html: str) -> None:
     assert "too short 3 too long 1 duplicate 2 no text 0" in text
     assert "tie or gap 9" in text
     assert "66.0 % (55.0 %)" in text and "0.710 (0.560)" in text
+    assert "Win rate by the second judge 53.2 % interval 46.2 % to 60.2 %; by other-judge" in text
+    assert "the win rate of the exported round leans upwards" in text
+    assert "1 22.0 (20.0) +10.0 % +5.0 % to +15.0 % 75.0 % 80.0 % 0.062 0.050 to 0.075" in text
+    assert "1 8 7 6 1 1 1 3 6 2 65.0 % 75.0 % (4) drts" in text
     assert "no substitute for" in text and "not finished" not in text
 
 
@@ -90,6 +94,30 @@ def test_page_is_accessible(html: str) -> None:
     assert headers and all(a.get("scope") in ("row", "col") for a in headers)
     assert [tag for tag, _ in page.tags if tag == "h1"] == ["h1"]
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
+
+
+def test_where_a_part_of_the_speeches_decided_the_others_are_the_result(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run").make()
+    for path in (tmp_path / "run/stages/round-1/gate").rglob("manifest.json"):
+        manifest = json.loads(path.read_text())
+        test = {"win_rate": 0.525, "low": 0.5, "high": 0.55, "n": 7, "second": {"win_rate": 0.51, "judge": "other"}}
+        path.write_text(json.dumps({**manifest, "stats": {**manifest["stats"], "n": 5, "test": test}}))
+    text = Page(report.write_report(tmp_path / "run").read_text()).text
+    assert "Win rate against the start 52.5 % interval 50.0 % to 55.0 %" in text
+    assert "Win rate by the second judge 51.0 %" in text and "52.5 % 50.0 % to 55.0 % 51.0 %" in text
+    assert "1 passed 56.2 % 51.2 % to 61.3 %" in text
+
+
+def test_the_time_of_each_round_is_in_parts(tmp_path: Path) -> None:
+    MadeRun(tmp_path / "run", rounds=1).make()
+    for name, seconds in {"samples": 65.0, "policy": 130.0, "probe": 8.0, "gate": 2.0}.items():
+        for path in (tmp_path / f"run/stages/round-1/{name}").rglob("manifest.json"):
+            manifest = json.loads(path.read_text())
+            stats = {**manifest["stats"], **({"engine_start_s": 40.0} if name == "samples" else {})}
+            path.write_text(json.dumps({**manifest, "seconds": seconds, "stats": stats}))
+    text = Page(report.write_report(tmp_path / "run").read_text()).text
+    assert "Round Engine start Sampling Scoring Labels Training Evaluation In all" in text
+    assert re.search(r"1 40 s 25 s \d\.\d s \d\.\d s 2 min 10 s 10 s 3 min 25 s", text)
 
 
 def test_examples_follow_the_rule(full: Path) -> None:
@@ -119,7 +147,7 @@ def test_secrets_of_the_configuration_stay_out(html: str) -> None:
     assert SECRET_KEY not in html and "hunter2" not in html
 
 
-STAGES = status.expected_stages({"loop": {"rounds": 1}})
+STAGES = status.expected_stages({"loop": {"rounds": 1}, "evaluate": {"probe": "general"}})
 
 
 @pytest.mark.parametrize("until", STAGES)

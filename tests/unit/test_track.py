@@ -93,7 +93,7 @@ def test_one_run_with_one_nested_run_per_stage(tracked: tuple[Path, Any, list[st
     run, mlflow_client, _ = tracked
     parent = mlflow_client.get_run(kept(run)["run_id"])
     assert parent.info.status == "FINISHED" and parent.info.run_name == "run"
-    assert len(kept(run)["stages"]) == 16 and len(all_runs(mlflow_client)) == 17
+    assert len(kept(run)["stages"]) == 17 and len(all_runs(mlflow_client)) == 18
     gate = nested(mlflow_client, run, "round-1/gate")
     assert gate.info.run_name == "round-1/gate" and gate.info.status == "FINISHED"
     assert gate.data.tags["psyray.round"] == "1"
@@ -115,6 +115,28 @@ def test_rounds_are_a_curve_of_the_parent_run(tracked: tuple[Path, Any, list[str
     run, mlflow_client, _ = tracked
     history = mlflow_client.get_metric_history(kept(run)["run_id"], "gate/win_rate")
     assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(0, 0.5), (1, 0.5625)]
+
+
+def test_the_time_of_a_round_is_summed_by_parts(home: Path) -> None:
+    def stage(name: str, seconds: float, minute: int, **stats: float) -> Artifact:
+        finished = f"2026-01-01T00:{minute:02d}:00+00:00"
+        manifest = {"seconds": seconds, "stats": stats, "rows": 0, "files": [], "config": {}, "finished": finished}
+        return Artifact(name, home / "run", name, manifest)
+
+    stages = [stage("speeches", 9, 1), stage("round-1/heads", 3, 2), stage("round-1/policy", 100, 3)]
+    stages += [stage("round-1/samples", 60, 4, engine_start_s=40), stage("round-2/heads", 5, 5)]
+    for _ in range(2):  # a second pass sends the same points
+        with tracker(home, {}) as open_tracker:
+            for artifact in stages:
+                open_tracker.stage(artifact)
+    parent = kept(home / "run")["run_id"]
+
+    def points(part: str) -> list[tuple[int, float]]:
+        history = client(home).get_metric_history(parent, f"seconds/{part}")
+        return [(m.step, m.value) for m in sorted(history, key=lambda m: m.timestamp)]
+
+    assert points("training") == [(1, 3), (1, 103), (2, 5)]
+    assert points("engine_start") == [(1, 40)] and points("sampling") == [(1, 20)]
 
 
 def test_rows_are_named_as_data_sets_by_fingerprint(tracked: tuple[Path, Any, list[str]]) -> None:

@@ -1,0 +1,168 @@
+"""A round's pairs: the oracle labels what acquisition picks, the reward model what it is sure of among the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import norm
+
+from psyray.active.acquisition import Candidates, acquire
+from psyray.active.oracles import Label, label
+from psyray.config import Config, LoopSection
+from psyray.data.judge import Desk
+from psyray.data.rules import Rules
+from psyray.records import PAIRS, Row, Status, Verdict, pair_row
+from psyray.reward.ensemble import load_features, prompt_matrix, score_matrix
+from psyray.reward.heads import Heads
+from psyray.run import Artifact, Folder, Run
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def labels_stage(
+    run: Run, number: int, config: Config, desk: Desk, heads: Artifact, features: Artifact, samples: Artifact
+) -> Artifact:
+    """The stage `round-N/labels`: PAIRS within the round's budget."""
+    loop, budget = config.loop, config.loop.budget_of(number)
+    veto = Rules.make(config.pairs, desk.rubric).veto
+
+    def make(folder: Folder) -> Mapping[str, Any]:
+        groups: dict[str, list[Row]] = {}
+        for row in samples.rows():
+            if row["split"] == "train" and row["status"] == Status.OK:
+                groups.setdefault(row["speech_id"], []).append(row)
+        ensemble, listed = Heads.load(heads.path / "heads.npz"), list(groups.values())
+        known = load_features([features])
+        scores_PKH = score_matrix(ensemble, known, groups, loop.k)
+        candidates = Candidates(scores_PKH, prompts_PE=prompt_matrix(known, groups))
+        rng = np.random.default_rng([config.run.seed, number])
+        picks = acquire(loop.acquisition, candidates, budget, rng, loop.apart)
+        asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], p.value) for p in picks]
+        labels, counts = label(folder, desk, asked, purpose=f"round-{number}", strategy=loop.acquisition, budget=budget)
+        held_PKH = penalised(scores_PKH, listed, loop.length_penalty)
+        gaps = [Gap.of(held_PKH[p.prompt, p.first] - held_PKH[p.prompt, p.second]) for p in picks]
+        oracle, numbers = oracle_pairs(asked, labels, gaps, loop, veto)
+        labelled = {p.prompt for p, given in zip(picks, labels, strict=True) if given}
+        rest, unsure = reward_pairs(listed, held_PKH, labelled, loop)
+        parts = folder.parts(PAIRS, "pair_id")
+        parts.append(oracle + rest)
+        parts.finish()
+        mine = {"acquisition": loop.acquisition, "budget": budget, "reward_labelled": len(rest), "unsure": unsure}
+        return counts | numbers | mine
+
+    ruled = ("acquisition", "apart", "reward_margin", "reward_confidence", "length_penalty", "reward_pairs", "k")
+    settings = desk.labels_identity | {key: getattr(loop, key) for key in ruled}
+    settings |= {"budget": budget, "veto": veto, "seed": config.run.seed}
+    return run.stage(f"round-{number}/labels", settings, [heads, features, samples], make)
+
+
+def penalised(scores_PKH: FloatArray, groups: Sequence[Sequence[Row]], per_100_words: float) -> FloatArray:
+    """The scores less what the responses' length costs them, in logits per 100 words."""
+    words_PK = np.zeros(scores_PKH.shape[:2])
+    for p, responses in enumerate(groups):
+        words_PK[p, : len(responses)] = [len(row["text"].split()) for row in responses]
+    return np.asarray(scores_PKH - per_100_words / 100 * words_PK[:, :, None])
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What is believed of a score difference, in logits."""
+
+    mean: float
+    spread: float
+
+    @classmethod
+    def of(cls, gap_H: FloatArray) -> Gap:
+        """Over the heads, or draws of a posterior."""
+        return cls(float(gap_H.mean()), float(gap_H.std()))
+
+    @property
+    def confidence(self) -> float:
+        """The probability that the difference is above 0, were it normal; NaN where a score is missing."""
+        return float(norm.cdf(self.mean / self.spread)) if self.spread else float(self.mean > 0)
+
+    def wide(self, loop: LoopSection) -> bool:
+        """Whether it is above `loop.reward_margin`."""
+        return self.mean > loop.reward_margin
+
+    def sure(self, loop: LoopSection) -> bool:
+        """Whether the reward model may label by it."""
+        return self.wide(loop) and (loop.reward_confidence is None or self.confidence >= loop.reward_confidence)
+
+    def turned(self) -> Gap:
+        """The same the other way round."""
+        return Gap(-self.mean, self.spread)
+
+
+def oracle_pairs(
+    asked: Sequence[tuple[Row, Row, float]],
+    labels: Sequence[Label | None],
+    gaps: Sequence[Gap],
+    loop: LoopSection,
+    veto: Sequence[str] = (),
+) -> tuple[list[Row], dict[str, Any]]:
+    """Pairs that the oracle decided, and counts; ties and invalid answers never become pairs.
+
+    Nor does one whose chosen side was rated lower on a principle in `veto`, where the oracle gave ratings.
+    `agreement` is how often the reward model had the winner right, `sure_agreement` the same among the pairs that it
+    would have labelled itself: how far its own labels are to be trusted.
+    """
+    pairs, agreed, sure, counts = [], list[bool](), list[bool](), {"ties": 0, "invalid": 0, "vetoed": 0}
+    for (a, b, _), given, gap in zip(asked, labels, gaps, strict=True):
+        if given is None:
+            continue
+        verdict, margin, said = given
+        counts["ties"] += verdict is Verdict.TIE
+        counts["invalid"] += verdict is Verdict.INVALID
+        if verdict not in (Verdict.A, Verdict.B):
+            continue
+        agreed.append((gap.mean > 0) == (verdict is Verdict.A))
+        if gap.sure(loop) or gap.turned().sure(loop):
+            sure.append(agreed[-1])
+        sides = [row | {"ratings": said.get(side)} for row, side in ((a, "a"), (b, "b"))]
+        chosen, rejected = sides if verdict is Verdict.A else sides[::-1]
+        if vetoed(chosen["ratings"], rejected["ratings"], veto):
+            counts["vetoed"] += 1
+        else:
+            pairs.append(pair_row(a, chosen, rejected, margin=abs(margin), source="oracle"))
+    measured = {"agreement": _share(agreed), "sure": len(sure), "sure_agreement": _share(sure)}
+    return pairs, counts | measured
+
+
+def vetoed(chosen: Mapping[str, float] | None, rejected: Mapping[str, float] | None, veto: Sequence[str]) -> bool:
+    """Whether the chosen side was rated lower on a principle that forbids it; never without ratings."""
+    return bool(chosen and rejected and any(chosen[key] < rejected[key] for key in veto))
+
+
+def _share(right: Sequence[bool]) -> float | None:
+    return sum(right) / len(right) if right else None
+
+
+def reward_pairs(
+    groups: Sequence[Sequence[Row]], scores_PKH: FloatArray, labelled: set[int], loop: LoopSection
+) -> tuple[list[Row], int]:
+    """Pairs that the reward model labels in the speeches the oracle did not, widest gaps first.
+
+    The second number counts those with a gap above `loop.reward_margin` that it was not sure enough of.
+    """
+    pairs, unsure = [], 0
+    for p, responses in enumerate(groups):
+        if p in labelled:
+            continue
+        wide = [
+            (gap, i, j)
+            for i, first in enumerate(responses)
+            for j, second in enumerate(responses)
+            if i != j
+            and first["text"] != second["text"]
+            and (gap := Gap.of(scores_PKH[p, i] - scores_PKH[p, j])).wide(loop)
+        ]
+        sure = [found for found in wide if found[0].sure(loop)]
+        unsure += len(wide) - len(sure)
+        for gap, i, j in sorted(sure, key=lambda found: (found[0].mean, *found[1:]), reverse=True)[: loop.reward_pairs]:
+            pairs.append(pair_row(responses[i], responses[i], responses[j], margin=gap.mean, source="reward"))
+    return pairs, unsure

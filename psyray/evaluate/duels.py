@@ -1,0 +1,149 @@
+"""The policy's answer against the start's, speech by speech: who won by a judge, and what that comes to.
+
+A judge that rates gives a verdict by its two ratings, so there is no order that could sway it. One that compares sees
+each pair in both orders, and where it contradicts itself that is a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from psyray.active.oracles import Label, label
+from psyray.data.judge import Desk, buy, check_share, settled
+from psyray.engines import journal
+from psyray.errors import PsyrayError
+from psyray.evaluate.winrate import length_controlled, outcomes, win_rate
+from psyray.records import Comparison, Row, Status, Verdict, compare
+from psyray.run import Artifact, Folder, Run
+from psyray.stream import CALLS
+
+VERDICTS = pa.schema(
+    [
+        ("speech_id", pa.string()),
+        ("policy_id", pa.string()),
+        ("start_id", pa.string()),
+        ("judge", pa.string()),
+        ("verdict", pa.string()),  # A: the policy won, B: the start
+        ("margin", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two answers to one speech."""
+
+    policy: Row
+    start: Row
+
+    @property
+    def speech(self) -> str:
+        """The speech's id."""
+        return str(self.policy["speech_id"])
+
+
+def held_out(samples: Artifact) -> list[Row]:
+    """The answers to held-out speeches."""
+    return [row for row in samples.each() if row["split"] == "test"]
+
+
+def by_speech(answers: Sequence[Row], first: Sequence[Row]) -> list[Duel]:
+    """The two answers to each speech, joined by id."""
+    start = {row["speech_id"]: row for row in first}
+    return [Duel(row, start[row["speech_id"]]) for row in answers]
+
+
+def by_scores(duels: Sequence[Duel], judged: Sequence[Row], tie_margin: float) -> list[Comparison]:
+    """Who won by JUDGEMENTS rows; an answer without a usable one makes the verdict invalid, never a number."""
+    score = {row["response_id"]: row["score"] for row in judged if row["status"] == Status.OK}
+
+    def side(row: Row) -> tuple[str, float | None]:
+        return row["response_id"], score.get(row["response_id"])
+
+    return [compare(duel.speech, side(duel.policy), side(duel.start), tie_margin) for duel in duels]
+
+
+def side_by_side(folder: Folder, desk: Desk, duels: Sequence[Duel], *, purpose: str) -> list[Comparison]:
+    """Who won by a judge that compares; equal texts are a tie that nobody is asked about.
+
+    PsyrayError where more than `max_invalid_share` of the answers cannot be used.
+    """
+    asked = [d for d in duels if d.policy["text"] and d.start["text"] and d.policy["text"] != d.start["text"]]
+    pairs = [(d.policy, d.start, 0.0) for d in asked]
+    labels = label(folder, desk, pairs, purpose=purpose, strategy="", budget=None)[0] if pairs else []
+    check_invalid(labels, desk)
+    found = {d.speech: one for d, one in zip(asked, labels, strict=True) if one is not None}
+
+    def verdict(duel: Duel) -> Comparison:
+        ids = duel.policy["response_id"], duel.start["response_id"]
+        if duel.speech in found:
+            return Comparison(duel.speech, *ids, *found[duel.speech][:2])
+        same = duel.policy["text"] and duel.policy["text"] == duel.start["text"]
+        return Comparison(duel.speech, *ids, Verdict.TIE if same else Verdict.INVALID)
+
+    return [verdict(duel) for duel in duels]
+
+
+def check_invalid(labels: Sequence[Label | None], desk: Desk) -> None:
+    """PsyrayError where too large a share of the comparisons cannot be used; the answers stay in the ledger."""
+    bad = [one for one in labels if one is None or one[0] is Verdict.INVALID]
+    if len(bad) > desk.section.max_invalid_share * len(labels):
+        said = next((str(one[2].get("error") or "") for one in bad if one), "")
+        raise PsyrayError(
+            f"the judge {desk.judge.id} gave no usable verdict on {len(bad)} of {len(labels)} pairs of held-out "
+            f"answers, more than its max_invalid_share ({desk.section.max_invalid_share:.0%}); the first: "
+            f"{said[:300]}. The answers are in the ledger; change the judge, or raise the ceiling, and run the same "
+            "command again"
+        )
+
+
+def second_stage(run: Run, number: int, desk: Desk, samples: Artifact, first: Artifact) -> Artifact:
+    """The stage `round-N/second`: VERDICTS of a second judge on the held-out answers of the policy and the start.
+
+    Ratings of the start's answers are in the ledger from the second round on and are not bought again.
+    """
+
+    def make(folder: Folder) -> Mapping[str, Any]:
+        duels = by_speech(held_out(samples), held_out(first))
+        purpose = f"second-{number}"
+        if desk.section.form == "pairwise":
+            compared = side_by_side(folder, desk, duels, purpose=purpose)
+        else:
+            answers = [answer for duel in duels for answer in (duel.policy, duel.start)]
+            buy(folder, desk, lambda: answers, len(answers), purpose, None)
+            judged = [row for rows in settled(desk, lambda: answers) for row in rows]
+            check_share(judged, desk)
+            compared = by_scores(duels, judged, desk.section.tie_margin)
+        parts = folder.parts(VERDICTS, "speech_id")
+        parts.append(verdict_rows(compared, desk))
+        parts.finish()
+        calls = journal.stats(folder.path / CALLS)
+        stats = {"judge": desk.judge.id} | grade(duels, [c.verdict for c in compared])
+        return stats | ({"calls": calls} if calls else {})
+
+    return run.stage(f"round-{number}/second", desk.labels_identity, [samples, first], make)
+
+
+def verdict_rows(compared: Sequence[Comparison], desk: Desk) -> list[Row]:
+    """VERDICTS rows."""
+    return [
+        {"speech_id": c.speech_id, "policy_id": c.a_id, "start_id": c.b_id, "judge": desk.judge.id,
+         "verdict": c.verdict, "margin": c.margin}
+        for c in compared
+    ]  # fmt: skip
+
+
+def grade(duels: Sequence[Duel], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Win rate over the start with its interval, raw and at equal length; PsyrayError without a valid verdict."""
+    won = win_rate(verdicts, [duel.speech for duel in duels])
+    valid = [(duel, v) for duel, v in zip(duels, verdicts, strict=True) if v is not Verdict.INVALID]
+    if not valid:
+        raise PsyrayError("no held-out speech has two answers that the judge could grade: there is nothing to compare")
+    longer = [len(duel.policy["text"]) - len(duel.start["text"]) for duel, _ in valid]
+    controlled = length_controlled(outcomes([v for _, v in valid]), longer)
+    counts = {name: getattr(won, name) for name in ("low", "high", "wins", "ties", "losses", "invalid")}
+    return {"win_rate": won.rate, "length_controlled": controlled} | counts

@@ -1,0 +1,118 @@
+"""A round's labels: what becomes a pair, what the reward model may label, and what more budget asks."""
+
+import numpy as np
+import pytest
+
+from psyray.active.acquisition import ACQUISITIONS, Candidates, acquire
+from psyray.active.labelling import Gap, oracle_pairs, penalised, reward_pairs
+from psyray.config import LoopSection, load_config
+from psyray.errors import PsyrayError
+from psyray.records import Verdict
+
+LOOP = LoopSection(reward_margin=0.5)
+
+
+def responses(*texts: str, speech: str = "s") -> list[dict]:
+    return [
+        {"response_id": f"{speech}{i}", "speech_id": speech, "messages": [], "split": "train", "text": t, "model": "m"}
+        for i, t in enumerate(texts)
+    ]
+
+
+def alike(mean_PK: list[list[float]]) -> np.ndarray:
+    """Scores on which two heads agree."""
+    return np.repeat(np.asarray(mean_PK)[:, :, None], 2, axis=2)
+
+
+def test_the_oracles_ties_and_invalid_answers_never_become_pairs():
+    a, b = responses("a", "b")
+    labels = [(Verdict.A, 0.5, {}), (Verdict.B, -0.5, {}), (Verdict.TIE, 0.0, {}), (Verdict.INVALID, 0.0, {}), None]
+    pairs, counts = oracle_pairs([(a, b, 1.0)] * 5, labels, [Gap(0.2, 0.1)] * 5, LOOP)
+    assert [(p["chosen_id"], p["rejected_id"], p["margin"]) for p in pairs] == [("s0", "s1", 0.5), ("s1", "s0", 0.5)]
+    assert (counts["ties"], counts["invalid"], counts["vetoed"], counts["agreement"]) == (1, 1, 0, 0.5)
+    assert (counts["sure"], counts["sure_agreement"]) == (0, None)
+    assert oracle_pairs([], [], [], LOOP)[1]["agreement"] is None
+
+
+def test_what_the_reward_model_would_have_labelled_is_held_against_the_oracle():
+    a, b = responses("a", "b")
+    labels = [(Verdict.A, 0.5, {}), (Verdict.B, -0.5, {}), (Verdict.B, -0.5, {})]
+    _, counts = oracle_pairs([(a, b, 1.0)] * 3, labels, [Gap(2, 1), Gap(-2, 1), Gap(0.1, 1)], LOOP)
+    assert (counts["sure"], counts["sure_agreement"]) == (2, 1.0)
+    assert counts["agreement"] == pytest.approx(2 / 3)
+
+
+def test_a_winner_that_was_rated_less_safe_becomes_no_pair_and_ratings_stay_with_the_rest():
+    a, b = responses("a", "b")
+    said = {"a": {"empathy": 5.0, "safety": 2.0}, "b": {"empathy": 2.0, "safety": 3.0}}
+    asked, gaps = [(a, b, 1.0)], [Gap(1.0, 0.5)]
+    pairs, counts = oracle_pairs(asked, [(Verdict.A, 1.0, said)], gaps, LOOP, veto=["safety"])
+    assert pairs == [] and counts["vetoed"] == 1 and counts["agreement"] == 1.0
+    for veto in ([], ["empathy"]):
+        [pair], counts = oracle_pairs(asked, [(Verdict.A, 1.0, said)], gaps, LOOP, veto=veto)
+        assert (pair["chosen_ratings"], pair["rejected_ratings"]) == (said["a"], said["b"]) and counts["vetoed"] == 0
+    [pair], _ = oracle_pairs(asked, [(Verdict.B, -1.0, said)], gaps, LOOP, veto=["safety"])
+    assert pair["chosen_id"] == "s1" and pair["chosen_ratings"] == said["b"]
+    compared, _ = oracle_pairs(asked, [(Verdict.A, 1.0, {"orders": ["A", "A"]})], gaps, LOOP, veto=["safety"])
+    assert compared[0]["chosen_ratings"] is None
+
+
+def test_the_reward_model_labels_only_what_the_oracle_did_not_and_only_above_the_margin():
+    groups = [responses("a", "b", "c", speech="s"), responses("a", "b", "c", speech="t")]
+    scores_PKH = alike([[3.0, 0.0, 1.0], [2.0, 1.9, np.nan]])
+    two = LOOP.model_copy(update={"reward_pairs": 2})
+    pairs, unsure = reward_pairs(groups, scores_PKH, set(), two)
+    assert [(p["chosen_id"], p["rejected_id"], p["margin"]) for p in pairs] == [("s0", "s1", 3.0), ("s0", "s2", 2.0)]
+    assert {p["source"] for p in pairs} == {"reward"} and unsure == 0
+    assert reward_pairs(groups, scores_PKH, {0}, two) == ([], 0)
+
+
+def test_equal_texts_are_no_pair_whatever_the_scores_say():
+    assert reward_pairs([responses("same", "same")], alike([[3.0, 0.0]]), set(), LOOP) == ([], 0)
+
+
+def test_confidence_is_the_chance_that_the_sign_is_right():
+    gap = Gap.of(np.asarray([0.0, 2.0]))
+    assert (gap.mean, gap.spread) == (1.0, 1.0) and gap.confidence == pytest.approx(0.841345, abs=1e-6)
+    assert Gap(0.3, 0.0).confidence == 1.0 and gap.turned().confidence == pytest.approx(1 - gap.confidence)
+    assert not Gap.of(np.asarray([np.nan, 1.0])).sure(LOOP)
+
+
+def test_a_wide_gap_that_the_heads_quarrel_about_is_left_unlabelled():
+    groups = [responses("a", "b", speech="s"), responses("a", "b", speech="t")]
+    scores_PKH = np.asarray([[[3.0, 1.0], [0.0, 0.0]], [[9.0, -5.0], [0.0, 0.0]]])  # gaps 2 +- 1, 2 +- 7
+    bold, pairs = LOOP, {}
+    for name, loop in (("bold", bold), ("careful", bold.model_copy(update={"reward_confidence": 0.9}))):
+        pairs[name] = reward_pairs(groups, scores_PKH, set(), loop)
+    assert [p["chosen_id"] for p in pairs["bold"][0]] == ["s0", "t0"] and pairs["bold"][1] == 0
+    assert [p["chosen_id"] for p in pairs["careful"][0]] == ["s0"] and pairs["careful"][1] == 1
+
+
+def test_a_longer_answer_pays_for_its_words_before_the_reward_model_labels():
+    groups = [responses("word " * 50, "word " * 150)]
+    scores_PKH = alike([[1.0, 2.0]])
+    [pair], _ = reward_pairs(groups, penalised(scores_PKH, groups, 0.0), set(), LOOP)
+    assert pair["chosen_id"] == "s1"
+    assert reward_pairs(groups, penalised(scores_PKH, groups, 0.6), set(), LOOP) == ([], 0)
+    [pair], _ = reward_pairs(groups, penalised(scores_PKH, groups, 2.0), set(), LOOP)
+    assert pair["chosen_id"] == "s0" and pair["margin"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", sorted(set(ACQUISITIONS) - {"apl"}))
+def test_a_larger_budget_asks_what_the_smaller_one_asked_and_more(name):
+    draw = np.random.default_rng(3)
+    features_PKD = draw.normal(size=(30, 4, 5))
+    weights_HD = draw.normal(size=(8, 5))
+    scores_PKH = features_PKD @ weights_HD.T
+    candidates = Candidates(scores_PKH, features_PKD, np.cov(weights_HD.T), prompts_PE=features_PKD.mean(axis=1))
+    few, many = ({(p.prompt, p.first, p.second) for p in acquire(name, candidates, n, np.random.default_rng([0, 1]))}
+                 for n in (6, 12))  # fmt: skip
+    assert len(few) == 6 and len(many) == 12 and few < many
+
+
+def test_a_budget_is_one_for_all_rounds_or_one_for_each():
+    assert [LoopSection(budget=16).budget_of(n) for n in (1, 2, 3)] == [16, 16, 16]
+    assert [load_config(None, ["loop.budget=[16, 16, 40]"]).loop.budget_of(n) for n in (1, 2, 3, 4)] == [16, 16, 40, 40]
+    for bad in ("loop.budget=-1", "loop.budget=[]", "loop.budget=[4, -1]"):
+        with pytest.raises(PsyrayError, match="budget is a number from 0"):
+            load_config(None, [bad])

@@ -1,0 +1,155 @@
+"""The loop's stages with stand-ins for engine, trainer and judges: what a longer, shorter or failed run makes again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from psyray import loop
+from psyray.config import Config, load_config
+from psyray.records import PAIRS, RESPONSES, SPEECHES, Row, pair_row
+from psyray.run import Artifact, Folder, Run
+
+MADE = ["speeches", "reward", "reward-heads"]
+
+
+class StandIns:
+    """A loop over twenty made-up speeches; `rates` holds each round's win rate, negative where its gate fails."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, rates: list[float]) -> None:
+        self.path, self.rates, self.said = path, rates, list[str]()
+        self.drawn: dict[str, list[str]] = {}
+        for name in ("answer_all", "train_policy", "features_stage", "heads_stage", "scores_stage", "labels_stage"):
+            monkeypatch.setattr(loop, name, getattr(self, f"made_{name}"))
+        monkeypatch.setattr(loop, "gate_stage", self.made_gate_stage)
+        monkeypatch.setattr(loop, "probe_stage", lambda *_: None)
+
+    def run(self, *settings: str) -> tuple[loop.Outcome, list[str]]:
+        """The outcome, and the stages that were made in this pass."""
+        model = self.path / "model"
+        if not model.exists():
+            model.mkdir()
+            (model / "config.json").write_text("{}")
+        words = [f"run.path={self.path}/run", f"policy.model={model}", "loop.prompts=5", "loop.k=2", *settings]
+        config, self.said = load_config(None, words), []
+        run = Run(config.run.path, self.said.append)
+        speeches = run.stage("speeches", {}, [], self._speeches)
+        reward, heads = (run.stage(name, {}, [speeches], lambda folder: {}) for name in ("reward", "reward-heads"))
+        outcome = loop.online_loop(run, config, None, speeches, reward, heads, loop.Seen((), ()))  # type: ignore[arg-type]
+        made = [line.partition(":")[0] for line in self.said if ": done, " in line]
+        return outcome, [name for name in made if name not in MADE]
+
+    def _speeches(self, folder: Folder) -> Any:
+        parts = folder.parts(SPEECHES, "speech_id")
+        sides, chat = {True: "test", False: "train"}, [{"role": "user", "content": "I cannot sleep."}]
+        parts.append({"speech_id": f"s{n:02d}", "messages": chat, "split": sides[n % 4 == 0]} for n in range(20))
+        parts.finish()
+        return {}
+
+    def made_answer_all(self, folder: Folder, draws: Any, count: int, config: Config, *, title: str, model: str) -> Any:
+        rows = [row | {"status": "ok", "text": row["response_id"]} for row in draws()]
+        self.drawn[str(folder.path.relative_to(self.path / "run/stages").parent)] = [r["response_id"] for r in rows]
+        parts = folder.parts(RESPONSES, "response_id")
+        parts.append(rows)
+        parts.finish()
+        return {"asked": len(rows), "of": count}
+
+    def made_train_policy(self, folder: Folder, config: Config, pairs: list[Row], *_: str, title: str) -> Any:
+        return [{"step": 1, "loss": float(len(pairs))}]
+
+    def made_features_stage(self, run: Run, name: str, config: Config, reward: Any, rows: Any, source: Any) -> Artifact:
+        return run.stage(name, {"of": sorted(r["response_id"] for r in rows)}, [reward, source], lambda folder: {})
+
+    def made_heads_stage(self, run: Run, name: str, config: Config, reward: Any, features: Any, pairs: Any) -> Artifact:
+        return run.stage(name, {}, [reward, *features, *pairs], lambda folder: {})
+
+    def made_scores_stage(self, run: Run, name: str, *inputs: Artifact) -> Artifact:
+        return run.stage(name, {}, inputs, lambda folder: {})
+
+    def made_labels_stage(
+        self, run: Run, number: int, config: Config, desk: Any, heads: Any, features: Any, samples: Artifact
+    ) -> Artifact:
+        def make(folder: Folder) -> Any:
+            answers = [row for row in samples.rows() if row["split"] == "train"]
+            two = {row["speech_id"]: row for row in answers}
+            parts = folder.parts(PAIRS, "pair_id")
+            parts.append(pair_row(a, a, two[a["speech_id"]], margin=1, source="oracle") for a in answers
+                         if a is not two[a["speech_id"]])  # fmt: skip
+            parts.finish()
+            return {}
+
+        budget = {"budget": config.loop.budget_of(number)}
+        return run.stage(f"round-{number}/labels", budget, [heads, features, samples], make)
+
+    def made_gate_stage(
+        self, run: Run, number: int, config: Config, desk: Any, samples: Artifact, scores: Artifact, *more: Any
+    ) -> Artifact:
+        rate = self.rates[number] if number else 0.5
+        stats = {"passed": rate > 0, "win_rate": abs(rate), "reasons": ["made to fail"]}
+        return run.stage(f"round-{number}/gate", {}, [samples, scores], lambda folder: stats)
+
+
+def of_round(number: int, *, again: bool = False) -> list[str]:
+    steps = ("labels", "heads", "policy", "samples", "features", "scores", "gate")
+    before = [f"round-{number - 1}/samples-again", f"round-{number - 1}/features-again"] if again else []
+    return before + [f"round-{number}/{step}" for step in steps]
+
+
+def of_start() -> list[str]:
+    return [f"round-0/{step}" for step in ("samples", "features", "scores", "gate")]
+
+
+def test_two_more_rounds_of_a_finished_run_make_only_themselves(tmp_path, monkeypatch):
+    made = StandIns(tmp_path, monkeypatch, [0, 0.6, 0.7, 0.8, 0.9])
+    first, stages = made.run("loop.rounds=2")
+    assert stages == of_start() + of_round(1) + of_round(2)
+    longer, stages = made.run("loop.rounds=4")
+    assert stages == of_round(3, again=True) + of_round(4)
+    assert longer.policies[:3] == first.policies and longer.champion(load_config(None, []).loop).round == 4
+    # What the third round starts from is what an undisturbed run of four rounds would have drawn.
+    fresh = StandIns(tmp_path / "fresh", monkeypatch, [0, 0.6, 0.7, 0.8, 0.9])
+    (tmp_path / "fresh").mkdir()
+    (tmp_path / "fresh/model").symlink_to(tmp_path / "model")
+    _, stages = fresh.run("loop.rounds=4")
+    assert stages == of_start() + of_round(1) + of_round(2) + of_round(3) + of_round(4)
+    joint = len(fresh.drawn["round-2/samples"])
+    assert joint == len(made.drawn["round-2/samples"]) + len(made.drawn["round-2/samples-again"]) == 5 + 2 * 5
+
+
+def test_the_same_again_and_a_shorter_run_make_nothing(tmp_path, monkeypatch):
+    made = StandIns(tmp_path, monkeypatch, [0, 0.6, 0.7, 0.8])
+    made.run("loop.rounds=1")
+    made.run("loop.rounds=3")
+    for rounds in (3, 2, 1, 0):
+        outcome, stages = made.run(f"loop.rounds={rounds}")
+        assert stages == [] and len(outcome.gates) == rounds + 1
+
+
+def test_a_failed_round_is_kept_and_the_next_starts_from_the_last_good_policy(tmp_path, monkeypatch):
+    made = StandIns(tmp_path, monkeypatch, [0, 0.6, -0.4, 0.7])
+    outcome, stages = made.run("loop.rounds=3")
+    assert stages == of_start() + of_round(1) + of_round(2) + of_round(3, again=True)
+    assert any("going on from round 1" in line for line in made.said)
+    [again] = (tmp_path / "run/stages/round-2/samples-again").glob("*/data-*.parquet")
+    assert set(pq.read_table(again)["responder"].to_pylist()) == {"policy-1"}
+    assert [p.round for p in outcome.policies] == [0, 1, 2, 3]
+
+
+def test_more_budget_from_the_third_round_on_leaves_the_first_two_alone(tmp_path, monkeypatch):
+    made = StandIns(tmp_path, monkeypatch, [0, 0.6, 0.7, 0.8])
+    made.run("loop.rounds=2", "loop.budget=16")
+    _, stages = made.run("loop.rounds=3", "loop.budget=[16, 16, 40]")
+    assert stages == of_round(3, again=True)
+    _, stages = made.run("loop.rounds=2", "loop.budget=40")
+    assert stages == of_round(1) + of_round(2)  # a larger budget for all of them labels and trains anew
+
+
+def test_patience_ends_the_loop_and_the_best_round_is_exported(tmp_path, monkeypatch):
+    made = StandIns(tmp_path, monkeypatch, [0, 0.7, 0.6, 0.65, 0.9])
+    outcome, _ = made.run("loop.rounds=4", "loop.patience=2")
+    assert len(outcome.gates) == 4 and any("the loop ends after round 3" in line for line in made.said)
+    assert outcome.champion(load_config(None, ["loop.champion=best"]).loop).round == 1
+    assert outcome.champion(load_config(None, []).loop).round == 3
