@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from psyray.active.acquisition import Candidates, acquire
-from psyray.active.oracles import label
+from psyray.active.labelling import make_oracle
 from psyray.config import Config
 from psyray.data.generate import answer_all, draw_row, engine_identity
 from psyray.data.judge import Desk
@@ -132,7 +132,7 @@ def labels_stage(
     run: Run, number: int, config: Config, desk: Desk, heads: Artifact, features: Artifact, samples: Artifact
 ) -> Artifact:
     """The round's pairs: the oracle labels what acquisition picks, within the budget; the reward model the rest."""
-    loop = config.loop
+    loop, oracle = config.loop, make_oracle(config, desk, run.say)
 
     def make(folder: Folder) -> Mapping[str, Any]:
         groups: dict[str, list[Row]] = {}
@@ -146,18 +146,18 @@ def labels_stage(
         rng = np.random.default_rng([config.run.seed, number])
         picks = acquire(loop.acquisition, candidates, loop.budget, rng, loop.apart)
         asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], p.value) for p in picks]
-        labels, counts = label(
-            folder, desk, asked, purpose=f"round-{number}", strategy=loop.acquisition, budget=loop.budget
+        labels, counts = oracle.label(
+            folder, asked, purpose=f"round-{number}", strategy=loop.acquisition, budget=loop.budget
         )
-        oracle, numbers = oracle_pairs(asked, labels, [_gap(scores_PKH, p) for p in picks])
+        labelled_pairs, numbers = oracle_pairs(asked, labels, [_gap(scores_PKH, p) for p in picks])
         labelled = {p.prompt for p, given in zip(picks, labels, strict=True) if given}
         rest = reward_pairs(listed, scores_PKH.mean(axis=2), labelled, loop.reward_pairs, loop.reward_margin)
         parts = folder.parts(PAIRS, "pair_id")
-        parts.append(oracle + rest)
+        parts.append(labelled_pairs + rest)
         parts.finish()
         return counts | numbers | {"acquisition": loop.acquisition, "reward_labelled": len(rest)}
 
-    settings = desk.labels_identity | {
+    settings = oracle.identity | {
         **{key: getattr(loop, key) for key in ("acquisition", "apart", "budget", "reward_margin", "reward_pairs", "k")},
         "seed": config.run.seed,
     }

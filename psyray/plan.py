@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from psyray.config import Config
+from psyray.config import Config, OracleSection
 from psyray.data.speeches import preview
 from psyray.errors import PsyrayError
 from psyray.models import local_models, resolve_model
@@ -115,7 +115,15 @@ def labels(config: Config) -> str:
     """The label budget in words."""
     first = "all responses" if config.judge.budget is None else f"at most {config.judge.budget} responses"
     rounds = f"{config.loop.rounds} x {config.loop.budget} = {config.loop.rounds * config.loop.budget} comparisons"
-    return f"{first} rated first, then {rounds}; rubric {load_rubric(config.rubric).name}"
+    who = "" if config.oracle.kind == "judge" else f" by {answering(config.oracle)}"
+    return f"{first} rated first, then {rounds}{who}; rubric {load_rubric(config.rubric).name}"
+
+
+def answering(oracle: OracleSection) -> str:
+    """Who answers a round's questions, in words."""
+    kind = oracle.of if oracle.kind == "noisy" else oracle.kind
+    names = {"judge": "the judge", "experts": f"{oracle.overlap} experts each", "replay": f"the pairs in {oracle.path}"}
+    return names[kind] + (f", {oracle.flip:.0%} of the verdicts flipped" if oracle.kind == "noisy" else "")
 
 
 def missing_models(config: Config) -> Iterator[str]:
