@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from psyray.active.acquisition import Candidates, acquire
-from psyray.active.labelling import make_oracle
+from psyray.active.oracle_kinds import make_oracle
 from psyray.config import Config
 from psyray.data.generate import answer_all, draw_row, engine_identity
 from psyray.data.judge import Desk

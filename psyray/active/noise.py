@@ -14,7 +14,7 @@ from psyray.records import Verdict, content_id
 from psyray.run import Folder
 
 if TYPE_CHECKING:
-    from psyray.active.labelling import Oracle
+    from psyray.active.oracle_kinds import Oracle
 
 
 @dataclass(frozen=True)

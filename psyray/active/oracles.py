@@ -1,6 +1,6 @@
 """Which of two responses is better, as a question: how it is bought from the ledger, put to a judge, and read.
 
-Each question is in the ledger before it is asked. psyray.active.labelling says who may be asked beside a judge.
+Each question is in the ledger before it is asked. psyray.active.oracle_kinds says who may be asked beside a judge.
 
 Pointwise, the judge rates each of the two by itself. Pairwise, it sees them side by side, once in each order; where
 the two verdicts differ it is a tie, and both stay in the answer as `orders`.

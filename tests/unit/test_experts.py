@@ -15,9 +15,9 @@ import pytest
 from psyray.active import experts as experts_module
 from psyray.active.experts import UNANSWERED, Experts
 from psyray.active.labelled_set import UNKNOWN, LabelledPairs, labelled_source
-from psyray.active.labelling import ORACLES, JudgeOracle, make_oracle
 from psyray.active.ledger import Answer, Ledger
 from psyray.active.noise import Noisy
+from psyray.active.oracle_kinds import ORACLES, JudgeOracle, make_oracle
 from psyray.active.oracles import buy, exchanged, pair_question
 from psyray.active.queue import ExpertQueue
 from psyray.active.votes import Choice
