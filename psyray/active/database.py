@@ -96,6 +96,7 @@ class Database:
         self.shown = where.set(query={}).render_as_string(hide_password=True)
         self._engine = _engine(where, self.shown)
         self._reader = self._engine.execution_options(psyray_reading=True)
+        self.locks_rows = self._engine.dialect.name != "sqlite"  # which has one writer at a time
         with self.transaction() as connection:
             if self._engine.dialect.name == "postgresql":  # two that create the tables at once would collide
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(7073797261)"))

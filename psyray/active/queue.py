@@ -98,7 +98,7 @@ class ExpertQueue:
         One that the expert holds already comes back first, in the same order of the two responses; then those that
         others have answered, so that questions become complete.
         """
-        for patient in (False, True, True):
+        for patient in (False, True, True) if self._database.locks_rows else (True,):
             with self._database.transaction() as connection:
                 question_id = connection.scalar(self._next(expert, patient))
                 # Between finding the question and having its lock others may have come, or this expert's other page.

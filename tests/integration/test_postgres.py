@@ -41,9 +41,9 @@ ledger = Ledger(url)
 ledger.reserve("eight", who, [], 0)  # all have the tables before the race begins
 print("ready", flush=True)
 sys.stdin.readline()
-for start in range(0, 400, 8):
+for start in range(0, 200, 8):
     asked = [Question(f"eight-{i}", "comparison", "judge", "rubric", {}) for i in range(start, start + 8)]
-    reserved = ledger.reserve("eight", "round-1", asked, 300)
+    reserved = ledger.reserve("eight", "round-1", asked, 150)
     ledger.answer(Answer(q.question_id, True, {"who": who}, cost=1.0, who=who) for q in reserved.to_ask)
     for q in reserved.to_ask:
         print(q.question_id, flush=True)
@@ -66,8 +66,8 @@ def test_eight_writers_lose_no_label_and_double_none(url: str) -> None:
         told |= set(out.split())
     ledger = Ledger(url)
     [row] = ledger.summary("eight")
-    assert row["bought"] == row["asked"] == row["answered"] == 300 and row["cost"] == 300.0  # 1.0 each: none twice
-    answers = ledger.answers(f"eight-{i}" for i in range(400))
-    assert set(answers) == told and len(told) == 300
+    assert row["bought"] == row["asked"] == row["answered"] == 150 and row["cost"] == 150.0  # 1.0 each: none twice
+    answers = ledger.answers(f"eight-{i}" for i in range(200))
+    assert set(answers) == told and len(told) == 150
     assert all(answer.answer == {"who": answer.who} for answer in answers.values())  # no row mixes two writers
     ledger.close()
