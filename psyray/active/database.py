@@ -57,6 +57,7 @@ CHARGE = sa.Table(
     sa.Column("scores", sa.Text, nullable=False),  # JSON
     sa.Column("at", sa.Float(53), nullable=False),  # Unix seconds
 )
+_BY_QUESTION = sa.Index("charge_by_question", CHARGE.c.question_id)
 
 # What people are asked: a question is open until enough of them answered, and then an answer in the ledger.
 ITEM = sa.Table(
@@ -101,6 +102,7 @@ class Database:
             if self._engine.dialect.name == "postgresql":  # two that create the tables at once would collide
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(7073797261)"))
             TABLES.create_all(connection)
+            _BY_QUESTION.create(connection, checkfirst=True)  # on tables that were there before it
             version = connection.scalar(sa.select(LEDGER.c.version))
             if version is None:
                 connection.execute(LEDGER.insert(), {"version": VERSION})

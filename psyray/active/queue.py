@@ -214,11 +214,13 @@ class ExpertQueue:
         final = self._clock() - undo_s
         for ids in chunks(sorted(question_ids)):
             with self._database.transaction() as connection:
-                items = connection.execute(self._locked(ids, ITEM.c.overlap)).all()
-                given = [(item.question_id, self._votes(connection, item.question_id)) for item in items]
-                self._close(
-                    connection, [_verdict(q, votes, price) for q, votes in given if votes[-1].answered_at <= final]
-                )
+                answers = []
+                for item in connection.execute(self._locked(ids, ITEM.c.overlap)).all():
+                    votes = self._votes(connection, item.question_id)
+                    # Before the lock was there an answer may have been taken back.
+                    if len(votes) >= item.overlap and votes[-1].answered_at <= final:
+                        answers.append(_verdict(item.question_id, votes, price))
+                self._close(connection, answers)
 
     def withdraw(self, question_ids: Collection[str], reason: str, price: float = 0.0) -> int:
         """Close questions whose time is over; returns how many are failures in the ledger then, `reason` their error.
@@ -291,7 +293,9 @@ class ExpertQueue:
         """Lease a locked question to an expert, in the order of the first time; an answer that it had is taken back."""
         ticket, now = self._ticket(connection, question_id, expert), self._clock()
         a_left = ticket.a_left if ticket else bool(int(content_id("order", question_id, expert), 16) % 2)
-        values = {"leased_at": now, "until": now + seconds, "answered_at": None, "vote": None, "said": None}
+        running = ticket is not None and ticket.vote is None and ticket.until > now
+        since = ticket.leased_at if ticket and running else now  # a reload does not begin the work anew
+        values = {"leased_at": since, "until": now + seconds, "answered_at": None, "vote": None, "said": None}
         if ticket:
             connection.execute(_of(TICKET.update(), question_id, expert).values(values))
         else:

@@ -12,8 +12,9 @@ from typing import get_args
 
 import pytest
 
+from psyray import plan
 from psyray.active import experts as experts_module
-from psyray.active.experts import UNANSWERED, Experts
+from psyray.active.experts import Experts
 from psyray.active.labelled_set import UNKNOWN, LabelledPairs, labelled_source
 from psyray.active.ledger import Answer, Ledger
 from psyray.active.noise import Noisy
@@ -294,5 +295,10 @@ def test_replay_without_a_set_is_refused():
             load_config(None, words)
 
 
-def test_the_error_of_an_unanswered_question_has_its_class():
-    assert UNANSWERED.partition(":")[0] == "unanswered"
+def test_the_plan_says_who_answers():
+    words = ["oracle.kind=noisy", "oracle.of=experts", "oracle.overlap=3", "oracle.flip=0.25"]
+    assert plan.answering(load_config(None, words).oracle) == "3 experts each, 25% of the verdicts flipped"
+    assert "comparisons by 2 experts each; rubric" in plan.labels(
+        load_config(None, ["oracle.kind=experts", "oracle.overlap=2"])
+    )
+    assert "comparisons; rubric" in plan.labels(Config())

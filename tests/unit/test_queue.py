@@ -106,7 +106,9 @@ def test_an_answer_reaches_the_ledger_with_all_that_belongs_to_it(place: Place):
     [question] = place.ask(1)
     lease = place.queue.lease("anna", 60)
     assert lease is not None and {lease.left, lease.right} == {"good", "bad 0"} and lease.until == 1060
-    place.clock.now += 12
+    place.clock.now += 2
+    assert place.queue.lease("anna", 60) != lease  # a reload: the same for longer, and the work goes on
+    place.clock.now += 10
     good, bad = ("left", "right") if lease.left == "good" else ("right", "left")
     place.queue.answer("anna", question, Choice(good), {good: {"empathy": 5}, bad: {"empathy": 2}}, "warm")
     place.queue.settle([question], undo_s=0, price=1.5)
@@ -249,6 +251,18 @@ def test_agreement_is_on_settled_questions_that_others_answered(place: Place):
     assert (found["compared"], found["agree"]) == (3, pytest.approx(2 / 3)) and found == place.queue.agreement("ben")
     assert place.queue.agreement("anna", last=1) == {"compared": 1, "agree": 1.0, "kappa": None}
     assert place.queue.experts() == ["anna", "ben"]
+
+
+def test_a_ledger_from_before_there_were_experts_gets_what_they_need(place: Place):
+    place.ask(1)
+    for thing in ("table expert_ticket", "table expert_item", "index charge_by_question"):
+        sql(place.url, f"drop {thing}")
+    again = Place(place.url)
+    again.queue.open(questions(0, 1), 1)
+    assert again.say("anna") == "q0"
+    with pytest.raises(Exception, match="charge_by_question"):
+        sql(place.url, "create index charge_by_question on charge (at)")
+    again.ledger.close()
 
 
 EXPERT = """
