@@ -13,6 +13,7 @@ server may be killed at any moment; several servers may serve one ledger. No cli
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -233,6 +234,7 @@ async def _cannot(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unavailable(request: Request, error: Exception) -> JSONResponse:
+    logging.getLogger("ray.serve").error("%s", error)  # holds neither password nor row
     return JSONResponse({"detail": "the label ledger does not answer"}, 503, headers={"Retry-After": "5"})
 
 
