@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -199,3 +208,55 @@ def test_the_server_reads_the_runs_configuration(tmp_path, monkeypatch):
         Args.read({"run": str(run), "kyes": "x"})
     with pytest.raises(PsyrayError, match=r"serve run serve\.annotate:build run=RUN"):
         Args.read({})
+
+
+SERVER = """
+import sys
+import uvicorn
+from pathlib import Path
+from psyray.rubric import load_rubric
+from serve.annotate import Desk, http_app
+from serve.keys import Keys
+url, keys, port = sys.argv[1:]
+desk = Desk(url, frozenset({"run"}), load_rubric("counselling"), 600, Keys.read("UNUSED", Path(keys)))
+uvicorn.run(http_app(desk), host="127.0.0.1", port=int(port), log_level="error")
+"""
+
+
+@contextmanager
+def killed_server(url: str, folder: Path) -> Iterator[httpx.Client]:
+    """A server of its own process, killed with -9 at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-c", SERVER, url, str(folder / "keys"), str(port)])
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=by("anna"), timeout=30) as client:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                client.get("/healthz").raise_for_status()
+                break
+            except httpx.TransportError:  # it is still starting
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.1)
+        yield client
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_server_that_is_killed_loses_no_answer_and_shows_the_same_question_again(tmp_path, url, keys):
+    ids = put(url, 3)
+    with killed_server(url, tmp_path) as client:
+        first = client.get("/experts/next").json()
+        client.post("/experts/answer", json={"question_id": first["question_id"], "choice": "left"}).raise_for_status()
+        held = client.get("/experts/next").json()
+    with killed_server(url, tmp_path) as client:
+        again = client.get("/experts/next").json()
+        assert {**again, "until": 0} == {**held, "until": 0}
+        counts = client.post("/experts/answer", json={"question_id": held["question_id"], "choice": "tie"}).json()
+        assert (counts["answered"], counts["left"]) == (2, 1)
+        assert client.post("/experts/undo").json()["question_id"] == held["question_id"]
+    ledger = Ledger(url)
+    ExpertQueue(ledger.database).settle(ids, undo_s=0)
+    assert list(ledger.answers(ids)) == [first["question_id"]]
+    ledger.close()
