@@ -27,7 +27,7 @@ def url() -> Iterator[str]:
 def test_every_promise_of_the_ledger_and_the_queue_holds_on_postgres(url: str) -> None:
     files = ["tests/unit/test_ledger.py", "tests/unit/test_queue.py"]
     environment = os.environ | {"PSYRAY_TEST_LEDGER": url, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
