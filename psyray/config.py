@@ -348,6 +348,32 @@ class LoopSection(Section):
         return value
 
 
+class OracleSection(Section):
+    """Who labels what acquisition picks in a round; docs/oracles.md."""
+
+    kind: Literal["judge", "experts", "replay", "noisy"] = Field(
+        "judge", description="the run's judge or panel, people, a labelled set, or one of these with noise"
+    )
+    overlap: int = Field(1, ge=1, description="experts: how many answer each question; a majority or it is a tie")
+    lease_s: float = Field(900, gt=0, description="experts: how long a question is one expert's before others get it")
+    undo_s: float = Field(30, ge=0, description="experts: how old a question's last answer is before it is final")
+    wait_s: float | None = Field(None, ge=0, description="experts: how long a round waits; none: until all are in")
+    fall_back: Literal["judge", "leave_out", "stop"] = Field(
+        "stop", description="experts: what becomes of questions without enough answers when that time is over"
+    )
+    price: float = Field(0, ge=0, description="experts: what one answer costs, for the ledger")
+    path: str | None = Field(None, description="replay: pairs as JSONL, CSV, Parquet or a data set's folder")
+    of: Literal["judge", "experts", "replay"] = Field("judge", description="noisy: whose verdicts are flipped")
+    flip: float = Field(0.1, ge=0, le=1, description="noisy: the probability of a flip")
+    seed: int = Field(0, description="noisy: draws which questions are flipped")
+
+    @model_validator(mode="after")
+    def replay_has_a_set(self) -> Self:
+        if "replay" in (self.kind, self.kind == "noisy" and self.of) and not self.path:
+            raise ValueError("replay needs oracle.path: the labelled set that answers")
+        return self
+
+
 class EvaluateSection(Section):
     """The gate: a policy that fails it is kept, marked and not promoted."""
 
@@ -424,7 +450,10 @@ class TrackSection(Section):
 
 
 class LedgerSection(Section):
-    url: str | None = Field(None, description="any SQLAlchemy URL; none: SQLite beside the run folders")
+    url: str | None = Field(
+        None,
+        description="any SQLAlchemy URL, without a password (docs/oracles.md); none: SQLite beside the run folders",
+    )
 
 
 class ClusterSection(Section):
@@ -450,6 +479,7 @@ class Config(Section):
     policy: Sampling = Sampling()
     dpo: DpoSection = DpoSection()
     loop: LoopSection = LoopSection()
+    oracle: OracleSection = OracleSection()
     evaluate: EvaluateSection = EvaluateSection()
     efficiency: EfficiencySection = EfficiencySection()
     track: TrackSection = TrackSection()

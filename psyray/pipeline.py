@@ -8,7 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from psyray.active.ledger import Ledger
+from psyray.active.labelled_set import labelled_source
+from psyray.active.ledger import Ledger, ledger_url
 from psyray.cluster import ray_session
 from psyray.config import Config, JudgeSection
 from psyray.data.generate import responses_stage
@@ -28,7 +29,7 @@ from psyray.report import write_report
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
 from psyray.rubric import Rubric, load_rubric
-from psyray.run import Artifact, Folder, Run, write_atomic
+from psyray.run import Artifact, Folder, Run, run_path, write_atomic
 from psyray.track import Tracker
 
 CHAMPION = "champion.json"
@@ -128,7 +129,7 @@ def served_stage(run: Run, export: Artifact, config: Config) -> Artifact:
 def open_desk(config: Config, run: Run) -> Desk:
     """The judge or the panel, its rubric and the ledger that the run buys labels with."""
     rubric = load_rubric(config.rubric)
-    ledger = Ledger(config.ledger.url or f"sqlite:///{run.path.parent / 'labels.db'}")
+    ledger = Ledger(ledger_url(config.ledger.url, run.path))
 
     def desk(section: JudgeSection) -> Desk:
         judge = make_judge(section, rubric, config.engine, config.cluster.wait_s)
@@ -161,6 +162,9 @@ def check(config: Config) -> None:
 
 def check_settings(config: Config) -> None:
     """Settings that cannot work together; PsyrayError names them."""
+    ledger_url(config.ledger.url, run_path(config.run.path))
+    if config.oracle.path:
+        labelled_source(config.oracle)
     rubric = load_rubric(config.rubric)
     topic_judge(config)
     judges = [make_judge(j, rubric, config.engine, config.cluster.wait_s) for j in (config.judge, *config.panel.judges)]

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from psyray.config import Config
+from psyray.config import Config, OracleSection
 from psyray.data.speeches import preview
 from psyray.errors import PsyrayError
 from psyray.models import local_models, resolve_model
@@ -125,7 +125,15 @@ def labels(config: Config) -> str:
     each = [config.loop.budget_of(number) for number in range(1, config.loop.rounds + 1)]
     summed = " + ".join(map(str, each)) if len(set(each)) > 1 else f"{len(each)} x {config.loop.budget_of(1)}"
     rounds = f"{summed} = {sum(each)} comparisons"
-    return f"{first} rated first, then {rounds}; rubric {load_rubric(config.rubric).name}"
+    who = "" if config.oracle.kind == "judge" else f" by {answering(config.oracle)}"
+    return f"{first} rated first, then {rounds}{who}; rubric {load_rubric(config.rubric).name}"
+
+
+def answering(oracle: OracleSection) -> str:
+    """Who answers a round's questions, in words."""
+    kind = oracle.of if oracle.kind == "noisy" else oracle.kind
+    names = {"judge": "the judge", "experts": f"{oracle.overlap} experts each", "replay": f"the pairs in {oracle.path}"}
+    return names[kind] + (f", {oracle.flip:.0%} of the verdicts flipped" if oracle.kind == "noisy" else "")
 
 
 def missing_models(config: Config) -> Iterator[str]:

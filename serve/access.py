@@ -1,4 +1,4 @@
-"""Who may ask what, how often and how much: bearer keys with roles, and limits, in front of every route.
+"""Who may ask what, how often and how much: bearer keys with roles, and limits, in front of every application here.
 
 A key is a line `NAME ROLE[,ROLE...] TOKEN` in the file that `keys=FILE` names, or in the environment variable
 `PSYRAY_KEYS` (lines or `;`). Roles: `chat`, `score`, `annotate`, and `admin`, who may do all. Only SHA-256 hashes of
@@ -14,8 +14,9 @@ import hashlib
 import hmac
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from psyray.errors import PsyrayError
 
 VARIABLE = "PSYRAY_KEYS"
 ROLES = ("chat", "score", "annotate", "admin")
-OPEN = ("/healthz",)  # for load balancers; tells no more than whether the engine answers
+FREE = ("/healthz",)  # for load balancers; tells no more than whether the engine answers
 TOO_LARGE = "the request is too large"
+_NAME = re.compile(r"[\w.-]{1,64}")
 SHORTEST = 16  # characters of a token that is worth the name
 
 
@@ -82,6 +84,8 @@ def parse_keys(lines: Iterable[str], where: str) -> tuple[Key, ...]:
         if len(words) != 3:
             raise PsyrayError(f"{at}: expected NAME ROLE[,ROLE] TOKEN, found {len(words)} words")
         name, roles, token = words[0], words[1].split(","), words[2]
+        if not _NAME.fullmatch(name):
+            raise PsyrayError(f"{at}: a name has at most 64 letters, digits and . _ - only")
         if unknown := [role for role in roles if role not in ROLES]:
             raise PsyrayError(f"{at}: unknown role {unknown[0]!r} of {name}; roles are {', '.join(ROLES)}")
         if len(token) < SHORTEST:
@@ -97,7 +101,7 @@ def parse_keys(lines: Iterable[str], where: str) -> tuple[Key, ...]:
 
 def role_of(path: str) -> str:
     """The role that a path asks for; what is not known is for the admin."""
-    known = {"/v1/": "chat", "/reward/": "score", "/annotate": "annotate"}
+    known = {"/v1/": "chat", "/reward/": "score", "/experts/": "annotate"}
     return next((role for start, role in known.items() if path.startswith(start)), "admin")
 
 
@@ -124,12 +128,12 @@ class Gate:
     The key's name is put into the request's `scope["psyray.key"]`, for routes that remember who asked.
     """
 
-    def __init__(self, app: ASGIApp, keys: tuple[Key, ...], limits: Limits) -> None:
-        self.app, self.keys, self.limits = app, keys, limits
+    def __init__(self, app: ASGIApp, keys: tuple[Key, ...], limits: Limits, free: Collection[str] = FREE) -> None:
+        self.app, self.keys, self.limits, self.free = app, keys, limits, free
         self.rate, self.under_way = Rate(limits.per_minute), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http" or scope["path"] in self.free:
             await self.app(scope, receive, send)
             return
         refusal, name = self._refusal(scope)

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,24 +17,13 @@ from psyray.models import resolve_model
 from psyray.run import run_path
 
 Model = TypeVar("Model", bound=BaseModel)
-_USAGE = "serve run serve.app:build run=RUN"
 
 
-class Args(BaseModel):
-    """The key=value words after `serve run serve.app:build`, or `args:` in a Serve configuration file."""
+class Words(BaseModel):
+    """The key=value words after `serve run APPLICATION`, or `args:` in a Serve configuration file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-    run: Path = Field(description="the folder of a finished run")
-    reward: bool = Field(True, description="false: only the policy")
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    reward_gpus: float = Field(0, ge=0, le=1, description="GPU share of the reward model; 0: it runs on CPU")
-    keys: Path | None = Field(None, description="file of keys (serve/access.py); none: PSYRAY_KEYS, else an open port")
-    per_minute: int = Field(120, ge=1, description="requests a minute of one key")
-    in_flight: int = Field(256, ge=1, description="requests under way at once; one more gets 503")
-    guard: Literal["reply", "mark"] = Field("reply", description="what a client in a crisis gets (serve/guard.py)")
-    replies: Path | None = Field(None, description="file of those replies by locale; none: the shipped ones")
-    timeout_s: float = Field(300, gt=0, description="how long an answer may take")
+    usage: ClassVar[str]
 
     @classmethod
     def read(cls, words: Mapping[str, str]) -> Self:
@@ -46,8 +35,25 @@ class Args(BaseModel):
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 raise PsyrayError(f"unknown argument {word!r}; {hint}")
         if not words.get("run"):
-            raise PsyrayError(f"no run given; say which one: {_USAGE}")
+            raise PsyrayError(f"no run given; say which one: {cls.usage}")
         return _checked(cls, dict(words), "serve")
+
+
+class Args(Words):
+    """The words of `serve.app:build`."""
+
+    usage = "serve run serve.app:build run=RUN"
+
+    run: Path = Field(description="the folder of a finished run")
+    reward: bool = Field(True, description="false: only the policy")
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    reward_gpus: float = Field(0, ge=0, le=1, description="GPU share of the reward model; 0: it runs on CPU")
+    keys: Path | None = Field(None, description="file of keys (serve/access.py); none: PSYRAY_KEYS, else an open port")
+    per_minute: int = Field(120, ge=1, description="requests a minute of one key")
+    in_flight: int = Field(256, ge=1, description="requests under way at once; one more gets 503")
+    guard: Literal["reply", "mark"] = Field("reply", description="what a client in a crisis gets (serve/guard.py)")
+    replies: Path | None = Field(None, description="file of those replies by locale; none: the shipped ones")
+    timeout_s: float = Field(300, gt=0, description="how long an answer may take")
 
 
 class Policy(BaseModel):

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from scipy.stats import norm
 
 from psyray.active.acquisition import Candidates, acquire
-from psyray.active.oracles import Label, label
+from psyray.active.oracle_kinds import make_oracle
+from psyray.active.oracles import Label
 from psyray.config import Config, LoopSection
 from psyray.data.judge import Desk
 from psyray.data.rules import Rules
@@ -27,7 +28,7 @@ def labels_stage(
     run: Run, number: int, config: Config, desk: Desk, heads: Artifact, features: Artifact, samples: Artifact
 ) -> Artifact:
     """The stage `round-N/labels`: PAIRS within the round's budget."""
-    loop, budget = config.loop, config.loop.budget_of(number)
+    loop, budget, oracle = config.loop, config.loop.budget_of(number), make_oracle(config, desk, run.say)
     veto = Rules.make(config.pairs, desk.rubric).veto
 
     def make(folder: Folder) -> Mapping[str, Any]:
@@ -42,20 +43,21 @@ def labels_stage(
         rng = np.random.default_rng([config.run.seed, number])
         picks = acquire(loop.acquisition, candidates, budget, rng, loop.apart)
         asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], p.value) for p in picks]
-        labels, counts = label(folder, desk, asked, purpose=f"round-{number}", strategy=loop.acquisition, budget=budget)
+        purpose = f"round-{number}"
+        labels, counts = oracle.label(folder, asked, purpose=purpose, strategy=loop.acquisition, budget=budget)
         held_PKH = penalised(scores_PKH, listed, loop.length_penalty)
         gaps = [Gap.of(held_PKH[p.prompt, p.first] - held_PKH[p.prompt, p.second]) for p in picks]
-        oracle, numbers = oracle_pairs(asked, labels, gaps, loop, veto)
+        decided, numbers = oracle_pairs(asked, labels, gaps, loop, veto)
         labelled = {p.prompt for p, given in zip(picks, labels, strict=True) if given}
         rest, unsure = reward_pairs(listed, held_PKH, labelled, loop)
         parts = folder.parts(PAIRS, "pair_id")
-        parts.append(oracle + rest)
+        parts.append(decided + rest)
         parts.finish()
         mine = {"acquisition": loop.acquisition, "budget": budget, "reward_labelled": len(rest), "unsure": unsure}
         return counts | numbers | mine
 
     ruled = ("acquisition", "apart", "reward_margin", "reward_confidence", "length_penalty", "reward_pairs", "k")
-    settings = desk.labels_identity | {key: getattr(loop, key) for key in ruled}
+    settings = oracle.identity | {key: getattr(loop, key) for key in ruled}
     settings |= {"budget": budget, "veto": veto, "seed": config.run.seed}
     return run.stage(f"round-{number}/labels", settings, [heads, features, samples], make)
 

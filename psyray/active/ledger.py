@@ -16,71 +16,24 @@ The promises:
 Within a run, one process at a time reserves for a purpose and hands `to_ask` to its workers: nothing tells a
 second process that reserves the same open questions from a restart. The budget holds either way.
 
-SQLite serves one machine: its file has to be on a local disk, for its locks do not work over a network. Where
-several machines write, give a PostgreSQL URL (`postgresql+psycopg://user:password@host/database`).
+psyray.active.database says which databases serve; psyray.active.queue is the part of it that people answer from.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from psyray.active.database import CHARGE, QUESTION, Database, LedgerError, chunks, one_at_a_time, parsed
 from psyray.errors import PsyrayError
 
-VERSION = 1  # of the tables below
-CHUNK = 1000  # ids in one statement; databases bound the number of parameters
-BUSY_S = 60  # how long a SQLite writer waits for its turn
-
 ASKED, ANSWERED, FAILED = "asked", "answered", "failed"
-
-T = TypeVar("T")
-
-_TABLES = sa.MetaData()
-# One row. Whoever reserves locks it, so that reservations follow one another on every database.
-_LEDGER = sa.Table("ledger", _TABLES, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False))
-_QUESTION = sa.Table(
-    "question",
-    _TABLES,
-    sa.Column("question_id", sa.String(128), primary_key=True),
-    sa.Column("kind", sa.String(32), nullable=False),
-    sa.Column("oracle", sa.Text, nullable=False),
-    sa.Column("rubric", sa.Text, nullable=False),
-    sa.Column("payload", sa.Text, nullable=False),  # JSON
-    sa.Column("status", sa.String(16), nullable=False),
-    sa.Column("asks", sa.Integer, nullable=False),  # 1, and 1 more for each time a failure was rebought
-    sa.Column("asked_at", sa.Float(53), nullable=False),  # Unix seconds
-    sa.Column("answered_at", sa.Float(53)),
-    sa.Column("answer", sa.Text),  # JSON
-    sa.Column("error", sa.Text, nullable=False),
-    sa.Column("attempts", sa.Integer, nullable=False),  # summed over asks, like latency and cost
-    sa.Column("latency_s", sa.Float(53), nullable=False),
-    sa.Column("cost", sa.Float(53), nullable=False),
-    sa.Column("who", sa.Text, nullable=False),
-)
-_CHARGE = sa.Table(
-    "charge",
-    _TABLES,
-    sa.Column("run_id", sa.String(1000), primary_key=True),  # may be a URI
-    sa.Column("purpose", sa.String(128), primary_key=True),
-    sa.Column("question_id", sa.ForeignKey(_QUESTION.c.question_id), primary_key=True),
-    sa.Column("ask", sa.Integer, nullable=False),  # question.asks at the time: behind it, this ask has failed
-    sa.Column("bought", sa.Boolean, nullable=False),  # False: an answer that was there already
-    sa.Column("strategy", sa.String(128), nullable=False),
-    sa.Column("scores", sa.Text, nullable=False),  # JSON
-    sa.Column("at", sa.Float(53), nullable=False),  # Unix seconds
-)
-
-
-class LedgerError(PsyrayError):
-    """The ledger cannot be opened, or was asked to do what it must not."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +80,7 @@ class Ledger:
     """The label ledger at a database URL; it makes its tables where they are not there yet."""
 
     def __init__(self, url: str):
-        parsed = _parsed(url)
-        self._secret = str(parsed.password or "")
-        self._shown = parsed.set(query={}).render_as_string(hide_password=True)
-        self._engine = _engine(parsed, self._shown)
-        self._reader = self._engine.execution_options(psyray_reading=True)
-        with self._transaction() as connection:
-            if self._engine.dialect.name == "postgresql":  # two that create the tables at once would collide
-                connection.execute(sa.text("SELECT pg_advisory_xact_lock(7073797261)"))
-            _TABLES.create_all(connection)
-            version = connection.scalar(sa.select(_LEDGER.c.version))
-            if version is None:
-                connection.execute(_LEDGER.insert(), {"version": VERSION})
-            elif version != VERSION:
-                raise LedgerError(f"the label ledger at {self._shown} has version {version}, not {VERSION}")
+        self.database = Database(url)
 
     def reserve(self, run_id: str, purpose: str, questions: Sequence[Question], budget: int | None) -> Reservation:
         """Charge the run for what it may ask, in the order given, in one transaction.
@@ -150,8 +90,8 @@ class Ledger:
         """
         unique = {q.question_id: q for q in reversed(questions)}  # the first of equal ids
         reservation, charges = Reservation([], {}, []), list[dict[str, Any]]()
-        with self._transaction() as connection:
-            connection.execute(sa.select(_LEDGER.c.version).with_for_update())
+        with self.database.transaction() as connection:
+            one_at_a_time(connection)
             known, asks = _known(connection, unique), _asks(connection, run_id, unique)
             left = float("inf") if budget is None else budget - _bought(connection, run_id, purpose)
             for question_id in dict.fromkeys(q.question_id for q in questions):
@@ -175,18 +115,12 @@ class Ledger:
 
         All or none; raises LedgerError for a question that was never reserved.
         """
-        given = sorted(answers, key=lambda a: a.question_id)  # one order of locks for all writers
-        with self._transaction() as connection:
-            for chunk in _chunks(given):
-                known = _known(connection, [a.question_id for a in chunk])
-                unknown = [a.question_id for a in chunk if a.question_id not in known]
-                if unknown:
-                    raise LedgerError(f"answer to a question that was never reserved: {unknown[0]}")
-                connection.execute(_ANSWER, [_answer_values(a) for a in chunk])
+        with self.database.transaction() as connection:
+            write_answers(connection, answers)
 
     def answers(self, question_ids: Iterable[str]) -> dict[str, Answer]:
         """The answers and failures that are there, by question id; open and unknown questions are absent."""
-        with self._transaction(reading=True) as connection:
+        with self.database.transaction(reading=True) as connection:
             known = _known(connection, question_ids)
         return {question_id: _answer(row) for question_id, row in known.items() if row.status != ASKED}
 
@@ -199,27 +133,40 @@ class Ledger:
 
         The cost is in the oracle's unit. Where two runs bought one question, both show all that it has cost.
         """
-        with self._transaction(reading=True) as connection:
+        with self.database.transaction(reading=True) as connection:
             return [dict(row) for row in connection.execute(_SUMMARY, {"run": run_id}).mappings()]
 
     def close(self) -> None:
         """Let go of the connections; the next call opens new ones."""
-        self._engine.dispose()
-
-    @contextmanager
-    def _transaction(self, reading: bool = False) -> Iterator[sa.Connection]:
-        """One transaction; what the database says becomes a LedgerError that holds no password and no row."""
-        try:
-            with (self._reader if reading else self._engine).begin() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            said = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
-            said = said.replace(self._secret, "***") if self._secret else said
-            raise LedgerError(f"the label ledger at {self._shown} failed: {said}") from None
+        self.database.close()
 
 
-_SETTLED = _QUESTION.c.status == ANSWERED
-_LOST = ~_SETTLED & ((_QUESTION.c.status == FAILED) | (_CHARGE.c.ask < _QUESTION.c.asks))
+def ledger_url(url: str | None, run: Path) -> str:
+    """The configured database, else SQLite beside the run folders.
+
+    PsyrayError where the URL holds a password: a run folder and its manifests keep the settings.
+    """
+    if url and (parsed(url).password or "password" in parsed(url).query):
+        raise PsyrayError(
+            "ledger.url holds a password, which the run folder would keep: leave it out of the URL and set PGPASSWORD, "
+            "or write it into ~/.pgpass"
+        )
+    return url or f"sqlite:///{run.parent / 'labels.db'}"
+
+
+def write_answers(connection: sa.Connection, answers: Iterable[Answer]) -> None:
+    """Write answers down in an open transaction, as `Ledger.answer` does."""
+    given = sorted(answers, key=lambda a: a.question_id)  # one order of locks for all writers
+    for chunk in chunks(given):
+        known = _known(connection, [a.question_id for a in chunk])
+        unknown = [a.question_id for a in chunk if a.question_id not in known]
+        if unknown:
+            raise LedgerError(f"answer to a question that was never reserved: {unknown[0]}")
+        connection.execute(_ANSWER, [_answer_values(a) for a in chunk])
+
+
+_SETTLED = QUESTION.c.status == ANSWERED
+_LOST = ~_SETTLED & ((QUESTION.c.status == FAILED) | (CHARGE.c.ask < QUESTION.c.asks))
 
 
 def _count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
@@ -228,95 +175,51 @@ def _count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
 
 _SUMMARY = (
     sa.select(
-        _CHARGE.c.purpose,
+        CHARGE.c.purpose,
         sa.func.count().label("asked"),
-        _count(_CHARGE.c.bought).label("bought"),
-        _count(~_CHARGE.c.bought).label("reused"),
+        _count(CHARGE.c.bought).label("bought"),
+        _count(~CHARGE.c.bought).label("reused"),
         _count(_SETTLED).label("answered"),
         _count(_LOST).label("failed"),
         _count(~_SETTLED & ~_LOST).label("open"),
-        sa.func.sum(sa.case((_CHARGE.c.bought, _QUESTION.c.cost), else_=0.0)).label("cost"),
+        sa.func.sum(sa.case((CHARGE.c.bought, QUESTION.c.cost), else_=0.0)).label("cost"),
     )
-    .join_from(_CHARGE, _QUESTION)
-    .where(_CHARGE.c.run_id == sa.bindparam("run"))
-    .group_by(_CHARGE.c.purpose)
-    .order_by(_CHARGE.c.purpose)
+    .join_from(CHARGE, QUESTION)
+    .where(CHARGE.c.run_id == sa.bindparam("run"))
+    .group_by(CHARGE.c.purpose)
+    .order_by(CHARGE.c.purpose)
 )
 
 _ANSWER = (
-    _QUESTION.update()
-    .where(_QUESTION.c.question_id == sa.bindparam("id"))
-    .where((_QUESTION.c.status == ASKED) | (_QUESTION.c.status == sa.bindparam("beaten", type_=sa.String)))
+    QUESTION.update()
+    .where(QUESTION.c.question_id == sa.bindparam("id"))
+    .where((QUESTION.c.status == ASKED) | (QUESTION.c.status == sa.bindparam("beaten", type_=sa.String)))
     .values(
         status=sa.bindparam("new"),
         answered_at=sa.bindparam("now"),
         answer=sa.bindparam("what"),
         error=sa.bindparam("why"),
-        attempts=_QUESTION.c.attempts + sa.bindparam("tries"),
-        latency_s=_QUESTION.c.latency_s + sa.bindparam("took"),
-        cost=_QUESTION.c.cost + sa.bindparam("price"),
+        attempts=QUESTION.c.attempts + sa.bindparam("tries"),
+        latency_s=QUESTION.c.latency_s + sa.bindparam("took"),
+        cost=QUESTION.c.cost + sa.bindparam("price"),
         who=sa.bindparam("whom"),
     )
 )
 
 # Guarded by the status: an answer that arrives meanwhile stays.
 _REBUY = (
-    _QUESTION.update()
-    .where(_QUESTION.c.question_id == sa.bindparam("id"), _QUESTION.c.status == FAILED)
-    .values(status=ASKED, asks=_QUESTION.c.asks + 1)
+    QUESTION.update()
+    .where(QUESTION.c.question_id == sa.bindparam("id"), QUESTION.c.status == FAILED)
+    .values(status=ASKED, asks=QUESTION.c.asks + 1)
 )
-
-
-def _parsed(url: str) -> sa.URL:
-    try:
-        return sa.make_url(url)
-    except (ArgumentError, ValueError):  # their texts may hold the password
-        raise LedgerError(
-            "the label ledger's URL cannot be read; it is like sqlite:///runs/demo/ledger.db "
-            "or postgresql+psycopg://user:password@host/database"
-        ) from None
-
-
-def _engine(url: sa.URL, shown: str) -> sa.Engine:
-    """An engine that keeps rows out of error messages; on SQLite one writer at a time; others wait."""
-    sqlite = url.get_backend_name() == "sqlite"
-    try:
-        if sqlite and url.database and url.database != ":memory:":
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(url, hide_parameters=True, pool_pre_ping=not sqlite)
-    except (ArgumentError, ImportError, OSError) as error:  # no such database, no driver, no folder
-        raise LedgerError(f"the label ledger at {shown} cannot be opened: {error}") from None
-    if sqlite:
-        sa.event.listen(engine, "connect", _set_up_sqlite)
-        sa.event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _set_up_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # the driver would begin a transaction late, and not as a writer
-    connection.execute(f"PRAGMA busy_timeout = {1000 * BUSY_S}")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")  # what is paid for outlives a power cut
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    reading = connection.get_execution_options().get("psyray_reading")
-    # A writer that starts as a reader cannot wait for its turn: SQLite answers "locked" at once.
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
-
-
-def _chunks(things: Iterable[T]) -> Iterator[list[T]]:
-    listed = list(things)
-    return (listed[i : i + CHUNK] for i in range(0, len(listed), CHUNK))
 
 
 def _known(connection: sa.Connection, question_ids: Iterable[str]) -> dict[str, sa.Row[Any]]:
     """The rows of the questions that are there, without their payload."""
-    wanted = [c for c in _QUESTION.c if c.name != "payload"]
+    wanted = [c for c in QUESTION.c if c.name != "payload"]
     found: dict[str, sa.Row[Any]] = {}
-    for chunk in _chunks(question_ids):
-        rows = connection.execute(sa.select(*wanted).where(_QUESTION.c.question_id.in_(chunk)))
+    for chunk in chunks(question_ids):
+        rows = connection.execute(sa.select(*wanted).where(QUESTION.c.question_id.in_(chunk)))
         found.update({row.question_id: row for row in rows})
     return found
 
@@ -324,16 +227,16 @@ def _known(connection: sa.Connection, question_ids: Iterable[str]) -> dict[str, 
 def _asks(connection: sa.Connection, run_id: str, question_ids: Iterable[str]) -> dict[str, dict[str, int]]:
     """What this run has charged already: question id -> purpose -> ask."""
     found: dict[str, dict[str, int]] = {}
-    for chunk in _chunks(question_ids):
-        mine = sa.and_(_CHARGE.c.run_id == run_id, _CHARGE.c.question_id.in_(chunk))
-        for row in connection.execute(sa.select(_CHARGE).where(mine)):
+    for chunk in chunks(question_ids):
+        mine = sa.and_(CHARGE.c.run_id == run_id, CHARGE.c.question_id.in_(chunk))
+        for row in connection.execute(sa.select(CHARGE).where(mine)):
             found.setdefault(row.question_id, {})[row.purpose] = row.ask
     return found
 
 
 def _bought(connection: sa.Connection, run_id: str, purpose: str) -> int:
-    mine = sa.and_(_CHARGE.c.run_id == run_id, _CHARGE.c.purpose == purpose, _CHARGE.c.bought)
-    return connection.scalar(sa.select(sa.func.count()).select_from(_CHARGE).where(mine)) or 0
+    mine = sa.and_(CHARGE.c.run_id == run_id, CHARGE.c.purpose == purpose, CHARGE.c.bought)
+    return connection.scalar(sa.select(sa.func.count()).select_from(CHARGE).where(mine)) or 0
 
 
 def _state(question: Question, row: sa.Row[Any] | None, mine: Mapping[str, int]) -> str:
@@ -382,12 +285,12 @@ def _charge_all(
 ) -> None:
     """Write the charges, the questions that are new, and the failed ones that are bought again."""
     bought = sorted(c["question_id"] for c in charges if c["bought"])
-    for chunk in _chunks(_new_values(questions[q]) for q in bought if q not in known):
-        connection.execute(_QUESTION.insert(), chunk)
-    for again in _chunks({"id": q} for q in bought if q in known and known[q].status == FAILED):
+    for chunk in chunks(_new_values(questions[q]) for q in bought if q not in known):
+        connection.execute(QUESTION.insert(), chunk)
+    for again in chunks({"id": q} for q in bought if q in known and known[q].status == FAILED):
         connection.execute(_REBUY, again)
-    for some in _chunks(charges):
-        connection.execute(_CHARGE.insert(), some)
+    for some in chunks(charges):
+        connection.execute(CHARGE.insert(), some)
 
 
 def _new_values(question: Question) -> dict[str, Any]:

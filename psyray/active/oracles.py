@@ -1,4 +1,6 @@
-"""Oracles: who can say which of two responses is better. Each question is in the ledger before it is asked.
+"""Which of two responses is better, as a question: how it is bought from the ledger, put to a judge, and read.
+
+Each question is in the ledger before it is asked. psyray.active.oracle_kinds says who may be asked beside a judge.
 
 Pointwise, the judge rates each of the two by itself. Pairwise, it sees them side by side, once in each order; where
 the two verdicts differ it is a tie, and both stay in the answer as `orders`.
@@ -7,7 +9,7 @@ the two verdicts differ it is a tie, and both stay in the answer as `orders`.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -21,32 +23,36 @@ from psyray.rubric import UnusableAnswer, side_by_side
 from psyray.run import Folder
 from psyray.stream import stream
 
+Pair = tuple[Row, Row, float]  # two response rows and their acquisition value
 Label = tuple[Verdict, float, dict[str, Any]]  # verdict on (A, B), margin, what the oracle said
 
 
-def comparison_question(desk: Desk, a: Row, b: Row, strategy: str, scores: dict[str, float]) -> tuple[Question, bool]:
+def pair_question(
+    oracle: str, rubric: str, rule: Any, pair: tuple[Row, Row], strategy: str, scores: dict[str, float]
+) -> tuple[Question, bool]:
     """The question `which of these two`, and whether it names them in the order (b, a).
 
     The two are put in the order of their texts' hashes, so that a pair is one question whichever way it came up.
+    `rule` is what else the answer depends on.
     """
+    a, b = pair
     flipped = content_id(a["text"]) > content_id(b["text"])
     first, second = (b, a) if flipped else (a, b)
     payload = {"messages": a["messages"], "a": first["text"], "b": second["text"]}
+    key = content_id("comparison", oracle, rubric, rule, payload)
+    return Question(key, "comparison", oracle, rubric, payload, strategy, scores), flipped
+
+
+def comparison_question(desk: Desk, a: Row, b: Row, strategy: str, scores: dict[str, float]) -> tuple[Question, bool]:
+    """`pair_question` to a desk's judge."""
     pairwise = desk.section.form == "pairwise"
     rubric = desk.rubric.pairwise_id if pairwise else desk.rubric.id
     rule = None if pairwise else desk.section.tie_margin
-    key = content_id("comparison", desk.judge.id, rubric, rule, payload)
-    return Question(key, "comparison", desk.judge.id, rubric, payload, strategy, scores), flipped
+    return pair_question(desk.judge.id, rubric, rule, (a, b), strategy, scores)
 
 
 def label(
-    folder: Folder,
-    desk: Desk,
-    asked: Sequence[tuple[Row, Row, float]],
-    *,
-    purpose: str,
-    strategy: str,
-    budget: int | None,
+    folder: Folder, desk: Desk, asked: Sequence[Pair], *, purpose: str, strategy: str, budget: int | None
 ) -> tuple[list[Label | None], dict[str, Any]]:
     """Labels for pairs (a, b, acquisition value) in order, and counts; None where the budget did not reach.
 
@@ -62,8 +68,23 @@ def label(
         counts = {key: sum(counts[key] for _, counts in each) for key in each[0][1]}
         return [panel_label(desk, labels) for labels in given], counts | {"judges_agreement": agreed}
     questions = [comparison_question(desk, a, b, strategy, {"value": value}) for a, b, value in asked]
+    return buy(desk, questions, partial(put, folder, desk, title=purpose), purpose=purpose, budget=budget)
+
+
+def buy(
+    desk: Desk,
+    questions: Sequence[tuple[Question, bool]],
+    ask: Callable[[Sequence[Question]], object],
+    *,
+    purpose: str,
+    budget: int | None,
+) -> tuple[list[Label | None], dict[str, Any]]:
+    """Reserve the questions, have `ask` fill the ledger with answers to those that are due, and read them.
+
+    Labels in order, None where the budget did not reach, and counts.
+    """
     reserved = desk.ledger.reserve(desk.run_id, purpose, [q for q, _ in questions], budget)
-    put(folder, desk, reserved.to_ask, title=purpose)
+    ask(reserved.to_ask)
     answers = desk.ledger.answers([q.question_id for q, _ in questions])
     labels = [read(answers.get(q.question_id), flipped) for q, flipped in questions]
     spent = next((row for row in desk.ledger.summary(desk.run_id) if row["purpose"] == purpose), {})
@@ -91,7 +112,15 @@ def exchanged(said: dict[str, Any]) -> dict[str, Any]:
     if "orders" in said:
         first, second = (Verdict(shown).swap() for shown in said["orders"])
         other |= {"orders": [second, first], "raw_text": said["raw_text"][::-1]}
+    if "experts" in said:
+        other |= {"experts": [_exchanged_vote(vote) for vote in said["experts"]]}
     return other
+
+
+def _exchanged_vote(said: dict[str, Any]) -> dict[str, Any]:
+    ratings = {{"a": "b", "b": "a"}[side]: values for side, values in said["ratings"].items()}
+    vote = {"A": "B", "B": "A"}.get(said["vote"], said["vote"])
+    return said | {"vote": vote, "ratings": ratings, "a_left": not said["a_left"]}
 
 
 def panel_label(desk: Desk, given: Sequence[Label | None]) -> Label | None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 from hostile_server import hostile_server
 
+from psyray.active.experts import Experts
 from psyray.active.ledger import Ledger
 from psyray.active.oracles import label
-from psyray.config import EngineSection, JudgeSection
+from psyray.active.queue import ExpertQueue
+from psyray.active.votes import Choice
+from psyray.config import EngineSection, JudgeSection, OracleSection
 from psyray.data.judge import Desk, judge, summary
 from psyray.engines.judges import make_judge
 from psyray.errors import PsyrayError
@@ -91,6 +96,24 @@ def test_the_oracle_labels_within_its_budget_and_knows_a_pair_from_both_sides(tm
     refused, counts = label(folder(tmp_path), here, [(a, a | {"text": "x"}, 1.0)], purpose="round-1",
                             strategy="drts", budget=1)  # fmt: skip
     assert refused == [None] and counts["refused"] == 1
+
+
+def test_the_judge_answers_what_no_expert_did_in_time_and_is_charged_apart(tmp_path, ray_cluster):
+    good, poor = "You feel torn since he died, and the nights are hardest.", "Calm down. You should just sleep more."
+    a, b, c = ({"response_id": t[:3], "messages": SPEECH, "text": t} for t in (good, poor, "You will be fine soon."))
+    here = desk(tmp_path)
+    section = OracleSection(kind="experts", wait_s=0.5, undo_s=0, fall_back="judge")
+    oracle, queue = Experts(here, section, poll_s=0.05), ExpertQueue(here.ledger.database)
+    asked = {"purpose": "round-1", "strategy": "drts", "budget": 2}
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(oracle.label, folder(tmp_path), [(a, b, 1.0), (a, c, 1.0)], **asked)
+        while not (lease := queue.lease("anna")):
+            time.sleep(0.01)
+        queue.answer("anna", lease.question_id, Choice.TIE)
+        labels, counts = waiting.result(timeout=60)
+    assert [label[0] for label in labels] == [Verdict.TIE, Verdict.A] and counts["unanswered"] == 1
+    assert here.ledger.spent("run") == {"round-1": 2, "round-1/judge": 1}
+    assert oracle.label(folder(tmp_path), [(a, b, 1.0), (a, c, 1.0)], **asked)[0] == labels
 
 
 def test_a_budget_of_nothing_asks_nothing(tmp_path, ray_cluster):

@@ -49,6 +49,11 @@ def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
         (["configs/demo.yaml", "pairs.veto=[humour]"], "pairs.veto: the rubric counselling has no principle humour"),
         (["configs/demo.yaml", "run.path=s3://bucket/x"], "no URI yet"),
         (["configs/demo.yaml", "ledger.url=nonsense"], "the label ledger's URL cannot be read"),
+        (["configs/demo.yaml", "ledger.url=postgresql+psycopg://u:p@h/d"], "ledger.url holds a password"),
+        (
+            ["configs/demo.yaml", "oracle.kind=replay", "oracle.path=no.jsonl"],
+            "no labelled set at no.jsonl (oracle.path)",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_not_a_traceback(words, expected, capsys, monkeypatch, tmp_path):

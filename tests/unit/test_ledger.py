@@ -10,12 +10,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import sqlalchemy as sa
+from made_ledger import fresh_url, sql
 
-from psyray.active.ledger import CHUNK, Answer, Ledger, LedgerError, Question, Reservation
+from psyray.active.database import CHUNK, LedgerError
+from psyray.active.ledger import Answer, Ledger, Question, Reservation, ledger_url
+from psyray.errors import PsyrayError
 
 
 def questions(*numbers: int) -> list[Question]:
@@ -37,20 +38,7 @@ def ids(reservation: Reservation) -> tuple[list[str], list[str], list[str]]:
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    """A SQLite file in a folder that is not there yet, or what PSYRAY_TEST_LEDGER names, emptied."""
-    if url := os.environ.get("PSYRAY_TEST_LEDGER", ""):
-        for table in ("charge", "question", "ledger"):
-            sql(url, f"drop table if exists {table}")
-    return url or f"sqlite:///{tmp_path}/run/ledger.db"
-
-
-def sql(url: str, statement: str) -> list[tuple[Any, ...]]:
-    engine = sa.create_engine(url)
-    with engine.begin() as connection:
-        result = connection.execute(sa.text(statement))
-        rows = [tuple(row) for row in result] if result.returns_rows else []
-    engine.dispose()
-    return rows
+    return fresh_url(tmp_path)
 
 
 @pytest.fixture
@@ -220,6 +208,19 @@ def test_a_ledger_that_cannot_be_opened_says_where_and_hides_the_password(bad: s
     with pytest.raises(LedgerError, match=said) as caught:
         Ledger(bad)
     assert "s3cret" not in "".join(traceback.format_exception(caught.value, limit=0))
+
+
+@pytest.mark.parametrize(
+    "bad", ["postgresql+psycopg://u:s3cret@host/db", "postgresql+psycopg://u@host/db?password=s3cret"]
+)
+def test_a_password_in_the_configured_url_is_refused_before_a_run_folder_could_keep_it(
+    bad: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PsyrayError, match="set PGPASSWORD") as caught:
+        ledger_url(bad, tmp_path / "run")
+    assert "s3cret" not in str(caught.value)
+    assert ledger_url("postgresql+psycopg://u@host/db", tmp_path / "run") == "postgresql+psycopg://u@host/db"
+    assert ledger_url(None, tmp_path / "runs" / "one") == f"sqlite:///{tmp_path}/runs/labels.db"
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
