@@ -45,6 +45,7 @@ class Stub(asyncio.Protocol):
 
     asked = array("H")
     latency = 0.0
+    began = ended = 0.0  # when the first request came, and when the last answer went
 
     def __init__(self) -> None:
         self.buffer = b""
@@ -69,6 +70,8 @@ class Stub(asyncio.Protocol):
         assert found
         number = int(found[1])
         Stub.asked[number] += 1
+        Stub.ended = time.monotonic() + Stub.latency
+        Stub.began = Stub.began or time.monotonic()
         ratings = {key: 1 + (number // 5**i) % 5 for i, key in enumerate(KEYS)}
         usage = {"prompt_tokens": len(body) // 4, "completion_tokens": 40}
         choice = {"message": {"role": "assistant", "content": json.dumps(ratings)}, "finish_reason": "stop"}
@@ -77,10 +80,11 @@ class Stub(asyncio.Protocol):
     @staticmethod
     def counts() -> bytes:
         counts = {"calls": sum(Stub.asked), "rows": sum(map(bool, Stub.asked)), "again": sum(n > 1 for n in Stub.asked)}
-        return json.dumps(counts).encode()
+        return json.dumps(counts | {"span_s": Stub.ended - Stub.began}).encode()
 
     def send(self, answer: bytes) -> None:
-        self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer)
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        self.transport.write(head % len(answer) + answer)
 
 
 async def serve(rows: int, latency: float) -> None:
@@ -91,7 +95,7 @@ async def serve(rows: int, latency: float) -> None:
     await server.serve_forever()
 
 
-def counts(url: str) -> dict[str, int]:
+def counts(url: str) -> dict[str, Any]:
     """What the endpoint was asked."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=60) as reply:
@@ -214,7 +218,7 @@ def run_stage(args: argparse.Namespace, url: str) -> Watch:
             return watch
 
 
-def audit(path: Path, rows: int, asked: dict[str, int]) -> tuple[dict[str, Any], list[str]]:
+def audit(path: Path, rows: int, asked: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The counts of endpoint, journal, ledger and result beside each other, and what is wrong with them."""
     import duckdb
 

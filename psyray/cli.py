@@ -77,6 +77,32 @@ def report(folder: RunFolder) -> None:
 
 
 @app.command()
+def lineage(
+    model: Annotated[str, typer.Argument(help="a run or model folder, the id of a served answer, or NAME[@ALIAS]")],
+    runs: Annotated[Path, typer.Option(help="the folder that holds the run folders")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Tell what a model was made from: rounds, labels, judge, responses, speeches, stage by stage.
+
+    Examples:  psyray lineage runs/demo
+               psyray lineage 3f2a9c0e1b77 --runs runs
+               psyray lineage psyray-policy@champion
+    """
+    import json
+
+    from psyray.config import TrackSection
+    from psyray.lineage import facts, find, show
+    from psyray.track import tracking_uri
+
+    # The tracking database beside the run folders is where runs register, unless MLFLOW_TRACKING_URI says otherwise.
+    known = facts(find(model, runs, tracking_uri(TrackSection(), runs / "any")))
+    if as_json:
+        say(json.dumps(known, indent=1))
+    else:
+        show(known, out)
+
+
+@app.command()
 def export(
     folder: RunFolder,
     to: Annotated[Path, typer.Option("--to", help="the data set's folder, new or an earlier export's")],

@@ -97,6 +97,7 @@ def export_stage(run: Run, config: Config, reward: Artifact, outcome: Outcome) -
                 "max_length": config.reward.train.max_length,
             },
             "run": str(run.path),
+            "id": folder.path.name,
         }
         write_atomic(folder.path / CHAMPION, json.dumps(exported, indent=1))
         return {"champion_round": champion.round, **exported}
@@ -143,7 +144,7 @@ def open_desk(config: Config, run: Run) -> Desk:
 def check(config: Config) -> None:
     """All that can be known to be wrong before anything starts; PsyrayError names the setting."""
     check_settings(config)
-    judges = config.panel.judges or [config.judge]
+    judges = [*(config.panel.judges or [config.judge]), *([config.topics] if config.topics else [])]
     names = local_models(config) | {judge.model or "" for judge in judges if judge.engine == "vllm"}
     for name in sorted(names):
         resolve_model(name)

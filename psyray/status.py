@@ -57,11 +57,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(kept.read_text()) or {}) if kept.exists() else {}
 
 
-def expected_stages(rounds: int) -> list[str]:
-    """The stages that a whole run of so many rounds goes through, in order."""
-    names = ["speeches", "responses", "judgements", "pairs", "reward", "reward-heads"]
-    for number_ in range(rounds + 1):
-        steps = ["labels", "heads", "policy", "samples", "scores", "gate"][0 if number_ else 3 :]
+def expected_stages(config: Mapping[str, Any]) -> list[str]:
+    """The stages that a whole run with these settings goes through, in order."""
+    speeches = config.get("speeches") or {}
+    brings = any(source.get("use", "speeches") != "speeches" for source in speeches.get("sources") or [])
+    names = ["speeches", *(["topics"] if config.get("topics") else []), *(["ready"] if brings else [])]
+    names += ["responses", "judgements", "pairs", "reward", "reward-features", "reward-heads"]
+    for number_ in range(int((config.get("loop") or {}).get("rounds", 0)) + 1):
+        steps = ["labels", "heads", "policy", "samples", "features", "scores", "gate"][0 if number_ else 3 :]
         names += [f"round-{number_}/{step}" for step in steps]
     return [*names, "export"]
 
@@ -139,8 +142,7 @@ def stage_lines(path: Path) -> list[Line]:
             lines.append(_unfinished(entry["name"], folder, alive, (path / "run.json").stat().st_mtime))
     if "export" not in done:  # after it nothing more comes, also where the gate ended the rounds early
         known = {line.name for line in lines}
-        rounds = int(read_config(path).get("loop", {}).get("rounds", 0))
-        lines += [Line(name, "waiting") for name in expected_stages(rounds) if name not in known]
+        lines += [Line(name, "waiting") for name in expected_stages(read_config(path)) if name not in known]
     return lines
 
 

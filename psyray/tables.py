@@ -64,10 +64,14 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def view(database: duckdb.DuckDBPyConnection, name: str, files: Iterable[Path]) -> None:
-    """Name the rows of Parquet files, one file at least, so that queries read as if they were a table."""
+def view(database: duckdb.DuckDBPyConnection, name: str, files: Iterable[Path], *, places: bool = False) -> None:
+    """Name the rows of Parquet files, one file at least, so that queries read as if they were a table.
+
+    With `places`, two columns more tell where a row lies: `filename` and `file_row_number`.
+    """
     listed = ", ".join(literal(source) for source in sources(files))
-    database.execute(f"CREATE OR REPLACE TEMP VIEW {identifier(name)} AS FROM read_parquet([{listed}])")
+    options = ", filename = true, file_row_number = true" if places else ""
+    database.execute(f"CREATE OR REPLACE TEMP VIEW {identifier(name)} AS FROM read_parquet([{listed}]{options})")
 
 
 def batches(

@@ -291,6 +291,29 @@ class Tracker:
         return str(made.version)
 
 
+def registered(uri: str, model: str) -> dict[str, str]:
+    """The tags of a registered model, by `NAME`, `NAME@ALIAS` or `NAME/VERSION`; a bare name means its champion.
+
+    PsyrayError where MLflow has no such model.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name, at, alias = model.partition("@")
+    name, slash, version = name.partition("/")
+    with _plainly(uri), _answers_soon(uri), _alone(uri):
+        client = _client(uri)
+        try:
+            if slash:
+                found = client.get_model_version(name, version)
+            else:
+                found = client.get_model_version_by_alias(name, alias if at else "champion")
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise PsyrayError(f"MLflow at {redact(uri)} has no model {model}, and no folder has that name") from None
+    return dict(found.tags)
+
+
 def _cut(items: list[Any], size: int) -> Iterator[list[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 

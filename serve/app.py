@@ -8,7 +8,8 @@
 
 Where a client names no system message or no sampling, those that the policy was trained with apply. A reply to
 client words that speak of a crisis (psyray/crisis.py) carries the header `X-Psyray-Crisis: true`; the reply itself
-is left as it is. Nothing here asks who is calling: keep the port on loopback or behind a proxy that does.
+is left as it is. `X-Psyray-Id` names the export that answered, for `psyray lineage`. Nothing here asks who is
+calling: keep the port on loopback or behind a proxy that does.
 """
 
 from __future__ import annotations

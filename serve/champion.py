@@ -72,6 +72,7 @@ class Champion(BaseModel):
     policy: Policy
     reward: Reward
     run: Path
+    id: str = ""  # of the export that it came from; `psyray lineage` knows it
 
 
 def read_champion(run: Path, *, reward: bool = True) -> Champion:

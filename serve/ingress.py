@@ -23,6 +23,7 @@ from serve.policy import engine_settings, speaks_of_crisis, with_defaults
 from serve.reward import RewardServer, ScoreReply, ScoreRequest
 
 HEALTH_TIMEOUT_S = 5.0
+ID = "X-Psyray-Id"
 MAX_ONGOING = 1000  # Serve's default of 5 would keep requests from being batched
 
 
@@ -39,6 +40,7 @@ def application(asked: Args, champion: Champion, engine: EngineSection) -> serve
         policy=champion.policy,
         reward=_reward(champion.reward, asked.reward_gpus, options) if asked.reward else None,
         reward_name=champion.reward.name,
+        export=champion.id,
     )
 
 
@@ -58,9 +60,10 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         policy: Policy,
         reward: DeploymentHandle | None,
         reward_name: str,
+        export: str,
     ) -> None:
         super().__init__(llm_deployments, model_cards)
-        self.policy, self.reward, self.reward_name = policy, reward, reward_name
+        self.policy, self.reward, self.reward_name, self.export = policy, reward, reward_name, export
         self.engine = llm_deployments[policy.name]
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
@@ -72,14 +75,16 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
                 message["content"] = list(message["content"])  # pydantic leaves a one-way iterator of the parts
         in_crisis = speaks_of_crisis(body.messages)
         response: Response = await super().chat(with_defaults(body, self.policy), request)
+        response.headers[ID] = self.export
         if in_crisis:
             response.headers["X-Psyray-Crisis"] = "true"
         return response
 
-    async def score_answers(self, body: ScoreRequest) -> ScoreReply:
+    async def score_answers(self, body: ScoreRequest, response: Response) -> ScoreReply:
         """Scores of answers by the reward model."""
         if self.reward is None:
             raise HTTPException(404, "this server was started with reward=false")
+        response.headers[ID] = self.export
         return ScoreReply(model=self.reward_name, scores=await self.reward.score.remote(body.items))
 
     async def healthz(self) -> JSONResponse:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -70,6 +72,7 @@ def facts(
         "rounded_not_ahead": _rounded_not_ahead(database, source),
         "judge": {"engine": config["judge"]["engine"], "model": bare(config["judge"]["model"] or "")},
         "judge_id": stages["judgements"].stats.get("judge"),
+        "with_people": with_people(source.folder.parent, stages["judgements"].stats.get("judge")),
         "agreement": _agreement(source),
         "responders": [
             {"name": r["name"], "model": bare(r["model"]), "temperature": r["temperature"]}
@@ -109,6 +112,19 @@ def _rounded_not_ahead(database: duckdb.DuckDBPyConnection, source: Source) -> i
         database, f"SELECT count(*) FILTER (WHERE {totals['chosen']} <= {totals['rejected']}) AS n FROM pairs"
     )
     return int(row["n"])
+
+
+def with_people(runs: Path, judge: str | None) -> list[dict[str, Any]]:
+    """What `psyray agreement` measured of this judge beside the run: a row for each labelled set and stratum."""
+    found = [json.loads(file.read_text()) for file in sorted(runs.glob("agreement-*/agreement.json"))]
+    return [
+        {"set": figures["set"], "stratum": name, "longer_wins": stratum["longer_wins"]["accuracy"]}
+        | {key: stratum["judge"][key] for key in ("accuracy", "low", "high")}
+        for figures in found
+        if judge and figures["judge_id"] == judge
+        for name, stratum in figures["strata"].items()
+        if stratum["judge"]["accuracy"] is not None
+    ]
 
 
 def _agreement(source: Source) -> dict[int, float]:
@@ -162,6 +178,7 @@ def render(known: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("psyray", "assets"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.1f} %"  # noqa: RUF001
     environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").split()) or "–"  # noqa: RUF001
     front = yaml.safe_dump(front_matter(known), sort_keys=False, allow_unicode=True)
     listed, rest = known["topics"][:TOPICS], known["topics"][TOPICS:]

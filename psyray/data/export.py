@@ -40,8 +40,9 @@ FULL += [f"speeches.{name}" for name in ("crisis", "topic", "subtopic")]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows come from: the run's stages by name, its settings and its rubric."""
+    """Where the rows come from: the run's folder, its stages by name, its settings and its rubric."""
 
+    folder: Path
     stages: Mapping[str, Artifact]
     config: Mapping[str, Any]
     rubric: Rubric
@@ -111,7 +112,7 @@ def read_source(run: Path) -> Source:
             f"the rubric {config['rubric']} has changed since the pairs of {run_path(run)} were made; "
             "bring the old one back, or run the same command again to rate by the new one"
         )
-    return Source(stages, config, rubric)
+    return Source(run_path(run), stages, config, rubric)
 
 
 def open_views(database: duckdb.DuckDBPyConnection, source: Source, rounds: bool) -> None:

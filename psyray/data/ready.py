@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
+import pyarrow.parquet as pq
 
 from psyray.config import SourceSection, SpeechesSection
 from psyray.data.clean import conversation, scrubbed
@@ -25,7 +25,7 @@ from psyray.data.sources import identity, layout, open_source
 from psyray.records import PAIRS, Row, Status, normalise, rows, table
 from psyray.rubric import Rubric
 from psyray.run import Artifact, Folder, Run, write_parquet
-from psyray.tables import connect, in_order, view
+from psyray.tables import connect, view
 
 if TYPE_CHECKING:
     import duckdb
@@ -127,9 +127,12 @@ def pairs_of(source: SourceSection, rubric: Rubric, scrub: Scrub, counts: Counte
             yield pair | ({"source": POOL} if source.use == "pool" else {})
 
 
+# One row of each pair, by where it lies: only ids and places, since whole rows need not fit into memory.
 _USABLE = """
-SELECT r.* REPLACE (s.split AS split, s.crisis AS crisis) FROM (
-    SELECT * FROM ready QUALIFY row_number() OVER (PARTITION BY pair_id ORDER BY source, margin) = 1
+CREATE TEMP TABLE usable AS
+SELECT r.filename AS file, r.file_row_number AS row, s.split, s.crisis FROM (
+    SELECT pair_id, speech_id, chosen_id, rejected_id, source, filename, file_row_number FROM ready
+    QUALIFY row_number() OVER (PARTITION BY pair_id ORDER BY source, margin, filename, file_row_number) = 1
 ) r JOIN speech s USING (speech_id)
 ANTI JOIN ready other ON r.source <> 'pool' AND other.source <> 'pool'
     AND other.chosen_id = r.rejected_id AND other.rejected_id = r.chosen_id
@@ -145,13 +148,17 @@ def usable(
     """
     if not files:
         return
-    view(database, "ready", files)
+    view(database, "ready", files, places=True)
     view(database, "speech", speeches)
+    database.execute(_USABLE)
     kept: Counter[str] = Counter()
-    for batch in in_order(database, _USABLE, ["pair_id"]):
-        found = rows(pa.Table.from_batches([batch]))
-        kept.update(row["split"] for row in found)
-        yield found
+    for file in files:
+        query = "SELECT row, split, crisis FROM usable WHERE file = $file ORDER BY row"
+        here = database.sql(query, params={"file": str(file)}).to_arrow_table()
+        found = rows(pq.read_table(file).take(here["row"]))
+        sides = here.select(["split", "crisis"]).to_pylist()
+        yield [row | side for row, side in zip(found, sides, strict=True)]
+        kept.update(side["split"] for side in sides)
     total, unique, lost = database.execute(
         "SELECT count(*), count(DISTINCT pair_id), "
         "count(DISTINCT pair_id) FILTER (speech_id NOT IN (SELECT speech_id FROM speech)) FROM ready"

@@ -86,6 +86,7 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "policy": {"name": "psyray-round-1", "round": 1, **settings},
         "reward": {"name": "psyray-reward", "path": str(reward), "heads": None, "max_length": 256},
         "run": str(run),
+        "id": "3f2a9c0e1b77",
     }
     (run / "champion.json").write_text(json.dumps(champion))
     engine = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_gib": 1}
@@ -140,6 +141,7 @@ def test_chat_uses_the_policys_defaults(server: str) -> None:
     status, headers, text = call(f"{server}/v1/chat/completions", {"messages": CLIENT})
     reply = json.loads(text)
     assert status == 200 and reply["model"] == "psyray-round-1" and "X-Psyray-Crisis" not in headers
+    assert headers["X-Psyray-Id"] == "3f2a9c0e1b77"
     assert reply["usage"]["completion_tokens"] <= 12
     own = {"messages": [{"role": "system", "content": "Be kind."}, *CLIENT], "temperature": 0, "max_tokens": 12}
     again = json.loads(call(f"{server}/v1/chat/completions", own)[2])
@@ -189,12 +191,13 @@ def test_other_origins_get_no_permission(server: str) -> None:
 def test_scores_equal_the_scorers_own(server: str, served_run: Path) -> None:
     answers = ["That sounds lonely.", "Buy a radio.", "What do the evenings look like now, since she left?"]
     items = [{"messages": CLIENT, "response": answer} for answer in answers]
-    status, _, text = call(f"{server}/reward/score", {"items": items})
+    status, headers, text = call(f"{server}/reward/score", {"items": items})
     reply = json.loads(text)
     served = np.array([s["score"] for s in reply["scores"]])
     direct_NH = RewardScorer(served_run / "reward", None, max_length=256).scores([CLIENT] * 3, answers)
     np.testing.assert_allclose(served, direct_NH.mean(axis=1), rtol=1e-6)
     assert (status, reply["model"], len(set(served.round(6)))) == (200, "psyray-reward", 3)
+    assert headers["X-Psyray-Id"] == "3f2a9c0e1b77"
 
 
 def test_requests_at_once_get_their_own_scores(server: str) -> None:

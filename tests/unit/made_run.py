@@ -82,6 +82,7 @@ class MadeRun:
         self._stage(made, "pairs", self._pairs(drawn, "judge"), records.PAIRS, stats, "pair_id")
         steps = [{"step": n, "loss": 0.7 - 0.02 * n} for n in range(1, 9)]
         self._stage(made, "reward", [], None, {"steps": steps, "train_pairs": 30, "seconds": 12.5})
+        self._stage(made, "reward-features", [], None, {"responses": 40})
         self._stage(made, "reward-heads", [], None, self._heads(0.66))
         for number in range(self.rounds + 1):
             self._round(made, number)
@@ -100,6 +101,7 @@ class MadeRun:
             self._stage(made, f"{at}/policy", [], None, {"steps": steps, "pairs": 12})
         drawn = self._responses(f"round {n}", n)
         self._stage(made, f"{at}/samples", drawn, records.RESPONSES, {"ok": len(drawn), "failed": 0}, "response_id")
+        self._stage(made, f"{at}/features", [], None, {"responses": len(drawn)})
         draw = self.random.gauss
         scores = [{**row, "mean": draw(0.4 * n, 1), "spread": abs(draw(0, 1))} for row in drawn]
         self._stage(made, f"{at}/scores", scores, SCORES, {}, "response_id")

@@ -137,6 +137,31 @@ def test_the_card_tells_what_the_data_hold(home, tmp_path):
     for words in told:
         assert words in body, words
     assert "No licence" not in body and str(home) not in body
+    assert "How far it agrees with people was not measured" in body
+
+
+def test_the_card_tells_how_far_this_judge_agrees_with_people(home, tmp_path):
+    def measured(judge, accuracy):
+        side = {"accuracy": accuracy, "low": 0.5, "high": 0.75}
+        strata = {
+            "hq>mq": {"judge": side, "longer_wins": {"accuracy": None}},
+            "none": {"judge": side | {"accuracy": None}},
+        }
+        strata["none"]["longer_wins"] = {"accuracy": 0.5}
+        folder = tmp_path / f"agreement-set-{judge}"
+        folder.mkdir()
+        (folder / "agreement.json").write_text(json.dumps({"set": "tiers", "judge_id": judge, "strata": strata}))
+
+    shutil.copytree(home, tmp_path / "demo")
+    measured("j", 0.625)
+    measured("another", 0.9)
+    known = export_run(tmp_path / "demo", tmp_path / "out")
+    assert [(row["set"], row["stratum"], row["accuracy"]) for row in known["with_people"]] == [
+        ("tiers", "hq>mq", 0.625)
+    ]
+    _, body = card_of(tmp_path / "out")
+    assert "| tiers | hq>mq | 62.5 % [50.0 %, 75.0 %] | – |" in body  # noqa: RUF001
+    assert "not measured" not in body
 
 
 def test_ratings_that_lose_their_order_when_rounded_are_counted(tmp_path):

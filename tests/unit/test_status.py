@@ -47,9 +47,19 @@ def test_a_finished_run_is_all_done(tmp_path: Path) -> None:
 
 
 def test_stages_come_in_the_order_of_the_run(tmp_path: Path) -> None:
-    MadeRun(tmp_path / "run", rounds=1, until="round-1/policy").make()
+    made = MadeRun(tmp_path / "run", rounds=1, until="round-1/policy")
+    made.make()
     names = [line.name for line in status.stage_lines(tmp_path / "run")]
-    assert names == status.expected_stages(1)
+    assert names == status.expected_stages(made.config)
+
+
+def test_stages_that_only_some_runs_have_are_waited_for_where_they_will_come() -> None:
+    plain = status.expected_stages({"loop": {"rounds": 0}})
+    settings = {"topics": {"engine": "vllm"}, "speeches": {"sources": [{"name": "a", "use": "pool"}]}}
+    assert "topics" not in plain and "ready" not in plain
+    assert status.expected_stages(settings) == ["speeches", "topics", "ready", *plain[1:]]
+    speeches_only = {"speeches": {"sources": [{"name": "a"}, {"name": "b", "use": "speeches"}]}, "topics": None}
+    assert status.expected_stages(speeches_only) == plain
 
 
 def test_a_run_at_work_shows_how_far_it_is(tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""Where a model comes from: every stage behind it, from the export back to the client speeches.
+
+    psyray lineage runs/demo                     the champion of a run
+    psyray lineage 3f2a9c0e1b77 --runs runs      an id that a served answer carries in `X-Psyray-Id`
+    psyray lineage psyray-policy@champion        a name in MLflow's registry
+
+Read from the stages' manifests alone: each names its inputs by fingerprint, and a policy those that it went on from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from psyray.errors import PsyrayError
+from psyray.run import Artifact, read_stages, run_path
+from psyray.status import key_numbers, number
+from psyray.track import registered
+
+SHOWN = 12  # characters of a fingerprint
+NAMES = ("champion", "policy", "reference")  # settings that may name a policy's stage
+
+
+@dataclass(frozen=True)
+class Place:
+    """A stage and the run that it stands in."""
+
+    run: Path
+    stage: Artifact
+
+
+def find(model: str, runs: Path, tracking: str) -> Place:
+    """The stage that a run folder, a model folder, an id or a registered name means; PsyrayError if there is none."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return _at(run_path(path))
+    if re.fullmatch(r"[0-9a-f]{6,}", model):
+        return _by_fingerprint(model, sorted(file.parent for file in runs.glob("*/run.json")), f"the runs in {runs}")
+    tags = registered(tracking, model)
+    if not {"run", "psyray.fingerprint"} <= set(tags):
+        raise PsyrayError(f"{model} was not registered by psyray: it names no run")
+    return _by_fingerprint(tags["psyray.fingerprint"], [Path(tags["run"])], f"{tags['run']}, where {model} was made")
+
+
+def _at(path: Path) -> Place:
+    """The stage that a path lies in, or the export of the run that it is."""
+    if (path / "run.json").exists():
+        stages = {stage.name: stage for stage in read_stages(path)}
+        if "export" not in stages:
+            raise PsyrayError(f"the run at {path} is not finished (no export); see `psyray status {path}`")
+        return Place(path, stages["export"])
+    for folder in (path, *path.parents):
+        if (folder / "manifest.json").exists():
+            run = next(parent.parent for parent in folder.parents if parent.name == "stages")
+            return Place(run, _read(folder))
+    raise PsyrayError(f"{path} is neither a run folder nor in the folder of a finished stage")
+
+
+def _by_fingerprint(prefix: str, runs: list[Path], where: str) -> Place:
+    found = [(run, file.parent) for run in runs for file in (run / "stages").rglob(f"{prefix}*/manifest.json")]
+    if not found:
+        raise PsyrayError(f"no stage {prefix} in {where}; --runs names the folder that holds the run folders")
+    if len({folder.name for _, folder in found}) > 1:
+        raise PsyrayError(f"{prefix} is the start of {len(found)} fingerprints in {where}; give more of it")
+    run, folder = found[0]
+    return Place(run, _read(folder))
+
+
+def _read(folder: Path) -> Artifact:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return Artifact(manifest["stage"], folder, manifest["fingerprint"], manifest)
+
+
+def parents(place: Place) -> list[Place]:
+    """The stages that a stage was made from: its inputs, and the policies that its settings name."""
+    manifest = place.stage.manifest
+    named = [str(manifest["config"].get(key)) for key in NAMES]
+    wanted = dict.fromkeys([*named, *manifest["inputs"].values()])
+    return [Place(place.run, _read(folder)) for name in wanted for folder in _folders(place.run, name)]
+
+
+def _folders(run: Path, fingerprint: str) -> Iterator[Path]:
+    if re.fullmatch(r"[0-9a-f]+", fingerprint):  # a start policy is named by its folder or hub id
+        yield from (file.parent for file in (run / "stages").rglob(f"{fingerprint}/manifest.json"))
+
+
+def ancestry(place: Place) -> dict[str, Place]:
+    """The stage and all that it was made from, by fingerprint, each after what it was made from."""
+    found: dict[str, Place] = {}
+
+    def walk(here: Place) -> None:
+        if here.stage.fingerprint in found:
+            return
+        for parent in parents(here):
+            walk(parent)
+        found[here.stage.fingerprint] = here
+
+    walk(place)
+    return found
+
+
+def facts(place: Place) -> dict[str, Any]:
+    """The stage, what it comes down to, and every stage behind it, as plain data."""
+    behind = ancestry(place)
+    listed = [
+        {
+            "stage": here.stage.name,
+            "fingerprint": here.stage.fingerprint,
+            "finished": here.stage.manifest["finished"],
+            "rows": here.stage.manifest["rows"],
+            "numbers": key_numbers(here.stage.name, here.stage.stats),
+            "made_from": [parent.stage.fingerprint for parent in parents(here)],
+        }
+        for here in behind.values()
+    ]
+    settings = [here.stage.manifest["config"] for here in behind.values()]
+    return {
+        "run": str(place.run),
+        "stage": place.stage.name,
+        "fingerprint": place.stage.fingerprint,
+        "rounds": sorted({int(s["stage"][6:].split("/")[0]) for s in listed if s["stage"].startswith("round-")}),
+        "judges": sorted({str(config["judge"]) for config in settings if config.get("judge")}),
+        "rubrics": sorted({str(config["rubric"]) for config in settings if config.get("rubric")}),
+        "responders": sorted({name for config in settings for name in config.get("responders") or ()}),
+        "labels_bought": sum(
+            int(h.stage.stats.get("bought") or 0) for h in behind.values() if "/labels" in h.stage.name
+        ),
+        "stages": listed,
+    }
+
+
+def show(known: dict[str, Any], console: Console) -> None:
+    """The facts for people: what matters in lines, then each stage over those it was made from, told once."""
+    console.print(Text(f"{known['stage']} {known['fingerprint'][:SHOWN]} of {known['run']}"))
+    for key in ("rounds", "judges", "rubrics", "responders"):
+        console.print(Text(f"{key + ':':12}{', '.join(map(str, known[key])) or 'none'}"))
+    console.print(Text(f"{'labels:':12}{number(known['labels_bought'])} bought in the rounds"))
+    by_fingerprint = {entry["fingerprint"]: entry for entry in known["stages"]}
+    seen: set[str] = set()
+
+    def grow(fingerprint: str, depth: int) -> None:
+        entry = by_fingerprint[fingerprint]
+        again = fingerprint in seen
+        seen.add(fingerprint)
+        words = "as above" if again else ", ".join(filter(None, [entry["numbers"], entry["finished"]]))
+        console.print(Text(f"{'   ' * depth}{entry['stage']} {fingerprint[:SHOWN]}  {words}"))
+        for parent in () if again else entry["made_from"]:
+            grow(parent, depth + 1)
+
+    console.print()
+    grow(known["fingerprint"], 0)
