@@ -83,10 +83,10 @@ def score_together(scorer: Scorer, requests: Sequence[Sequence[ScoreItem]]) -> l
     items = [item for request in requests for item in request]
     conversations = [[turn.model_dump() for turn in item.messages] for item in items]
     scores_NH, ratings = scorer.explained(conversations, [item.response for item in items])
-    together = [
-        Score(score=float(row.mean()), spread=float(row.std()), principles=said)
-        for row, said in zip(scores_NH, ratings or [None] * len(items), strict=True)
-    ]
+    together = [Score(score=float(row.mean()), spread=float(row.std())) for row in scores_NH]
+    if ratings is not None:
+        for score, said in zip(together, ratings, strict=True):
+            score.principles = said
     ends = np.cumsum([len(request) for request in requests])
     return [together[end - len(request) : end] for end, request in zip(ends, requests, strict=True)]
 
