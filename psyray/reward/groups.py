@@ -1,7 +1,8 @@
 """The Bradley-Terry loss over groups: all pairs of a speech in one step, each of its responses read once.
 
     rows = [group_example(pairs_of_one_speech, use_margin=False), ...]
-    batch = GroupCollator.like(tokenizer, 512, rows[0])(rows)  # tensors of one step
+    pad_apart(tokenizer, rows[0], max_length=512)
+    batch = GroupCollator(tokenizer, max_length=512)(rows)  # tensors of one step
     loss = preference_loss(rewards_N, batch, smoothing=0.0, center=0.01)
 
 A single pair is a group of two responses, so both ways of training are one. With K responses a speech's K (K - 1) / 2
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from psyray.errors import PsyrayError
 from psyray.records import Row
 from psyray.reward.score import chat_tokens, padded
 
@@ -30,7 +32,7 @@ def group_example(pairs: Sequence[Row], use_margin: bool) -> Row:
 
 @dataclass(frozen=True)
 class GroupCollator:
-    """Groups as the tensors of one step, filled up on the right with the token `pad`.
+    """Groups as the tensors of one step, filled up on the right.
 
     `input_ids` and `attention_mask` are [N, T]; `chosen` and `rejected`, places among the N, `margin` and `share` [P].
     Each group weighs the same, divided equally among its pairs: a pair weighs 1 / share, and all of a step's sum to 1.
@@ -38,12 +40,6 @@ class GroupCollator:
 
     tokenizer: Any
     max_length: int
-    pad: int
-
-    @classmethod
-    def like(cls, tokenizer: Any, max_length: int, group: Row) -> GroupCollator:
-        """One whose padding fits chats such as the group's."""
-        return cls(tokenizer, max_length, filler(tokenizer, _read(tokenizer, group, max_length)[0][-1]))
 
     def __call__(self, groups: Sequence[Row]) -> dict[str, Any]:
         import torch
@@ -57,7 +53,7 @@ class GroupCollator:
             columns["margin"] += group["margin"]
             columns["share"] += [len(groups) * len(group["margin"])] * len(group["margin"])
             tokens += _read(self.tokenizer, group, self.max_length)
-        ids, mask = padded(tokens, self.pad)
+        ids, mask = padded(tokens, self.tokenizer.pad_token_id)
         return {"input_ids": ids, "attention_mask": mask} | {key: torch.tensor(c) for key, c in columns.items()}
 
 
@@ -67,14 +63,21 @@ def _read(tokenizer: Any, group: Row, max_length: int) -> list[list[int]]:
     return [chat_tokens(tokenizer, chat, max_length) for chat in chats]
 
 
-def filler(tokenizer: Any, last: int) -> int:
-    """A token to pad with other than `last`, which chats end in.
+def pad_apart(tokenizer: Any, group: Row, max_length: int) -> None:
+    """Have the tokenizer pad with a special token other than the one that chats, such as the group's, end in.
 
-    Sequence classification reads the last token that is not padding, and many a template ends a chat in just the
-    token that its tokenizer pads with.
+    Sequence classification reads the last token that is not padding, and many a tokenizer pads with just the token
+    that its template ends a chat in. PsyrayError where it has no other.
     """
-    special = [tokenizer.pad_token_id, *tokenizer.all_special_ids]
-    return next((token for token in special if token is not None and token != last), int(last == 0))
+    last = _read(tokenizer, group, max_length)[0][-1]
+    special = [place for place, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    found = [token for token in (tokenizer.pad_token_id, *special) if token not in (None, last)]
+    if not found:
+        raise PsyrayError(
+            "the reward model's tokenizer has no special token but the one that ends a chat: there is nothing to pad "
+            "with; give it a padding token of its own"
+        )
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(found[0])
 
 
 def preference_loss(rewards_N: Any, batch: Mapping[str, Any], *, smoothing: float, center: float) -> Any:

@@ -17,7 +17,7 @@ from psyray.errors import PsyrayError
 from psyray.lora import adapter_config
 from psyray.models import model_identity, resolve_model
 from psyray.records import Row, rows
-from psyray.reward.groups import GroupCollator, group_example, preference_loss
+from psyray.reward.groups import GroupCollator, group_example, pad_apart, preference_loss
 from psyray.run import Artifact, Folder, Run
 from psyray.tables import connect, in_order, view
 from psyray.train import fit_and_save, freeze, prepare_worker, run_training, trainer_arguments
@@ -80,17 +80,15 @@ def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any
     disable_dropout_in_model(model)
     freeze(model, config["train"]["freeze_layers"])
     data = Dataset.from_parquet(config["examples"])
-    collator = GroupCollator.like(tokenizer, config["train"]["max_length"], data[0])
-    trainer = _trainer_class(config["smoothing"], config["center"])(
+    pad_apart(tokenizer, data[0], config["train"]["max_length"])
+    return _trainer_class(config["smoothing"], config["center"])(
         model=model,
         args=args,
         train_dataset=data,
-        data_collator=collator,
+        data_collator=GroupCollator(tokenizer, config["train"]["max_length"]),
         processing_class=tokenizer,
         peft_config=adapter_config(config["train"], "SEQ_CLS"),
     )
-    trainer.model.config.get_text_config().pad_token_id = collator.pad
-    return trainer
 
 
 def _trainer_class(smoothing: float, center: float) -> Any:

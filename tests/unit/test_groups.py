@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from psyray.config import RewardSection
 from psyray.records import PAIRS
-from psyray.reward.groups import GroupCollator, filler, group_example, preference_loss
+from psyray.reward.groups import GroupCollator, group_example, pad_apart, preference_loss
 from psyray.reward.score import RewardScorer
 from psyray.reward.train import examples
 from psyray.run import Folder, Run
@@ -32,14 +32,19 @@ def pairs(texts: list[str] = TEXTS, speech: str = "s") -> list[dict]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
-    return AutoTokenizer.from_pretrained(tiny_model, truncation_side="left")
+    """Its own padding is what its template ends a chat in."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, truncation_side="left")
+    assert tokenizer.pad_token == "<|im_end|>"
+    pad_apart(tokenizer, group_example(pairs(), False), 128)
+    return tokenizer
 
 
 @pytest.fixture
-def model(tiny_model):
+def model(tiny_model, tokenizer):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, std=0.3)
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
 
 
@@ -57,8 +62,7 @@ def gradients(model, loss) -> torch.Tensor:
 @pytest.mark.parametrize(("smoothing", "center", "use_margin"), [(0.0, 0.0, False), (0.1, 0.05, True)])
 def test_a_group_gives_the_loss_and_the_gradients_of_its_pairs(model, tokenizer, smoothing, center, use_margin):
     group = group_example(pairs(), use_margin)
-    collate = GroupCollator.like(tokenizer, 128, group)
-    model.config.pad_token_id = collate.pad
+    collate = GroupCollator(tokenizer, 128)
     batch = collate([group])
     assert len(batch["input_ids"]) == 4 and len(batch["chosen"]) == 6
     loss = preference_loss(rewards(model, batch), batch, smoothing=smoothing, center=center)
@@ -84,7 +88,7 @@ def test_a_group_gives_the_loss_and_the_gradients_of_its_pairs(model, tokenizer,
 
 def test_every_group_weighs_the_same_however_many_pairs_it_has(tokenizer):
     groups = [group_example(pairs(), False), group_example(pairs(TEXTS[:2]), False)]
-    batch = GroupCollator.like(tokenizer, 128, groups[0])(groups)
+    batch = GroupCollator(tokenizer, 128)(groups)
     assert batch["share"].tolist() == [12] * 6 + [2]
     assert (batch["chosen"][6], batch["rejected"][6]) == (4, 5)
     with_gap = preference_loss(torch.tensor([0.0, 0, 0, 0, 3, 1]), batch, smoothing=0, center=0)
@@ -107,19 +111,19 @@ def test_equal_texts_are_read_once():
 def test_padding_is_never_what_chats_end_in(tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     group = group_example(pairs(), False)
-    collate = GroupCollator.like(tokenizer, 128, group)
-    batch = collate([group])
+    batch = GroupCollator(tokenizer, 128)([group])
     last = batch["attention_mask"].sum(1) - 1
-    assert (batch["input_ids"][torch.arange(4), last] == end).all() and tokenizer.pad_token_id == end
-    assert collate.pad != end and (batch["input_ids"][batch["attention_mask"] == 0] == collate.pad).all()
-    assert filler(tokenizer, last=end + 1) == end
+    assert (batch["input_ids"][torch.arange(4), last] == end).all()
+    assert (batch["input_ids"][batch["attention_mask"] == 0] != end).all()
+    before = tokenizer.pad_token
+    pad_apart(tokenizer, group, 128)
+    assert tokenizer.pad_token == before  # what is good stays
 
 
 def test_the_model_learns_where_it_is_scored(model, tokenizer, tmp_path):
     """Sequence classification, on a padded batch, reads the token that features are taken from."""
     group = group_example(pairs(), False)
-    collate = GroupCollator.like(tokenizer, 128, group)
-    model.config.pad_token_id = collate.pad
+    collate = GroupCollator(tokenizer, 128)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     trained_on = rewards(model, collate([group])).detach().float().numpy()

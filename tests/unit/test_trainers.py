@@ -88,6 +88,10 @@ def test_a_reward_adapter_learns_with_its_head_and_becomes_a_plain_model(tmp_pat
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses and all(map(math.isfinite, losses))
+    # Training aligns the model's padding with the tokenizer's: what is read must still be the end of the chat.
+    pad, given = trainer.model.config.pad_token_id, batch(trainer)
+    ends = given["input_ids"][torch.arange(8), given["attention_mask"].sum(1) - 1]
+    assert (ends != pad).all() and (given["input_ids"][given["attention_mask"] == 0] == pad).all()
 
     trainer.save_model(str(tmp_path / "adapter"))
     merge_adapter(trainer, str(tiny_model), tmp_path / "adapter", tmp_path / "model")
