@@ -182,9 +182,8 @@ def test_two_workers_learn_what_one_learns_under_zero_2_and_3(tmp_path, reward_s
         "three": trained(tmp_path / "three", reward_start, **train, micro_batch=2, workers=2, zero_stage=3),
     }
     losses = np.array([[s["loss"] for s in steps] for steps in runs.values()])
-    print(losses)
     assert losses.shape == (3, 8) and losses[:, -1].max() < 0.3 < losses[:, 0].min()
-    assert np.ptp(losses, axis=0).max() < 0.05
+    assert np.ptp(losses, axis=0).max() < 0.01
     for name in runs:
         assert margins(tmp_path / name / "model").min() > 0
         assert not (tmp_path / name / "checkpoints").exists()
