@@ -236,16 +236,29 @@ class PairsSection(Section):
         return self
 
 
+class LoraSection(Section):
+    """Low-rank adapters (arXiv 2106.09685) that learn beside frozen weights and are merged into them at the end."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1, description="what an adapter adds is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into an adapter, while it learns")
+    targets: list[str] = Field([], description="names of the layers that get one; none: all linear ones below the head")
+
+
 class TrainSection(Section):
-    """One training job; lengths in tokens, batch sizes in pairs over all workers."""
+    """One training job; lengths in tokens, batch sizes in pairs over all workers (reward.groups: in speeches)."""
 
     learning_rate: float = Field(1e-5, gt=0)
     epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(8, ge=1)
-    micro_batch: int = Field(4, ge=1, description="pairs per worker and step")
+    micro_batch: int = Field(4, ge=1, description="pairs per worker and step; reward.groups: speeches")
     max_length: int = Field(512, ge=16)
     warmup_share: float = Field(0.1, ge=0, lt=1)
     freeze_layers: int = Field(0, ge=0, description="lower layers (and embeddings) that stay as they are")
+    lora: LoraSection | None = Field(
+        None,
+        description="train adapters only (keys rank, alpha, dropout, targets); none: all weights; docs/training.md",
+    )
     zero_stage: Literal[1, 2, 3] = 2
     workers: int = Field(1, ge=1)
     gradient_checkpointing: bool = False
@@ -260,34 +273,96 @@ class TrainSection(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def lora_or_frozen_layers(self) -> Self:
+        if self.lora and self.freeze_layers:
+            raise ValueError(
+                "freeze_layers and lora exclude each other: with lora all layers stay as they are and adapters learn; "
+                "set freeze_layers to 0, or leave lora out"
+            )
+        return self
+
 
 class HeadsSection(Section):
-    kind: Literal["ensemble", "laplace"] = Field(
-        "ensemble", description="bootstrapped heads, or draws of a Bayesian one (last-layer Laplace)"
+    kind: Literal["ensemble", "laplace", "mlp"] = Field(
+        "ensemble",
+        description="bootstrapped heads; draws of a Bayesian one (last-layer Laplace); heads with a hidden layer",
     )
     count: int = Field(10, ge=2)
     ridge: float = Field(10.0, gt=0)
-    prior_spread: float = Field(0.05, ge=0, description="ensemble: spread of the heads' priors about the trained head")
+    prior_spread: float = Field(
+        0.05, ge=0, description="ensemble, mlp: spread of the heads' priors about the trained head"
+    )
+    hidden: int = Field(32, ge=1, description="mlp: units of the hidden layer")
 
 
 class RewardSection(Section):
     model: str = EMBEDDED
     use_margin: bool = Field(False, description="score gap as margin in the loss")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels that the loss takes to be wrong")
     center: float = Field(0.01, ge=0, description="weight of the squared sum of both rewards; keeps them near zero")
+    groups: bool = Field(
+        False,
+        description="all pairs of a speech in one step, each response read once; batch sizes are then in speeches",
+    )
     train: TrainSection = TrainSection()
     heads: HeadsSection = HeadsSection()
 
 
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}  # those that read label_smoothing
+DIVERGENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+
+
 class DpoSection(Section):
-    beta: float = Field(0.1, gt=0)
-    loss_type: list[str] = Field(["sigmoid", "sft"], min_length=1)
+    """TRL's DPO and its variants; docs/training.md says what helps against length."""
+
+    beta: float = Field(0.1, gt=0, description="how dear it is to leave the reference; ipo: its tau")
+    loss_type: list[str] = Field(["sigmoid", "sft"], min_length=1, description="TRL's names, summed by loss_weights")
     loss_weights: list[float] = [1.0, 0.1]
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of labels taken to be wrong, for robust, exo_pair, aot, aot_unpaired"
+    )
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="weight of a side's tokens past the shorter side's length (LD-DPO); none: 1"
+    )
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    f_alpha: float = Field(0.5, description="of f_divergence alpha_divergence")
+    weighting: bool = Field(False, description="pairs count by how likely the policy is to say them (WPO)")
     train: TrainSection = TrainSection(learning_rate=5e-6)
+
+    @field_validator("loss_type")
+    @classmethod
+    def losses_are_known(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in DPO_LOSSES:
+                near = difflib.get_close_matches(name, DPO_LOSSES, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(DPO_LOSSES)}"
+                raise ValueError(f"unknown loss {name!r}; {hint}")
+        return value
 
     @model_validator(mode="after")
     def weights_match(self) -> Self:
         if len(self.loss_type) != len(self.loss_weights):
             raise ValueError("dpo.loss_weights needs one number for each entry of dpo.loss_type")
+        return self
+
+    @model_validator(mode="after")
+    def settings_fit_the_losses(self) -> Self:
+        losses = set(self.loss_type)
+        if self.label_smoothing and not losses & SMOOTHED_LOSSES:
+            raise ValueError(f"label_smoothing does nothing without one of {', '.join(sorted(SMOOTHED_LOSSES))}")
+        if "exo_pair" in losses and not self.label_smoothing:
+            raise ValueError("loss exo_pair needs label_smoothing above 0; its paper takes 0.001")
+        if self.f_divergence != "reverse_kl" and losses - DIVERGENCE_LOSSES:
+            raise ValueError(f"f_divergence {self.f_divergence} fits only {', '.join(sorted(DIVERGENCE_LOSSES))}")
+        if self.weighting and losses & {"aot", "aot_unpaired"}:
+            raise ValueError("weighting is by pair, but aot and aot_unpaired sort what they compare; leave one out")
+        if self.train.lora and "lm_head" in self.train.lora.targets:
+            raise ValueError("DPO cannot train an adapter of lm_head; leave it out of dpo.train.lora.targets")
         return self
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from psyray.config import Config, OracleSection
+from psyray.config import Config, OracleSection, TrainSection
 from psyray.data.speeches import preview
 from psyray.errors import PsyrayError
 from psyray.models import local_models, resolve_model
@@ -65,7 +65,7 @@ def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:
     yield "judgements", ratings, judge, judge_placement(config)
     yield "pairs", f"rule {config.pairs.rule}, gap {config.pairs.gap} on the {config.pairs.gap_on}", "", "driver"
     yield "reward", training(config.reward.train), config.reward.model, workers(config, config.reward.train.workers)
-    yield "reward-heads", f"{config.reward.heads.count} heads", "", "driver"
+    yield "reward-heads", f"{config.reward.heads.count} heads ({config.reward.heads.kind})", "", "driver"
     sampled = prompts * loop.k + held_out
     yield "round 0", f"{sampled} samples ({held_out} held out)", config.policy.model, engine
     for number in range(1, loop.rounds + 1):
@@ -88,9 +88,10 @@ def graded(config: Config) -> str:
     return "".join(f", {other}" for other in others)
 
 
-def training(train: object) -> str:
+def training(train: TrainSection) -> str:
     """A training section in words."""
-    return "epochs {epochs}, batch {batch_size}, learning rate {learning_rate}, ZeRO-{zero_stage}".format(**vars(train))
+    words = "epochs {epochs}, batch {batch_size}, learning rate {learning_rate}, ZeRO-{zero_stage}"
+    return words.format(**vars(train)) + (f", LoRA of rank {train.lora.rank}" if train.lora else "")
 
 
 def placement(config: Config) -> str:

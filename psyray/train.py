@@ -11,19 +11,22 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from psyray.cluster import QUIET, require, use_gpu
 from psyray.config import ClusterSection, EngineSection, TrainSection
 from psyray.errors import PsyrayError
+from psyray.lora import merge_adapter
 from psyray.models import cache_folder
 from psyray.records import Row
-from psyray.run import Folder, write_atomic, write_parquet
+from psyray.run import ROWS_IN_MEMORY, Folder, write_atomic
 from psyray.stream import Progress
 
 COMPLETE = "psyray-complete"
@@ -36,7 +39,7 @@ Loop = Callable[[dict[str, Any]], None]
 def run_training(
     folder: Folder,
     loop: Loop,
-    examples: Sequence[Row],
+    examples: Iterable[Row],
     settings: Mapping[str, Any],
     section: TrainSection,
     engine: EngineSection,
@@ -54,7 +57,7 @@ def run_training(
     gpu = use_gpu(engine.device)
     require({"GPU" if gpu else "CPU": section.workers}, cluster.wait_s, title)
     data = folder.path / "examples.parquet"
-    write_parquet(data, pa.Table.from_pylist(list(examples)))
+    count = write_examples(data, examples)
     config: dict[str, Any] = {
         **settings,
         "train": section.model_dump(),
@@ -75,11 +78,25 @@ def run_training(
             worker_runtime_env={"env_vars": worker_environment(gpu, config["threads"])},
         ),
     )
-    steps = -(-len(examples) * section.epochs // section.batch_size)
+    steps = -(-count * section.epochs // section.batch_size)
     with watched(folder, title, int(steps)):
         _fit(trainer, title)
     _adopt(folder)
     return read_steps(folder.path)
+
+
+def write_examples(path: Path, examples: Iterable[Row]) -> int:
+    """Write the examples, one at least, as Parquet, some thousands in memory at a time; returns how many."""
+    rows = iter(examples)
+    first = pa.Table.from_pylist(list(islice(rows, ROWS_IN_MEMORY)))
+    draft, count = path.with_name(f".{path.name}"), len(first)
+    with pq.ParquetWriter(draft, first.schema) as writer:
+        writer.write_table(first)
+        while batch := list(islice(rows, ROWS_IN_MEMORY)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=first.schema))
+            count += len(batch)
+    draft.replace(path)
+    return count
 
 
 def _fit(trainer: Any, title: str) -> None:
@@ -179,6 +196,7 @@ def trainer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "lr_scheduler_type": "linear",
         "warmup_steps": train["warmup_share"],
         "max_length": train["max_length"],
+        "disable_dropout": False,  # the models' own is off when they are loaded; an adapter's is a setting
         "gradient_checkpointing": train["gradient_checkpointing"],
         "bf16": True,
         "use_cpu": not config["gpu"],
@@ -223,12 +241,19 @@ def freeze(model: Any, layers: int) -> None:
 
 
 def fit_and_save(trainer: Any, config: Mapping[str, Any]) -> None:
-    """Train from the last complete checkpoint, if there is one, and write the model to `folder/model.draft`."""
+    """Train from the last complete checkpoint, if there is one, and write the model to `folder/model.draft`.
+
+    What LoRA learned is merged into its base there, and kept apart in `folder/adapter`.
+    """
     import torch.distributed as dist
 
-    trainer.add_callback(_reporter(Path(config["folder"])))
-    trainer.train(resume_from_checkpoint=last_checkpoint(Path(config["folder"]) / "checkpoints"))
-    trainer.save_model(f"{config['folder']}/model.draft")
+    folder = Path(config["folder"])
+    draft, adapter = folder / "model.draft", folder / "adapter"
+    trainer.add_callback(_reporter(folder))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+    trainer.save_model(str(adapter if config["train"]["lora"] else draft))
+    if config["train"]["lora"] and trainer.is_world_process_zero():
+        merge_adapter(trainer, config["model"], adapter, draft)
     dist.barrier()
 
 

@@ -1,10 +1,11 @@
 """The reward model as a deployment: `POST /reward/score` scores answers to conversations.
 
     {"items": [{"messages": [{"role": "user", "content": "..."}], "response": "..."}]}
-    -> {"model": "psyray-reward", "scores": [{"score": 0.41, "spread": 0.08}]}
+    -> {"model": "psyray-reward", "scores": [{"score": 0.41, "spread": 0.08, "principles": {"empathy": 3.9, ...}}]}
 
 Requests that arrive together share a forward pass. A score is the mean over the ensemble's heads, in the reward
-model's own unit; `spread` is their standard deviation, 0 where there is one head.
+model's own unit; `spread` is their standard deviation, 0 where there is one head; `principles` are the ratings that a
+judge is expected to give, null where the run's judge gave none to learn from.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class ScoreRequest(Strict):
 class Score(BaseModel):
     score: float
     spread: float
+    principles: dict[str, float] | None = None
 
 
 class ScoreReply(BaseModel):
@@ -71,17 +73,20 @@ class ScoreReply(BaseModel):
 
 
 class Scorer(Protocol):
-    def scores(
+    def explained(
         self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]
-    ) -> npt.NDArray[np.floating[Any]]: ...
+    ) -> tuple[npt.NDArray[np.floating[Any]], Sequence[dict[str, float]] | None]: ...
 
 
 def score_together(scorer: Scorer, requests: Sequence[Sequence[ScoreItem]]) -> list[list[Score]]:
     """The scores of several requests from one call to the scorer, each request's in its own order."""
     items = [item for request in requests for item in request]
     conversations = [[turn.model_dump() for turn in item.messages] for item in items]
-    scores_NH = scorer.scores(conversations, [item.response for item in items])
+    scores_NH, ratings = scorer.explained(conversations, [item.response for item in items])
     together = [Score(score=float(row.mean()), spread=float(row.std())) for row in scores_NH]
+    if ratings is not None:
+        for score, said in zip(together, ratings, strict=True):
+            score.principles = said
     ends = np.cumsum([len(request) for request in requests])
     return [together[end - len(request) : end] for end, request in zip(ends, requests, strict=True)]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from psyray.config import Config
+from psyray.config import Config, DpoSection
 from psyray.data.generate import with_system
+from psyray.lora import adapter_config
 from psyray.records import Row
 from psyray.run import Folder
 from psyray.train import fit_and_save, freeze, prepare_worker, run_training, trainer_arguments
@@ -17,9 +19,7 @@ def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, 
     settings = {
         "model": policy,
         "reference": reference,
-        "beta": config.dpo.beta,
-        "loss_type": config.dpo.loss_type,
-        "loss_weights": config.dpo.loss_weights,
+        "loss": loss_arguments(config.dpo),
         "seed": config.run.seed,
     }
     return run_training(
@@ -33,24 +33,50 @@ def example(pair: Row, system: str) -> Row:
     return {"prompt": with_system(pair["messages"], system), **sides}
 
 
+def loss_arguments(section: DpoSection) -> dict[str, Any]:
+    """The section's losses as TRL's DPOConfig names them."""
+    return {
+        **section.model_dump(include={"beta", "loss_type", "loss_weights", "label_smoothing", "ld_alpha"}),
+        "f_divergence_type": section.f_divergence,
+        "f_alpha_divergence_coef": section.f_alpha,
+        "use_weighting": section.weighting,
+    }
+
+
 def train_loop(config: dict[str, Any]) -> None:
     """The worker: `config` holds the settings of `train_policy` and what `run_training` adds."""
+    prepare_worker(config)
+    fit_and_save(make_trainer(config, trainer_arguments(config)), config)
+
+
+def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
+    """TRL's DPOTrainer; `arguments` are those of its configuration beside the losses.
+
+    With LoRA a policy that is its own reference is loaded once: the reference is the policy without its adapter.
+    """
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    prepare_worker(config)
-    losses = {key: config[key] for key in ("beta", "loss_type", "loss_weights")}
-    arguments = DPOConfig(**losses, **trainer_arguments(config))
-    tokenizer = AutoTokenizer.from_pretrained(config["model"])
-    model = AutoModelForCausalLM.from_pretrained(config["model"], dtype="bfloat16")
-    reference = AutoModelForCausalLM.from_pretrained(config["reference"], dtype="bfloat16")
+    args = DPOConfig(**config["loss"], **arguments)  # before any model: ZeRO-3 loads them spread over the workers
+    adapter = adapter_config(config["train"], "CAUSAL_LM")
+    model = _load(config["model"])
     freeze(model, config["train"]["freeze_layers"])
-    trainer = DPOTrainer(
+    own = adapter is not None and config["reference"] == config["model"]
+    return DPOTrainer(
         model=model,
-        ref_model=reference,
-        args=arguments,
+        ref_model=None if own else _load(config["reference"]),
+        args=args,
         train_dataset=Dataset.from_parquet(config["examples"]),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(config["model"]),
+        peft_config=adapter,
     )
-    fit_and_save(trainer, config)
+
+
+def _load(path: str) -> Any:
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import disable_dropout_in_model
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")
+    disable_dropout_in_model(model)
+    return model

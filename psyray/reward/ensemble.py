@@ -17,7 +17,10 @@ from psyray.records import MESSAGES, Row, Status
 from psyray.reward.heads import Heads, fit_heads, standardisation
 from psyray.reward.laplace import fit_laplace
 from psyray.reward.metrics import calibration, reward_metrics
+from psyray.reward.mlp import fit_mlp_heads
+from psyray.reward.ratings import RATINGS, fit_rated
 from psyray.reward.score import FeatureActor, on_actors
+from psyray.rubric import load_rubric
 from psyray.run import Artifact, Folder, Run
 from psyray.stream import stream
 
@@ -74,7 +77,10 @@ def load_features(artifacts: Iterable[Artifact]) -> Features:
 def heads_stage(
     run: Run, name: str, config: Config, reward: Artifact, features: Sequence[Artifact], pairs: Sequence[Artifact]
 ) -> Artifact:
-    """Heads fitted on every training pair that a judge or an oracle labelled, measured on the test pairs."""
+    """Heads fitted on every training pair that a judge or an oracle labelled, measured on the test pairs.
+
+    Beside them rating heads, which explain a score by principle, from the responses that were rated.
+    """
     section = config.reward.heads
 
     def make(folder: Folder) -> Mapping[str, Any]:
@@ -91,7 +97,11 @@ def heads_stage(
         speech_ids = [r["speech_id"] for r in train]
         heads = fitted(section, chosen_ND, rejected_ND, speech_ids, own_head(reward.model), config.run.seed)
         heads.save(folder.path / "heads.npz")
-        return {"train_pairs": len(train), "test_pairs": len(test)} | measure(heads, test, known)
+        ratings, principles = fit_rated(labelled, known, load_rubric(config.rubric))
+        if ratings:
+            ratings.save(folder.path / RATINGS)
+        counts = {"train_pairs": len(train), "test_pairs": len(test)}
+        return counts | measure(heads, test, known) | {"principles": principles}
 
     return run.stage(name, section.model_dump() | {"seed": config.run.seed}, [reward, *features, *pairs], make)
 
@@ -107,8 +117,9 @@ def fitted(
     """Heads of the configured kind around the reward model's own head, on standardised features."""
     mean_D, scale_D = standardisation(chosen_ND, rejected_ND)
     prior_D = own_head_D * scale_D
-    if section.kind == "ensemble":
-        return fit_heads(
+    if section.kind in ("ensemble", "mlp"):
+        fit = fit_heads if section.kind == "ensemble" else partial(fit_mlp_heads, hidden=section.hidden)
+        return fit(
             chosen_ND, rejected_ND, speech_ids, count=section.count, ridge=section.ridge,
             prior_spread=section.prior_spread, seed=seed, prior_D=prior_D,
         )  # fmt: skip

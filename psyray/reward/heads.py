@@ -51,14 +51,16 @@ class Heads:
         """Write an .npz whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            np.savez(file, weights=self.weights_HD, mean=self.mean_D, scale=self.scale_D)
+            np.savez(file, allow_pickle=False, **{name.split("_")[0]: array for name, array in vars(self).items()})
         os.replace(file.name, path)
 
     @classmethod
     def load(cls, path: Path) -> Heads:
-        """Read what `save` wrote."""
+        """Read what `save` wrote, of whichever kind."""
+        from psyray.reward.mlp import MlpHeads
+
         with np.load(path, allow_pickle=False) as saved:
-            return cls(saved["weights"], saved["mean"], saved["scale"])
+            return (MlpHeads if "hidden" in saved else Heads)(*saved.values())
 
 
 def fit_heads(
@@ -81,15 +83,13 @@ def fit_heads(
     own prior, normal around `prior_D` with that standard deviation (randomised priors, 1806.03335). Raises
     ValueError for no pairs, unlike shapes, a NaN or infinite feature, a count or ridge not above 0.
     """
-    chosen, rejected = _checked(chosen_ND, rejected_ND, speech_ids)
-    if count < 1 or ridge <= 0:
-        raise ValueError(f"count and ridge must be positive, not {count} and {ridge}")
+    chosen, rejected = checked_pairs(chosen_ND, rejected_ND, speech_ids, count, ridge)
     mean_D, scale_D = standardisation(chosen, rejected)
     prior = np.zeros_like(mean_D) if prior_D is None else np.asarray(prior_D, dtype=np.float64)
     if prior.shape != mean_D.shape:
         raise ValueError(f"the prior must have {len(mean_D)} weights, not shape {prior.shape}")
     rng = np.random.default_rng(seed)
-    times_HN = _bootstraps(speech_ids, count, rng)
+    times_HN = bootstraps(speech_ids, count, rng)
     prior_HD = prior + prior_spread * rng.normal(size=(count, len(prior)))
     x_ND = (chosen - rejected) / scale_D
     moves_HD = _fit(x_ND, x_ND @ prior_HD.T, times_HN, ridge)
@@ -105,9 +105,12 @@ def standardisation(chosen_ND: FloatArray, rejected_ND: FloatArray) -> tuple[Flo
     return mean_D, np.where(constant_D, 1.0, scale_D)
 
 
-def _checked(
-    chosen_ND: npt.ArrayLike, rejected_ND: npt.ArrayLike, speech_ids: Sequence[str]
+def checked_pairs(
+    chosen_ND: npt.ArrayLike, rejected_ND: npt.ArrayLike, speech_ids: Sequence[str], count: int, ridge: float
 ) -> tuple[FloatArray, FloatArray]:
+    """Both sides as arrays; ValueError says what cannot be fitted."""
+    if count < 1 or ridge <= 0:
+        raise ValueError(f"count and ridge must be positive, not {count} and {ridge}")
     chosen, rejected = np.asarray(chosen_ND, dtype=np.float64), np.asarray(rejected_ND, dtype=np.float64)
     if chosen.ndim != 2 or chosen.shape != rejected.shape or len(speech_ids) != len(chosen):
         raise ValueError(
@@ -126,7 +129,7 @@ def _checked(
     return chosen, rejected
 
 
-def _bootstraps(speech_ids: Sequence[str], count: int, rng: np.random.Generator) -> FloatArray:
+def bootstraps(speech_ids: Sequence[str], count: int, rng: np.random.Generator) -> FloatArray:
     """[H, N]: how often each pair counts. Pairs of one speech are not independent, so speeches are drawn."""
     _, speech_N = np.unique(np.asarray(speech_ids), return_inverse=True)
     speeches = int(speech_N.max()) + 1

@@ -14,6 +14,7 @@ from psyray.cluster import use_gpu
 from psyray.config import Config
 from psyray.records import Message, Row
 from psyray.reward.heads import Heads
+from psyray.reward.ratings import RATINGS, RatingHeads
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -61,11 +62,23 @@ class RewardScorer:
             AutoModelForSequenceClassification.from_pretrained(str(model), dtype=torch.bfloat16).eval().to(device)
         )
         self.heads = Heads.load(heads) if heads else None
+        ratings = heads.with_name(RATINGS) if heads else None
+        self.ratings = RatingHeads.load(ratings) if ratings and ratings.exists() else None
         self.max_length, self.batch_size, self.device = max_length, batch_size, device
 
     def scores(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> FloatArray:
         """[N, H] scores in logits: one column per head, or the model's own score without heads."""
+        return self._scores(self.features(conversations, responses))
+
+    def explained(
+        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]
+    ) -> tuple[FloatArray, list[dict[str, float]] | None]:
+        """The scores, and beside them each response's ratings by principle where the heads' folder has such heads."""
         features_ND = self.features(conversations, responses)
+        ratings = [self.ratings.explain(row) for row in features_ND] if self.ratings else None
+        return self._scores(features_ND), ratings
+
+    def _scores(self, features_ND: FloatArray) -> FloatArray:
         if self.heads:
             return self.heads.scores(features_ND)
         return np.asarray(features_ND @ self.own_head()).reshape(-1, 1)

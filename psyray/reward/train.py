@@ -1,18 +1,25 @@
 """The reward model: Bradley-Terry on preference pairs, by TRL's RewardTrainer under Ray Train and DeepSpeed.
 
-Saved as a Hugging Face sequence-classification model with one label, which vLLM loads.
+Saved as a Hugging Face sequence-classification model with one label, which vLLM loads. It learns from groups
+(`reward/groups.py`): each pair alone, or with `reward.groups` all pairs of a speech.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
-from psyray.config import Config
+import pyarrow as pa
+
+from psyray.config import Config, RewardSection
 from psyray.errors import PsyrayError
+from psyray.lora import adapter_config
 from psyray.models import model_identity, resolve_model
-from psyray.records import Row
+from psyray.records import Row, rows
+from psyray.reward.groups import GroupCollator, group_example, pad_apart, preference_loss
 from psyray.run import Artifact, Folder, Run
+from psyray.tables import connect, in_order, view
 from psyray.train import fit_and_save, freeze, prepare_worker, run_training, trainer_arguments
 
 
@@ -22,46 +29,91 @@ def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
     settings = section.model_dump(exclude={"heads"}) | {"model": model_identity(section.model), "seed": config.run.seed}
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        examples = [example(row, section.use_margin) for row in pairs.rows() if row["split"] == "train"]
-        if not examples:
+        train_pairs = sum(row["split"] == "train" for row in pairs.each(["split"]))
+        if not train_pairs:
             raise PsyrayError("no training pair is left for the reward model; lower pairs.gap or give more speeches")
-        loop_settings = {"model": resolve_model(section.model), "center": section.center, "seed": config.run.seed}
+        losses = {"smoothing": section.label_smoothing, "center": section.center}
         steps = run_training(
             folder,
             train_loop,
-            examples,
-            loop_settings,
+            examples(folder, section, pairs),
+            {"model": resolve_model(section.model), **losses, "seed": config.run.seed},
             section.train,
             config.engine,
             config.cluster,
             title="reward model",
         )
-        return {"train_pairs": len(examples), "steps": steps}
+        return {"train_pairs": train_pairs, "steps": steps}
 
     return run.stage("reward", settings, [pairs], make)
 
 
-def example(pair: Row, use_margin: bool) -> Row:
-    """A pair as TRL's RewardTrainer takes it."""
-    sides = {side: [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")}
-    return {"prompt": pair["messages"], **sides, **({"margin": pair["margin"]} if use_margin else {})}
+def examples(folder: Folder, section: RewardSection, pairs: Artifact) -> Iterator[Row]:
+    """The training pairs as groups: each alone, or those of a speech together."""
+    if not section.groups:
+        yield from (group_example([row], section.use_margin) for row in pairs.each() if row["split"] == "train")
+        return
+    with connect(folder.path) as database:
+        view(database, "pairs", pairs.files)
+        found = in_order(database, "SELECT * FROM pairs WHERE split = 'train'", ["speech_id", "pair_id"])
+        ordered = (row for batch in found for row in rows(pa.Table.from_batches([batch])))
+        for _, group in groupby(ordered, key=lambda row: row["speech_id"]):
+            yield group_example(list(group), section.use_margin)
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """The worker: `config` holds {model, center, seed, train, examples, folder, gpu, threads}."""
+    """The worker: `config` holds {model, smoothing, center, seed} and what `run_training` adds."""
+    prepare_worker(config)
+    fit_and_save(make_trainer(config, trainer_arguments(config)), config)
+
+
+def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
+    """TRL's RewardTrainer on groups; `arguments` are those of its configuration."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig
+    from trl.trainer.utils import disable_dropout_in_model
 
-    prepare_worker(config)
-    arguments = RewardConfig(center_rewards_coefficient=config["center"] or None, **trainer_arguments(config))
-    tokenizer = AutoTokenizer.from_pretrained(config["model"])
+    args = RewardConfig(**arguments, remove_unused_columns=False)
+    tokenizer = AutoTokenizer.from_pretrained(config["model"], truncation_side="left")
     model = AutoModelForSequenceClassification.from_pretrained(config["model"], num_labels=1, dtype="bfloat16")
+    disable_dropout_in_model(model)
     freeze(model, config["train"]["freeze_layers"])
-    trainer = RewardTrainer(
+    data = Dataset.from_parquet(config["examples"])
+    pad_apart(tokenizer, data[0], config["train"]["max_length"])
+    return _trainer_class(config["smoothing"], config["center"])(
         model=model,
-        args=arguments,
-        train_dataset=Dataset.from_parquet(config["examples"]),
+        args=args,
+        train_dataset=data,
+        data_collator=GroupCollator(tokenizer, config["train"]["max_length"]),
         processing_class=tokenizer,
+        peft_config=adapter_config(config["train"], "SEQ_CLS"),
     )
-    fit_and_save(trainer, config)
+
+
+def _trainer_class(smoothing: float, center: float) -> Any:
+    import torch
+    from trl import RewardTrainer
+
+    class GroupTrainer(RewardTrainer):  # type: ignore[misc]
+        """TRL's trainer with the loss of `preference_loss`, on batches of `GroupCollator`."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # the collator makes the tokens
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            outputs = model(**read, use_cache=False)
+            rewards_N = outputs.logits.float().squeeze(-1)
+            loss = preference_loss(rewards_N, inputs, smoothing=smoothing, center=center)
+            gap_P = (rewards_N[inputs["chosen"]] - rewards_N[inputs["rejected"]]).detach()
+            right_P = (gap_P > 0) + 0.5 * (gap_P == 0)
+            self._note("accuracy", (right_P / inputs["share"]).sum())
+            self._note("margin", (gap_P / inputs["share"]).sum())
+            self._note("mean_reward", rewards_N.detach().mean())
+            return (loss, outputs) if return_outputs else loss
+
+        def _note(self, name: str, value: torch.Tensor) -> None:
+            self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
+
+    return GroupTrainer

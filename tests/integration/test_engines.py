@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from psyray.config import ClusterSection, EngineSection, JudgeSection, TrainSection, load_config
 from psyray.data.generate import answer_all, draw_row, starts
@@ -18,12 +19,13 @@ from psyray.engines.judges import ASKED, make_judge
 from psyray.engines.vllm import cpu_environment
 from psyray.errors import PsyrayError
 from psyray.records import RESPONSES
+from psyray.reward.groups import group_example
 from psyray.reward.score import RewardScorer
-from psyray.reward.train import example, train_loop
+from psyray.reward.train import make_trainer, train_loop
 from psyray.rubric import PREFERENCE, load_rubric, side_by_side
 from psyray.run import Folder
 from psyray.stream import stream
-from psyray.train import run_training
+from psyray.train import fit_and_save, prepare_worker, run_training, trainer_arguments
 
 ENGINE = EngineSection(max_model_len=640, max_num_seqs=8, kv_cache_gib=1)
 LIMITS = ["engine.max_model_len=640", "engine.max_num_seqs=8", "engine.kv_cache_gib=1"]
@@ -138,13 +140,13 @@ PAIRS = [
 TRAIN = {"learning_rate": 5e-3, "batch_size": 8, "epochs": 4, "max_length": 128, "save_every": 3}
 
 
-def trained(path: Path, model: Path, **train) -> list[dict[str, float]]:
+def trained(path: Path, model: Path, loop=train_loop, **train) -> list[dict[str, float]]:
     path.mkdir()
     return run_training(
         Folder(path),
-        train_loop,
-        [example(pair, use_margin=False) for pair in PAIRS],
-        {"model": str(model), "center": 0.01, "seed": 0},
+        loop,
+        [group_example([pair], use_margin=False) for pair in PAIRS],
+        {"model": str(model), "smoothing": 0.0, "center": 0.01, "seed": 0},
         TrainSection(**(TRAIN | train)),
         ENGINE,
         ClusterSection(),
@@ -152,20 +154,77 @@ def trained(path: Path, model: Path, **train) -> list[dict[str, float]]:
     )
 
 
-def test_two_zero3_workers_learn_what_one_zero2_worker_learns(tmp_path, tiny_model, ray_cluster):
-    one = trained(tmp_path / "one", tiny_model, micro_batch=4, workers=1, zero_stage=2)
-    two = trained(tmp_path / "two", tiny_model, micro_batch=2, workers=2, zero_stage=3)
-    losses = np.array([[s["loss"] for s in steps] for steps in (one, two)])
-    assert losses.shape == (2, 8) and losses[:, -1].max() < 0.3 < losses[:, 0].min()
-    assert np.abs(losses[0] - losses[1]).max() < 0.1
-    for name in ("one", "two"):
-        scorer = RewardScorer(tmp_path / name / "model")
-        chats = [p["messages"] for p in PAIRS]
-        margins = scorer.scores(chats, [p["chosen"] for p in PAIRS]) - scorer.scores(
-            chats, [p["rejected"] for p in PAIRS]
-        )
-        assert margins.min() > 0
+def margins(model: Path) -> np.ndarray:
+    scorer, chats = RewardScorer(model), [p["messages"] for p in PAIRS]
+    chosen, rejected = (scorer.scores(chats, [p[side] for p in PAIRS]) for side in ("chosen", "rejected"))
+    return chosen - rejected
+
+
+@pytest.fixture(scope="module")
+def reward_start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a score head: one that is missing is drawn in an order that ZeRO-3 changes."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("reward-start")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.bfloat16)
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
+    return path
+
+
+def test_two_workers_learn_what_one_learns_under_zero_2_and_3(tmp_path, reward_start, ray_cluster):
+    train = {"learning_rate": 2e-3, "epochs": 4}
+    runs = {
+        "one": trained(tmp_path / "one", reward_start, **train, micro_batch=4, workers=1, zero_stage=2),
+        "two": trained(tmp_path / "two", reward_start, **train, micro_batch=2, workers=2, zero_stage=2),
+        "three": trained(tmp_path / "three", reward_start, **train, micro_batch=2, workers=2, zero_stage=3),
+    }
+    losses = np.array([[s["loss"] for s in steps] for steps in runs.values()])
+    assert losses.shape == (3, 8) and losses[:, -1].max() < 0.3 < losses[:, 0].min()
+    assert np.ptp(losses, axis=0).max() < 0.01
+    for name in runs:
+        assert margins(tmp_path / name / "model").min() > 0
         assert not (tmp_path / name / "checkpoints").exists()
+        # What ZeRO-3 spread is gathered whole, in 16 bits.
+        with safe_open(tmp_path / name / "model/model.safetensors", framework="pt") as weights:
+            shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 (no dict)
+            assert {weights.get_slice(key).get_dtype() for key in shapes} == {"BF16"}
+        assert shapes["score.weight"] == [1, 128] and shapes["model.embed_tokens.weight"][1] == 128
+        assert sum("layers.1." in key for key in shapes) == 9
+
+
+def test_an_adapter_spread_by_zero_3_goes_on_after_a_crash_and_ends_as_a_plain_model(tmp_path, tiny_model, ray_cluster):
+    def cut_off_once(config):
+        from transformers import TrainerCallback
+
+        cut = Path(config["folder"]) / "cut"
+
+        class Cut(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                if state.global_step == 5 and not cut.exists():
+                    if state.is_world_process_zero:
+                        cut.touch()
+                    raise RuntimeError("cut off")
+
+        prepare_worker(config)
+        trainer = make_trainer(config, trainer_arguments(config))
+        trainer.add_callback(Cut())
+        fit_and_save(trainer, config)
+
+    lora = {"rank": 8, "alpha": 16}
+    steps = trained(
+        tmp_path / "run", tiny_model, cut_off_once, lora=lora, micro_batch=2, workers=2, zero_stage=3,
+        learning_rate=2e-2, gradient_checkpointing=True,
+    )  # fmt: skip
+    logged = [json.loads(line)["step"] for line in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
+    assert (tmp_path / "run/cut").exists() and logged.count(1) == 1 and logged.count(4) == 2  # from checkpoint 3
+    assert [s["step"] for s in steps] == list(range(1, 9)) and steps[-1]["loss"] < 0.3 < steps[0]["loss"]
+    names = {path.name for path in (tmp_path / "run/model").iterdir()}
+    assert "model.safetensors" in names and not any("adapter" in name for name in names)
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    assert margins(tmp_path / "run/model").min() > 0
 
 
 CLASSIFY = """

@@ -130,10 +130,10 @@ class CountingScorer:
     def __init__(self) -> None:
         self.calls = 0
 
-    def scores(self, conversations: Any, responses: Any) -> np.ndarray:
+    def explained(self, conversations: Any, responses: Any) -> tuple[np.ndarray, list[dict[str, float]]]:
         self.calls += 1
         lengths = np.array([len(r) for r in responses], float)
-        return np.stack([lengths, 2 * lengths], axis=1)
+        return np.stack([lengths, 2 * lengths], axis=1), [{"empathy": n} for n in lengths.tolist()]
 
 
 def test_requests_share_one_pass_and_keep_their_order() -> None:
@@ -142,7 +142,7 @@ def test_requests_share_one_pass_and_keep_their_order() -> None:
     scores = score_together(scorer, requests)
     assert scorer.calls == 1
     assert [[s.score for s in request] for request in scores] == [[1.5, 3.0], [6.0], [3.0]]
-    assert scores[1][0].spread == 2.0
+    assert scores[1][0].spread == 2.0 and scores[1][0].principles == {"empathy": 4.0}
 
 
 def _item(response: str) -> ScoreItem:
