@@ -7,8 +7,9 @@ Both ask the same made-up endpoint (benchmarks/judging_scale.py) the same prompt
 batches of that size and waits for the slowest of each, as its `AsyncLLM` does. Each repeat runs one after the other:
 first undisturbed (rows a second between the endpoint's first request and its last answer), then killed with its whole
 process group once 90 % of the rows were asked, and started again by the same command. Printed: the seconds from that
-start to the end, the rows that were asked again, and the rows that are missing or twice in the result. The last line
-is JSON.
+start to the end, the rows that were asked again, and the rows that are missing or twice in the result. A side that
+asks nothing for --patience seconds and does not end hangs: it is killed, and has no seconds and no result. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -92,16 +93,27 @@ def endpoint(rows: int, latency: float) -> Iterator[str]:
         stub.kill()
 
 
-def run(command: list[str], log: Path, url: str, kill_at: int | None = None) -> float:
-    """Seconds that the command took; killed with its process group once `kill_at` rows were asked."""
-    began = time.monotonic()
+class Hangs(Exception):
+    """A side that neither asks nor ends."""
+
+
+def run(command: list[str], log: Path, url: str, patience: float, kill_at: int | None = None) -> float:
+    """Seconds that the command took; killed with its process group once `kill_at` rows were asked, or if it hangs."""
+    began = changed = time.monotonic()
+    calls = 0
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with log.open("ab") as out:
         child = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment)
         while child.poll() is None:
-            if kill_at is not None and counts(url)["rows"] >= kill_at:
+            asked = counts(url)
+            if asked["calls"] != calls:
+                calls, changed = asked["calls"], time.monotonic()
+            hangs = time.monotonic() - changed > patience
+            if hangs or (kill_at is not None and asked["rows"] >= kill_at):
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
+                if hangs:
+                    raise Hangs
                 return time.monotonic() - began
             time.sleep(0.1)
     if child.returncode or kill_at is not None:
@@ -119,7 +131,7 @@ def undisturbed(side: str, args: argparse.Namespace) -> dict[str, float]:
     command, keys = SIDES[side]
     with tempfile.TemporaryDirectory() as place, endpoint(args.rows, args.latency) as url:
         folder = Path(place)
-        seconds = run(command(args, folder, url), folder / "log", url)
+        seconds = run(command(args, folder, url), folder / "log", url, args.patience)
         asked, found = counts(url), keys(folder)
         assert len(set(found)) == args.rows, f"{side}: {len(set(found))} of {args.rows} rows are there"
         return {"rows_s": args.rows / asked["span_s"], "seconds": seconds}
@@ -131,11 +143,14 @@ def killed(side: str, args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as place, endpoint(args.rows, args.latency) as url:
         folder = Path(place)
         words = command(args, folder, url)
-        run(words, folder / "log", url, kill_at=int(0.9 * args.rows))
-        seconds = run(words, folder / "log", url)
+        run(words, folder / "log", url, args.patience, kill_at=int(0.9 * args.rows))
+        try:
+            seconds = run(words, folder / "log", url, args.patience)
+        except Hangs:
+            return {"hangs": 1, "asked_again": counts(url)["again"]}
         asked, found = counts(url), Counter(keys(folder))
         lost, twice = args.rows - len(found), found.total() - len(found)
-        return {"resume_s": seconds, "asked_again": asked["again"], "lost": lost, "twice": twice}
+        return {"hangs": 0, "asked_again": asked["again"], "resume_s": seconds, "lost": lost, "twice": twice}
 
 
 def main() -> None:
@@ -145,6 +160,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64, help="requests under way at once; distilabel's batch")
     parser.add_argument("--latency", type=float, default=0.1, help="seconds that the endpoint takes for an answer")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=120, help="seconds without a request that mean it hangs")
     args = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for repeat in range(args.repeats):
@@ -159,8 +175,8 @@ def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     told: dict[str, Any] = {
         side: {
             key: {"median": round(statistics.median(v), 2), "range": [round(min(v), 2), round(max(v), 2)]}
-            for key in runs[0]
-            for v in [[run[key] for run in runs]]
+            for key in dict.fromkeys(key for run in runs for key in run)
+            for v in [[run[key] for run in runs if key in run]]
         }
         for side, runs in found.items()
     }
