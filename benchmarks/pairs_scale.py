@@ -32,11 +32,12 @@ from tqdm import tqdm
 
 import psyray.data.export
 import psyray.stream
-from psyray.config import Config, PairsSection
+from psyray.config import Config
 from psyray.data.pairs import pairs_stage
 from psyray.records import JUDGEMENTS, RESPONSES, SPEECHES, Row, content_id, speech_id, table
 from psyray.rubric import load_rubric
 from psyray.run import ROWS_PER_FILE, Artifact, Folder, Run
+from psyray.sections.data import PairsSection
 
 RUBRIC = load_rubric("counselling")
 SCHEMAS = {"speeches": SPEECHES, "responses": RESPONSES, "judgements": JUDGEMENTS}

@@ -69,11 +69,11 @@ class Gold:
     def __init__(self, declaration: Path, data: Path, limit: int) -> None:
         from psyray.active.efficiency import split
         from psyray.active.replay import Learner, accuracies
-        from psyray.config import EfficiencySection
         from psyray.evaluate.label_efficiency import featured
         from psyray.evaluate.labelled import load_labelled
         from psyray.models import resolve_model
         from psyray.reward.frozen import FrozenBody
+        from psyray.sections.learning import EfficiencySection
 
         section = EfficiencySection()
         declared, items, _ = load_labelled(declaration, data)

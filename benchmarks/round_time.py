@@ -144,8 +144,8 @@ def theirs(place: Path, pairs: int, batch: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-    from psyray.config import COUNSELLOR
     from psyray.models import embedded_model
+    from psyray.sections.data import COUNSELLOR
 
     seconds: Seconds = defaultdict(float)
     generated = 0

@@ -90,8 +90,8 @@ def lineage(
     """
     import json
 
-    from psyray.config import TrackSection
     from psyray.lineage import facts, find, show
+    from psyray.sections.place import TrackSection
     from psyray.track import tracking_uri
 
     # The tracking database beside the run folders is where runs register, unless MLFLOW_TRACKING_URI says otherwise.

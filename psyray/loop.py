@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from psyray.active.labelling import labels_stage
-from psyray.config import Config, LoopSection
+from psyray.config import Config
 from psyray.data.generate import answer_all, draw_row, engine_identity
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
@@ -24,6 +24,7 @@ from psyray.policy.dpo import train_policy
 from psyray.records import Row, content_id
 from psyray.reward.ensemble import features_stage, heads_stage, scores_stage
 from psyray.run import Artifact, Folder, Run
+from psyray.sections.learning import LoopSection
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
-from psyray.config import EMBEDDED, Config
+from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.records import content_id
+from psyray.sections.data import EMBEDDED
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

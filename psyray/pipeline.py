@@ -11,7 +11,7 @@ from typing import Any
 from psyray.active.labelled_set import labelled_source
 from psyray.active.ledger import Ledger, ledger_url
 from psyray.cluster import ray_session
-from psyray.config import Config, JudgeSection
+from psyray.config import Config
 from psyray.data.generate import responses_stage
 from psyray.data.judge import Desk, judgements_stage
 from psyray.data.pairs import pairs_stage
@@ -30,6 +30,7 @@ from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
 from psyray.rubric import Rubric, load_rubric
 from psyray.run import Artifact, Folder, Run, run_path, write_atomic
+from psyray.sections.data import JudgeSection
 from psyray.track import Tracker
 
 CHAMPION = "champion.json"

@@ -8,12 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from psyray.config import Config, OracleSection, TrainSection
+from psyray.config import Config
 from psyray.data.speeches import preview
 from psyray.errors import PsyrayError
 from psyray.models import local_models, resolve_model
 from psyray.rubric import load_rubric
 from psyray.run import run_path
+from psyray.sections.learning import OracleSection, TrainSection
 
 LOOKED_AT = 20_000  # rows of each source that a plan reads
 Line = tuple[str, str, str, str]  # stage, work, model, placement

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from psyray.config import ASSETS
 from psyray.errors import PsyrayError
 from psyray.records import Message, content_id
+from psyray.sections.data import ASSETS
 
 PREFERENCE = {"A": 1.0, "B": -1.0, "tie": 0.0}  # what a comparison may be answered with
 

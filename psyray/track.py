@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from psyray.config import TrackSection
 from psyray.errors import PsyrayError
 from psyray.models import model_identity
 from psyray.run import Artifact, write_atomic
+from psyray.sections.place import TrackSection
 from psyray.times import by_round, spent
 
 # MLflow reads these when it is imported, which is why that happens later; a user's own setting stays.

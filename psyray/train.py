@@ -21,12 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from psyray.cluster import QUIET, require, use_gpu
-from psyray.config import ClusterSection, EngineSection, TrainSection
 from psyray.errors import PsyrayError
 from psyray.lora import merge_adapter
 from psyray.models import cache_folder
 from psyray.records import Row
 from psyray.run import ROWS_IN_MEMORY, Folder, write_atomic
+from psyray.sections.data import EngineSection
+from psyray.sections.learning import TrainSection
+from psyray.sections.place import ClusterSection
 from psyray.stream import Progress
 
 COMPLETE = "psyray-complete"

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from psyray.config import EngineSection
 from psyray.errors import PsyrayError
 from psyray.models import resolve_model
 from psyray.run import run_path
+from psyray.sections.data import EngineSection
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from vllm.exceptions import VLLMValidationError
 
 from psyray.cluster import use_gpu
-from psyray.config import EngineSection
+from psyray.sections.data import EngineSection
 from serve.access import Gate, Key, Limits, openai_error
 from serve.best import BestRequest, Chat, answer
 from serve.champion import Args, Champion, Policy, Reward

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from psyray.cluster import QUIET
-from psyray.config import EngineSection
 from psyray.engines.vllm import cpu_environment
+from psyray.sections.data import EngineSection
 from serve.champion import Policy
 
 Body = TypeVar("Body", bound=Any)  # vLLM's ChatCompletionRequest, whose import costs many seconds

@@ -16,10 +16,10 @@ from psyray.active import oracles
 from psyray.active.ledger import Question
 from psyray.active.oracles import Label, Pair, buy, pair_question
 from psyray.active.queue import ExpertQueue
-from psyray.config import OracleSection
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
 from psyray.run import Folder
+from psyray.sections.learning import OracleSection
 from psyray.status import duration
 from psyray.stream import Progress
 

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from psyray.active.ledger import Answer, Question
 from psyray.active.oracles import Label, Pair, buy, pair_question
-from psyray.config import OracleSection, SourceSection
 from psyray.data.judge import Desk
 from psyray.data.ready import pairs_of
 from psyray.data.scrub import scrubber
@@ -25,6 +24,8 @@ from psyray.data.sources import identity, layout, open_source
 from psyray.errors import PsyrayError
 from psyray.records import Verdict, content_id, normalise, speech_id
 from psyray.run import Folder
+from psyray.sections.data import SourceSection
+from psyray.sections.learning import OracleSection
 
 UNKNOWN = "not in the set: it holds no pair of these two responses to this conversation"
 

@@ -13,13 +13,14 @@ from scipy.stats import norm
 from psyray.active.acquisition import Candidates, acquire
 from psyray.active.oracle_kinds import make_oracle
 from psyray.active.oracles import Label
-from psyray.config import Config, LoopSection
+from psyray.config import Config
 from psyray.data.judge import Desk
 from psyray.data.rules import Rules
 from psyray.records import PAIRS, Row, Status, Verdict, pair_row
 from psyray.reward.ensemble import load_features, prompt_matrix, score_matrix
 from psyray.reward.heads import Heads
 from psyray.run import Artifact, Folder, Run
+from psyray.sections.learning import LoopSection
 
 FloatArray = npt.NDArray[np.float64]
 

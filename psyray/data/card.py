@@ -12,10 +12,10 @@ import duckdb
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from psyray.config import PairsSection
 from psyray.data.layout import SIDES
 from psyray.data.rules import Rules
 from psyray.records import content_id
+from psyray.sections.data import PairsSection
 from psyray.tables import literal
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from psyray import crisis
-from psyray.config import SpeechesSection
 from psyray.data.dedup import band_hashes, tokens, word_pairs
 from psyray.data.scrub import KINDS, Scrub, scrubber
 from psyray.records import MESSAGES, Message, Row, content_id, normalise, speech_id, table
 from psyray.run import write_parquet
+from psyray.sections.data import SpeechesSection
 
 ROLES = {"system", "user", "assistant"}
 # Which of two equal or nearly equal speeches stays: a lower rank before a higher, then the lower id.

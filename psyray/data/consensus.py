@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from psyray.config import PanelSection
 from psyray.evaluate.agreement import CODE, FloatArray, alpha, number_or_none, with_interval
 from psyray.records import Row, Status, Verdict
 from psyray.rubric import Rubric, UnusableAnswer
+from psyray.sections.data import PanelSection
 
 Ratings = Mapping[str, float]
 SAMPLE = 2000  # responses that the judges' agreement is measured on: alpha needs a matrix for each

@@ -12,13 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from psyray.config import Config, EndpointSection, EngineSection, Responder, Sampling
+from psyray.config import Config
 from psyray.data.quality import LOOP_SHARE, repetition
 from psyray.engines import http, journal, vllm
 from psyray.errors import PsyrayError
 from psyray.models import model_identity, resolve_model
 from psyray.records import MESSAGES, RESPONSES, Message, Row, Status, content_id, response_id
 from psyray.run import Artifact, Folder, Parts, Run
+from psyray.sections.data import EndpointSection, EngineSection, Responder, Sampling
 from psyray.stream import CALLS, stream
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from psyray.active.ledger import Answer, Ledger, Question
-from psyray.config import JudgeSection, PanelSection
 from psyray.data.consensus import judges_agreement, panel_rows
 from psyray.engines import journal
 from psyray.engines.judges import ASKED, Judge, error_class
@@ -20,6 +19,7 @@ from psyray.errors import PsyrayError
 from psyray.records import JUDGEMENTS, Row, Status, content_id
 from psyray.rubric import Rubric
 from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
+from psyray.sections.data import JudgeSection, PanelSection
 from psyray.stream import CALLS, stream
 
 

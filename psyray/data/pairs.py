@@ -11,7 +11,6 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from psyray.config import PairsSection
 from psyray.data.layout import layout, write_batches
 from psyray.data.ready import POOL, Ready
 from psyray.data.rules import LengthBalance, Rules, pairs_of_speech
@@ -19,6 +18,7 @@ from psyray.errors import PsyrayError
 from psyray.records import PAIRS, Row, rows
 from psyray.rubric import Rubric
 from psyray.run import Artifact, Folder, Run
+from psyray.sections.data import PairsSection
 from psyray.stream import Progress
 from psyray.tables import connect, in_order, literal, view
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from psyray.config import SourceSection, SpeechesSection
 from psyray.data.clean import conversation, scrubbed
 from psyray.data.layout import SIDES, from_layout, rating_columns
 from psyray.data.scrub import Scrub, scrubber
@@ -25,6 +24,7 @@ from psyray.data.sources import identity, layout, open_source
 from psyray.records import PAIRS, Row, Status, normalise, rows, table
 from psyray.rubric import Rubric
 from psyray.run import Artifact, Folder, Run, write_parquet
+from psyray.sections.data import SourceSection, SpeechesSection
 from psyray.tables import connect, view
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from math import floor, log2
 
 import numpy as np
 
-from psyray.config import PairsSection
 from psyray.errors import PsyrayError
 from psyray.records import Row, normalise, pair_row
 from psyray.rubric import Rubric
+from psyray.sections.data import PairsSection
 
 SAFETY = "safety"  # vetoes by default, in a rubric that has it
 SLACK = 1e-6  # ratings are 32-bit: a difference this little below the gap is the gap

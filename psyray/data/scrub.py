@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from psyray.config import ASSETS
 from psyray.errors import PsyrayError
+from psyray.sections.data import ASSETS
 
 Scrub = Callable[[str], tuple[str, Counter[str]]]
 

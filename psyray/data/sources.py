@@ -20,9 +20,9 @@ import pyarrow.csv
 import pyarrow.lib
 import pyarrow.parquet as pq
 
-from psyray.config import SourceSection
 from psyray.errors import PsyrayError
 from psyray.records import Row, content_id
+from psyray.sections.data import SourceSection
 
 HUB = "hf://"
 BATCH = 2_000

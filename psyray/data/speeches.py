@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from psyray import crisis
-from psyray.config import ASSETS, SourceSection, SpeechesSection
 from psyray.data.clean import RAW, clean_chunk, cleaned_path, conversation
 from psyray.data.dedup import mark_near_duplicates
 from psyray.data.scrub import KINDS
@@ -28,6 +27,7 @@ from psyray.data.sources import identity, layout, open_source
 from psyray.errors import PsyrayError
 from psyray.records import SPEECHES, Row, content_id, table
 from psyray.run import Artifact, Folder, Run, write_parquet
+from psyray.sections.data import ASSETS, SourceSection, SpeechesSection
 from psyray.stream import Progress
 from psyray.tables import connect, in_order, view
 

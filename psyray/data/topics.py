@@ -17,12 +17,13 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from psyray.config import ASSETS, Config
+from psyray.config import Config
 from psyray.engines.judges import ASKED, Judge, make_judge
 from psyray.errors import PsyrayError
 from psyray.records import Message, Row, Status, content_id
 from psyray.rubric import Rubric, UnusableAnswer
 from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
+from psyray.sections.data import ASSETS
 from psyray.stream import CALLS, stream
 
 TOPICS = pa.schema(

@@ -19,12 +19,12 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import SecretStr
 
-from psyray.config import EndpointSection
 from psyray.engines.journal import Call, Journal
 from psyray.engines.pace import NO_MONEY, Halted, Pace, Purse, backoff, pause, retry_after
 from psyray.errors import PsyrayError
 from psyray.records import Message, Row
 from psyray.rubric import UnusableAnswer
+from psyray.sections.data import EndpointSection
 
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
 IN_A_ROW = 20  # rows, or answers without usage

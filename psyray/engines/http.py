@@ -18,13 +18,13 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from psyray.config import EndpointSection
 from psyray.engines.chat import Client
 from psyray.engines.journal import Journal
 from psyray.engines.pace import Halted
 from psyray.errors import PsyrayError
 from psyray.records import Row
 from psyray.rubric import Rubric
+from psyray.sections.data import EndpointSection
 
 BLOCKS_AT_ONCE = 256  # each is a thread of the actor
 

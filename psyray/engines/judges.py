@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from psyray.config import EngineSection, JudgeSection, PanelSection
 from psyray.engines import http, rule, vllm
 from psyray.errors import PsyrayError
 from psyray.models import model_identity, resolve_model
 from psyray.records import MESSAGES, Row, client_words, content_id
 from psyray.rubric import PairwiseRubric, Rubric, UnusableAnswer
+from psyray.sections.data import EngineSection, JudgeSection, PanelSection
 
 ASKED = pa.schema([("key", pa.string()), ("messages", MESSAGES), ("response", pa.string())])  # what `rate` takes
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from psyray.cluster import require, use_gpu
-from psyray.config import EngineSection
 from psyray.errors import PsyrayError
 from psyray.records import Row
+from psyray.sections.data import EngineSection
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 WHOLE = 1_000_000  # tokens between two reports on an answer

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from psyray.config import Config, EvaluateSection
+from psyray.config import Config
 from psyray.data.generate import summary as response_summary
 from psyray.data.judge import Desk, judge
 from psyray.data.judge import summary as judgement_summary
@@ -22,6 +22,7 @@ from psyray.errors import PsyrayError
 from psyray.evaluate.duels import VERDICTS, Duel, by_scores, by_speech, grade, held_out, side_by_side, verdict_rows
 from psyray.records import Row, Verdict, content_id, table
 from psyray.run import Artifact, Folder, Run, write_parquet
+from psyray.sections.learning import EvaluateSection
 
 TEST = "test"  # under this key the numbers of the speeches that decide nothing
 

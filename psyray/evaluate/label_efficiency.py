@@ -19,13 +19,14 @@ import numpy as np
 from psyray.active.acquisition import ACQUISITIONS
 from psyray.active.efficiency import BASELINE, Part, figures, part_of, shared_budgets, split, study
 from psyray.active.replay import Bank, Learner
-from psyray.config import EfficiencySection, TrackSection
 from psyray.errors import PsyrayError
 from psyray.evaluate.efficiency_report import page, plot
 from psyray.evaluate.labelled import Labelled, load_labelled
 from psyray.records import Message, Verdict
 from psyray.reward.frozen import cached_features, chat_id
 from psyray.run import write_atomic
+from psyray.sections.learning import EfficiencySection
+from psyray.sections.place import TrackSection
 
 
 @dataclass(frozen=True)

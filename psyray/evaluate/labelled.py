@@ -25,9 +25,9 @@ import duckdb
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from psyray.config import Section
 from psyray.errors import PsyrayError
 from psyray.records import Message, Row, Verdict, content_id, normalise, speech_id
+from psyray.sections.data import Section
 
 WORDS = {"A": Verdict.A, "B": Verdict.B, "tie": Verdict.TIE}
 READERS = {

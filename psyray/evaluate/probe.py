@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from psyray.config import ASSETS, Config
+from psyray.config import Config
 from psyray.data.generate import with_system
 from psyray.errors import PsyrayError
 from psyray.evaluate.likelihood import Passage, likelihoods
@@ -34,6 +34,7 @@ from psyray.models import model_identity
 from psyray.records import Row, Status, content_id
 from psyray.reward.metrics import cluster_bootstrap
 from psyray.run import Artifact, Folder, Run
+from psyray.sections.data import ASSETS
 
 T = TypeVar("T")
 FloatArray = npt.NDArray[np.float64]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from psyray.config import Config, DpoSection
+from psyray.config import Config
 from psyray.data.generate import with_system
 from psyray.lora import adapter_config
 from psyray.records import Row
 from psyray.run import Folder
+from psyray.sections.learning import DpoSection
 from psyray.train import fit_and_save, freeze, prepare_worker, run_training, trainer_arguments
 
 

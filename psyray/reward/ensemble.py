@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from psyray.config import Config, HeadsSection
+from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Row, Status
 from psyray.reward.heads import Heads, fit_heads, standardisation
@@ -22,6 +22,7 @@ from psyray.reward.ratings import RATINGS, fit_rated
 from psyray.reward.score import FeatureActor, on_actors
 from psyray.rubric import load_rubric
 from psyray.run import Artifact, Folder, Run
+from psyray.sections.learning import HeadsSection
 from psyray.stream import stream
 
 FloatArray = npt.NDArray[np.float64]

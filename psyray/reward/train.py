@@ -12,13 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from psyray.config import Config, RewardSection
+from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.lora import adapter_config
 from psyray.models import model_identity, resolve_model
 from psyray.records import Row, rows
 from psyray.reward.groups import GroupCollator, group_example, pad_apart, preference_loss
 from psyray.run import Artifact, Folder, Run
+from psyray.sections.learning import RewardSection
 from psyray.tables import connect, in_order, view
 from psyray.train import fit_and_save, freeze, prepare_worker, run_training, trainer_arguments
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from psyray.config import ClusterSection, EngineSection, JudgeSection, TrainSection, load_config
+from psyray.config import load_config
 from psyray.data.generate import answer_all, draw_row, starts
 from psyray.engines.judges import ASKED, make_judge
 from psyray.engines.vllm import cpu_environment
@@ -24,6 +24,9 @@ from psyray.reward.score import RewardScorer
 from psyray.reward.train import make_trainer, train_loop
 from psyray.rubric import PREFERENCE, load_rubric, side_by_side
 from psyray.run import Folder
+from psyray.sections.data import EngineSection, JudgeSection
+from psyray.sections.learning import TrainSection
+from psyray.sections.place import ClusterSection
 from psyray.stream import stream
 from psyray.train import fit_and_save, prepare_worker, run_training, trainer_arguments
 

@@ -16,7 +16,7 @@ from hostile_server import GOOD, SCRIPT, Say, hostile_server
 from pydantic import SecretStr
 
 from psyray.active.ledger import Ledger
-from psyray.config import EndpointSection, EngineSection, JudgeSection, load_config
+from psyray.config import load_config
 from psyray.data.generate import REQUESTS, answer_all, draw_row
 from psyray.data.judge import Desk, judge
 from psyray.engines import chat, http
@@ -26,6 +26,7 @@ from psyray.errors import PsyrayError
 from psyray.records import RESPONSES
 from psyray.rubric import load_rubric
 from psyray.run import Folder
+from psyray.sections.data import EndpointSection, EngineSection, JudgeSection
 from psyray.stream import CALLS, stream
 
 RUBRIC = load_rubric("counselling")
@@ -207,7 +208,7 @@ import sys
 from pathlib import Path
 import pyarrow as pa
 from pydantic import SecretStr
-from psyray.config import EndpointSection
+from psyray.sections.data import EndpointSection
 from psyray.engines.http import HttpRater
 from psyray.rubric import load_rubric
 endpoint = EndpointSection(url=sys.argv[1], concurrency=4)

@@ -16,13 +16,14 @@ from psyray.active.ledger import Ledger
 from psyray.active.oracles import label
 from psyray.active.queue import ExpertQueue
 from psyray.active.votes import Choice
-from psyray.config import EngineSection, JudgeSection, OracleSection
 from psyray.data.judge import Desk, judge, summary
 from psyray.engines.judges import make_judge
 from psyray.errors import PsyrayError
 from psyray.records import Verdict
 from psyray.rubric import load_rubric
 from psyray.run import Folder
+from psyray.sections.data import EngineSection, JudgeSection
+from psyray.sections.learning import OracleSection
 
 RUBRIC = load_rubric("counselling")
 SPEECH = [{"role": "user", "content": "I cannot sleep since my father died."}]

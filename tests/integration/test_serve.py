@@ -21,12 +21,12 @@ import ray
 import yaml
 from pydantic import SecretStr
 
-from psyray.config import EndpointSection
 from psyray.engines.http import HttpRater
 from psyray.engines.journal import read_totals
 from psyray.errors import PsyrayError
 from psyray.reward.score import RewardScorer
 from psyray.rubric import Principle, Rubric
+from psyray.sections.data import EndpointSection
 from serve.request import ask, serve_once, serving
 
 CLIENT = [{"role": "user", "content": "My sister moved abroad and the flat is too quiet in the evenings."}]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from psyray.config import SpeechesSection
 from psyray.data import speeches
 from psyray.data.speeches import preview, speeches_stage
 from psyray.run import Run
+from psyray.sections.data import SpeechesSection
 
 
 def write(path: Path) -> Path:

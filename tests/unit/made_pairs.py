@@ -5,12 +5,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from psyray.config import Config, PairsSection
+from psyray.config import Config
 from psyray.data.pairs import pairs_stage
 from psyray.data.topics import TOPICS
 from psyray.records import JUDGEMENTS, PAIRS, RESPONSES, SPEECHES, Row, content_id, pair_row, speech_id
 from psyray.rubric import load_rubric
 from psyray.run import Artifact, Run
+from psyray.sections.data import PairsSection
 
 RUBRIC = load_rubric("counselling")
 SPEECH = [{"role": "user", "content": "I cannot sleep."}]

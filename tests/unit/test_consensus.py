@@ -6,13 +6,14 @@ import json
 
 import pytest
 
-from psyray.config import JudgeSection, PanelSection, load_config
+from psyray.config import load_config
 from psyray.data.consensus import judges_agreement, merge, panel_rows, verdicts_agreement, vote
 from psyray.engines.judges import make_panel
 from psyray.errors import PsyrayError
 from psyray.evaluate import agreement
 from psyray.records import Verdict
 from psyray.rubric import Principle, Rubric, UnusableAnswer
+from psyray.sections.data import JudgeSection, PanelSection
 
 A, B, TIE, INVALID = Verdict.A, Verdict.B, Verdict.TIE, Verdict.INVALID
 REVIEW = Rubric("code review", 0, 4, "author", (Principle("right", "Right", 3, ""), Principle("safe", "Safe", 1, "")),

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psyray.config import SpeechesSection
 from psyray.data import dedup
 from psyray.data.clean import RAW, clean_chunk
 from psyray.data.dedup import banding, tokens, word_pairs
@@ -16,6 +15,7 @@ from psyray.data.speeches import Raw, kept, select
 from psyray.errors import PsyrayError
 from psyray.records import table
 from psyray.run import write_parquet
+from psyray.sections.data import SpeechesSection
 from psyray.tables import connect
 
 SECTION = SpeechesSection(min_chars=1, test_share=0.5)

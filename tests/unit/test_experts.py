@@ -22,12 +22,14 @@ from psyray.active.oracle_kinds import ORACLES, JudgeOracle, make_oracle
 from psyray.active.oracles import buy, exchanged, pair_question
 from psyray.active.queue import ExpertQueue
 from psyray.active.votes import Choice
-from psyray.config import Config, JudgeSection, OracleSection, load_config
+from psyray.config import Config, load_config
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
 from psyray.records import PAIRS, Verdict, content_id, pair_row, speech_id, table
 from psyray.rubric import load_rubric
 from psyray.run import Folder, write_parquet
+from psyray.sections.data import JudgeSection
+from psyray.sections.learning import OracleSection
 
 RUBRIC = load_rubric("counselling")
 SPEECH = [{"role": "user", "content": "I cannot sleep since my father died."}]

@@ -4,11 +4,12 @@ import math
 
 import pytest
 
-from psyray.config import EvaluateSection, JudgeSection
 from psyray.errors import PsyrayError
 from psyray.evaluate.duels import Duel, by_scores, by_speech, check_invalid, grade, verdict_rows
 from psyray.evaluate.gate import by_part, decides, failures, reward_opinion, second_grade
 from psyray.records import Verdict
+from psyray.sections.data import JudgeSection
+from psyray.sections.learning import EvaluateSection
 
 START = {"repeated_share": 0.02}
 GOOD = {"win_rate": 0.7, "low": 0.6, "high": 0.8, "length_change": 0.1, "repeated_share": 0.05}

@@ -11,12 +11,12 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from psyray.config import RewardSection
 from psyray.records import PAIRS
 from psyray.reward.groups import GroupCollator, group_example, pad_apart, preference_loss
 from psyray.reward.score import RewardScorer
 from psyray.reward.train import examples
 from psyray.run import Folder, Run
+from psyray.sections.learning import RewardSection
 
 TEXTS = ["You lie awake and it wears you out.", "Sleep.", "What goes round in your head at night?", "I see."]
 SPEECH = [{"role": "user", "content": "I cannot sleep."}]

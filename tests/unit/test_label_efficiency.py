@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psyray.config import EfficiencySection, TrackSection, load_config
+from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.evaluate.efficiency_report import page, spans, tables
 from psyray.evaluate.label_efficiency import Request, bank_of, measure
 from psyray.evaluate.labelled import Labelled, load_labelled
 from psyray.records import Verdict
 from psyray.reward.frozen import cached_features, chat_id
+from psyray.sections.learning import EfficiencySection
+from psyray.sections.place import TrackSection
 
 DECLARED = """
 name: made-up

@@ -5,9 +5,10 @@ import pytest
 
 from psyray.active.acquisition import ACQUISITIONS, Candidates, acquire
 from psyray.active.labelling import Gap, oracle_pairs, penalised, reward_pairs
-from psyray.config import LoopSection, load_config
+from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.records import Verdict
+from psyray.sections.learning import LoopSection
 
 LOOP = LoopSection(reward_margin=0.5)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from psyray.config import HeadsSection
 from psyray.reward.ensemble import fitted, prompt_matrix
 from psyray.reward.heads import FloatArray, Heads
 from psyray.reward.laplace import Laplace, fit_laplace, prior_laplace
 from psyray.reward.uncertainty import Uncertain
+from psyray.sections.learning import HeadsSection
 
 
 def made_pairs(n: int = 40, d: int = 5, seed: int = 0) -> tuple[FloatArray, FloatArray]:

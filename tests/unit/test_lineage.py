@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from psyray import lineage
 from psyray.cli import app
-from psyray.config import TrackSection
 from psyray.errors import PsyrayError
 from psyray.run import Run, read_stages
+from psyray.sections.place import TrackSection
 from psyray.track import Tracker
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 
-from psyray.config import Config, LoopSection, Responder, load_config
+from psyray.config import Config, load_config
 from psyray.data.generate import draw, draw_row, with_system
 from psyray.loop import chosen, prompts, why_stop
 from psyray.records import Verdict
+from psyray.sections.data import Responder
+from psyray.sections.learning import LoopSection
 
 
 def speeches(count: int) -> list[dict]:
@@ -59,10 +61,10 @@ def responses(*texts: str) -> list[dict]:
 def test_a_question_is_one_question_whichever_way_the_pair_came_up(given, expected):
     from psyray.active.ledger import Answer
     from psyray.active.oracles import comparison_question, read
-    from psyray.config import JudgeSection
     from psyray.data.judge import Desk
     from psyray.engines.judges import RuleJudge
     from psyray.rubric import load_rubric
+    from psyray.sections.data import JudgeSection
 
     rubric = load_rubric("counselling")
     desk = Desk(RuleJudge(rubric), rubric, None, "run", JudgeSection())  # type: ignore[arg-type]

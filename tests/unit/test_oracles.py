@@ -8,10 +8,10 @@ import pytest
 
 from psyray.active.ledger import Answer
 from psyray.active.oracles import exchanged, panel_label, read, verdict_of_orders
-from psyray.config import JudgeSection, PanelSection
 from psyray.data.judge import Desk
 from psyray.records import Verdict
 from psyray.rubric import load_rubric
+from psyray.sections.data import JudgeSection, PanelSection
 
 A, B, TIE, INVALID = Verdict.A, Verdict.B, Verdict.TIE, Verdict.INVALID
 RUBRIC = load_rubric("counselling")

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_pairs import RUBRIC, judged, made_pairs, made_rows
 
-from psyray.config import PairsSection, load_config
+from psyray.config import load_config
 from psyray.data.layout import from_layout
 from psyray.data.pairs import LAYOUT, build_pairs
 from psyray.data.rules import Rules
 from psyray.errors import PsyrayError
 from psyray.records import content_id
+from psyray.sections.data import PairsSection
 
 FLAT = dict.fromkeys(RUBRIC.keys, 3.0)
 

@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from psyray.config import PairsSection, SpeechesSection
 from psyray.data.pairs import pairs_stage
 from psyray.data.ready import Ready, ready_stage
 from psyray.data.speeches import speeches_stage
@@ -15,6 +14,7 @@ from psyray.errors import PsyrayError
 from psyray.records import JUDGEMENTS, RESPONSES
 from psyray.rubric import load_rubric
 from psyray.run import Artifact, Run
+from psyray.sections.data import PairsSection, SpeechesSection
 
 RUBRIC = load_rubric("counselling")
 

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import yaml
 
-from psyray.config import ASSETS
 from psyray.engines.judges import soft_ratings
 from psyray.errors import PsyrayError
 from psyray.rubric import PairwiseRubric, UnusableAnswer, load_rubric, side_by_side
+from psyray.sections.data import ASSETS
 
 RUBRIC = load_rubric("counselling")
 GOOD = dict.fromkeys(RUBRIC.keys, 4)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from psyray.config import EngineSection
 from psyray.errors import PsyrayError
+from psyray.sections.data import EngineSection
 from serve.champion import Args, Policy, read_champion, read_engine
 from serve.guard import crisis_kinds
 from serve.policy import engine_settings, with_defaults

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from psyray.config import SpeechesSection
 from psyray.data import speeches
 from psyray.data.speeches import SHIPPED, preview, speeches_stage
 from psyray.errors import PsyrayError
 from psyray.run import Run
+from psyray.sections.data import SpeechesSection
 
 SECTION = SpeechesSection(test_share=0.5)
 

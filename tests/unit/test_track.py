@@ -17,9 +17,9 @@ import pytest
 from made_run import CRISIS, HOSTILE, SECRET_KEY, MadeRun
 
 from psyray import track
-from psyray.config import TrackSection
 from psyray.errors import PsyrayError
 from psyray.run import Artifact
+from psyray.sections.place import TrackSection
 from psyray.track import Tracker
 
 import mlflow  # isort: skip  (psyray.track goes first: it switches telemetry off before MLflow is imported)

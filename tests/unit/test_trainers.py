@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import DPOConfig
 
-from psyray.config import DPO_LOSSES, DpoSection, LoraSection, TrainSection
 from psyray.lora import merge_adapter
 from psyray.policy import dpo
 from psyray.reward import train as reward
 from psyray.reward.groups import group_example
+from psyray.sections.learning import DPO_LOSSES, DpoSection, LoraSection, TrainSection
 from psyray.train import trainer_arguments, write_examples
 
 LORA = LoraSection(rank=4, alpha=8)

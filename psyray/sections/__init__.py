@@ -1,0 +1,1 @@
+"""The settings of each part of a run, as pydantic sections of one tree (psyray/config.py)."""
