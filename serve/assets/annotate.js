@@ -47,6 +47,7 @@ async function alone(work) {
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     if (error.status === 401) return signIn(token ? "This key is not known here." : "");
+    if (error.status === 403) return signIn("This key is not one of an expert's.");
     tell(error.message);
     if ((error.status === 404 || error.status === 410) && question) await following().catch(() => {});
   } finally {
