@@ -47,7 +47,7 @@ from endpoint import Endpoint, digest, judge_reader, served
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "psyray.cli", "run"]
-KEYS = {"speeches": "speech_id", "pairs": "pair_id", "labels": "pair_id"}
+KEYS = {"speeches": "speech_id", "pairs": "pair_id", "labels": "pair_id", "probe": "key", "second": "speech_id"}
 JUDGE, RESPONDER = "judge", "responder"
 LIMIT_S = 1800.0
 
@@ -98,7 +98,15 @@ def settings(model: Path, url: str, rounds: int = 3) -> dict[str, Any]:
         "dpo": {"train": train},
         "loop": {"rounds": rounds, "prompts": 6, "k": 3, "budget": 4, "reward_margin": 0.0, "replay": 2},
         # A random model gets no better: the gate is held open so that the rounds follow one another.
-        "evaluate": {"speeches": 8, "min_win_rate": 0.0, "max_length_change": 9.0, "max_repeat_rise": 1.0},
+        "evaluate": {
+            "speeches": 8,
+            "min_win_rate": 0.0,
+            "max_length_change": 9.0,
+            "max_repeat_rise": 1.0,
+            "max_perplexity_rise": 1e9,
+            "max_capability_drop": 1.0,
+            "probe_answers": 4,
+        },
     }
 
 
