@@ -4,10 +4,10 @@
 
 For each number of rows and repeat, `LLM.chat` of bare vLLM and the stage (`psyray.data.generate.answer_all` in a Ray of
 its own) answer the same prompts, each in a process of its own, one after the other. The clock of bare vLLM runs from
-the call to its return. The clock of the stage runs from when the engine took its first request (the arrival of a
-result less the seconds that the engine spent on it) until all rows lie in the stage's sorted Parquet. Sampling is
-greedy and the end of text is ignored, so that both generate the same number of tokens. The last line is JSON: tokens
-a second of both, their ratio with its range over the repeats, and what a row costs the stage beyond bare vLLM.
+the call to its return. The clock of the stage runs until all rows lie in its sorted Parquet, less what it reports as
+the engine's start (until the first result, less the seconds that the engine spent on it). Sampling is greedy and the
+end of text is ignored, so that both generate the same number of tokens. The last line is JSON: tokens a second of
+both, their ratio with its range over the repeats, and what a row costs the stage beyond bare vLLM.
 """
 
 from __future__ import annotations
@@ -77,20 +77,13 @@ def stage(count: int) -> float:
     """Seconds of the stage from the engine's first request to the sorted Parquet."""
     from psyray.cluster import ray_session
 
-    config, first = settings(), float("inf")
-    keep = generate.keep
-
-    def clocked(*arguments: Any, **named: Any) -> None:
-        nonlocal first
-        first = min(first, time.monotonic() - max(result["seconds"] for result in arguments[2]))
-        keep(*arguments, **named)
-
-    generate.keep = clocked
+    config = settings()
     with tempfile.TemporaryDirectory() as place, ray_session(config):
+        began = time.monotonic()
         stats = generate.answer_all(
             Folder(Path(place)), lambda: draws(count, config), count, config, title=f"{count} rows"
         )
-        seconds = time.monotonic() - first
+        seconds = time.monotonic() - began - stats["engine_start_s"]
     assert stats["ok"] == count, stats
     return seconds
 
