@@ -25,6 +25,7 @@ from psyray.run import Folder
 
 CALLS = "calls"  # where in a stage's folder an engine keeps the journal of its calls
 BLOCKS = 4_000  # more blocks than this cost the driver more than they win
+READERS = 2  # tasks that read blocks at a time: some hundred blocks a second
 KEEP_EVERY_S = 1.0
 
 
@@ -97,7 +98,7 @@ def read_block(path: str, number: int) -> list[pa.Table]:
 
 def _dataset(path: Path, counts: list[int]) -> Any:
     import ray
-    from ray.data import Datasource, ReadTask
+    from ray.data import Datasource, ReadTask, TaskPoolStrategy
     from ray.data.block import BlockMetadata
 
     block_bytes = max(1, path.stat().st_size // len(counts))
@@ -115,8 +116,10 @@ def _dataset(path: Path, counts: list[int]) -> Any:
                 for number, rows in enumerate(counts)
             ]
 
-    # A whole CPU for reading a block would starve the engines on a small machine.
-    return ray.data.read_datasource(Blocks(), num_cpus=0.05, override_num_blocks=len(counts))
+    # A whole CPU for reading a block would starve the engines on a small machine; so would a process for each block.
+    return ray.data.read_datasource(
+        Blocks(), num_cpus=0.05, compute=TaskPoolStrategy(size=READERS), override_num_blocks=len(counts)
+    )
 
 
 def _in_time(dataset: Any, sink: Callable[[list[Row]], object]) -> Iterator[int]:
