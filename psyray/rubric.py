@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,13 @@ class Rubric:
     json_instruction: str
     pairwise_prompt: str = ""  # none: two responses cannot be put side by side
 
-    @property
+    @cached_property  # it is part of every question's id
     def id(self) -> str:
         """Changes with anything that a judge sees or that weighs its ratings."""
         # Ratings know nothing of the pairwise prompt, so answers that were bought stay good when it changes.
         return content_id("rubric", {k: v for k, v in asdict(self).items() if k != "pairwise_prompt"})
 
-    @property
+    @cached_property
     def pairwise_id(self) -> str:
         """Changes with anything that a judge sees who is shown two responses side by side."""
         return content_id("pairwise rubric", asdict(self))

@@ -228,9 +228,10 @@ def _asks(connection: sa.Connection, run_id: str, question_ids: Iterable[str]) -
     """What this run has charged already: question id -> purpose -> ask."""
     found: dict[str, dict[str, int]] = {}
     for chunk in chunks(question_ids):
-        mine = sa.and_(CHARGE.c.run_id == run_id, CHARGE.c.question_id.in_(chunk))
-        for row in connection.execute(sa.select(CHARGE).where(mine)):
-            found.setdefault(row.question_id, {})[row.purpose] = row.ask
+        # The run is told apart here: asked for in the query, SQLite would go through all charges of the run each time.
+        for row in connection.execute(sa.select(CHARGE).where(CHARGE.c.question_id.in_(chunk))):
+            if row.run_id == run_id:
+                found.setdefault(row.question_id, {})[row.purpose] = row.ask
     return found
 
 

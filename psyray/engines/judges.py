@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,7 +88,7 @@ class VllmJudge:
     engine: EngineSection
     wait_s: float
 
-    @property
+    @cached_property
     def id(self) -> str:
         model = self.section.model or ""
         return f"vllm-{content_id(model_identity(model), self.section.mode, self.engine.dtype)}"
@@ -151,7 +152,7 @@ class HttpJudge:
     rubric: Rubric
     section: JudgeSection
 
-    @property
+    @cached_property
     def id(self) -> str:
         return f"http-{content_id(self.section.url, self.section.model, self.section.max_tokens)}"
 
@@ -170,7 +171,7 @@ class Panel:
     judges: tuple[Judge, ...]
     section: PanelSection
 
-    @property
+    @cached_property
     def id(self) -> str:
         rules = self.section.model_dump(exclude={"judges"})
         return f"panel-{content_id([judge.id for judge in self.judges], rules)}"
