@@ -17,7 +17,7 @@ from psyray.sections.data import EngineSection
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 WHOLE = 1_000_000  # tokens between two reports on an answer
 # Tokens in one step of the engine, on CPU and on a GPU, as vLLM itself takes them offline; an engine that Ray starts
-# would take the 2,048 of a server, which cost a tenth of the throughput.
+# would take the 2,048 of a server.
 STEP_TOKENS = {False: 4096, True: 8192}
 BATCH = 32  # rows that travel through the pipeline, and come back, together
 
