@@ -63,6 +63,16 @@ class Heads:
             return (MlpHeads if "hidden" in saved else Heads)(*saved.values())
 
 
+def drawn_priors(
+    prior_D: FloatArray | None, spread: float, count: int, size: int, rng: np.random.Generator
+) -> FloatArray:
+    """[H, D] a prior for each head: normal around `prior_D` (none: 0); ValueError where that has not `size` weights."""
+    prior = np.zeros(size) if prior_D is None else np.asarray(prior_D, dtype=np.float64)
+    if prior.shape != (size,):
+        raise ValueError(f"the prior must have {size} weights, not shape {prior.shape}")
+    return np.asarray(prior + spread * rng.normal(size=(count, size)))
+
+
 def fit_heads(
     chosen_ND: npt.ArrayLike,
     rejected_ND: npt.ArrayLike,
@@ -85,12 +95,9 @@ def fit_heads(
     """
     chosen, rejected = checked_pairs(chosen_ND, rejected_ND, speech_ids, count, ridge)
     mean_D, scale_D = standardisation(chosen, rejected)
-    prior = np.zeros_like(mean_D) if prior_D is None else np.asarray(prior_D, dtype=np.float64)
-    if prior.shape != mean_D.shape:
-        raise ValueError(f"the prior must have {len(mean_D)} weights, not shape {prior.shape}")
     rng = np.random.default_rng(seed)
     times_HN = bootstraps(speech_ids, count, rng)
-    prior_HD = prior + prior_spread * rng.normal(size=(count, len(prior)))
+    prior_HD = drawn_priors(prior_D, prior_spread, count, len(mean_D), rng)
     x_ND = (chosen - rejected) / scale_D
     moves_HD = _fit(x_ND, x_ND @ prior_HD.T, times_HN, ridge)
     return Heads(prior_HD + moves_HD, mean_D, scale_D)

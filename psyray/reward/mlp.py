@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from psyray.reward.heads import Heads, bootstraps, checked_pairs, standardisation
+from psyray.reward.heads import Heads, bootstraps, checked_pairs, drawn_priors, standardisation
 from psyray.reward.projection import fit_projection
 
 FloatArray = npt.NDArray[np.float64]
@@ -76,8 +76,7 @@ def fit_mlp_heads(
     basis_DR = projection.basis_DR * np.sqrt(R)  # an axis is then about one wide
     rng = np.random.default_rng(seed)
     times_HN = bootstraps(speech_ids, count, rng)
-    prior = np.zeros_like(mean_D) if prior_D is None else np.asarray(prior_D, dtype=np.float64)
-    linear = Heads(prior + prior_spread * rng.normal(size=(count, len(mean_D))), mean_D, scale_D)
+    linear = Heads(drawn_priors(prior_D, prior_spread, count, len(mean_D), rng), mean_D, scale_D)
     start = (
         rng.normal(size=(count, R, hidden)) / np.sqrt(R),
         rng.normal(size=(count, hidden)),
