@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
@@ -36,7 +36,7 @@ class LabelledPairs:
 
     desk: Desk
     source: SourceSection
-    scrub: Literal["regex", "presidio", "off"]  # as the run's speeches: texts are compared as they are after it
+    scrub: str  # as the run's speeches: texts are compared as they are after it
 
     @cached_property
     def content(self) -> str:

@@ -3,7 +3,7 @@
 The rules are regular expressions and read no meaning. A name is taken only where the words before it say that it is
 one: an introduction ("my name is", "Hi, I'm"), a relation ("my husband John"), "a girl named", "his name is", or a
 closing line. Once found it is taken everywhere in that text. Names elsewhere, places, employers and dates stay.
-`presidio` finds more, and takes more that is none; it needs the extra `scrub`.
+`presidio` takes also the names that a spaCy model sees, and some words that are none; it needs the extra `scrub`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import yaml
@@ -22,7 +22,6 @@ from psyray.sections.data import ASSETS
 Scrub = Callable[[str], tuple[str, Counter[str]]]
 
 KINDS = ("email", "link", "phone", "name")
-PRESIDIO_KINDS = {"EMAIL_ADDRESS": "email", "URL": "link", "PHONE_NUMBER": "phone", "PERSON": "name"}
 PRESIDIO_MODEL = "en_core_web_lg"
 
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
@@ -63,8 +62,14 @@ _NOT_NAMES, _ALSO_WORDS = (frozenset(_WORDS[key].split()) for key in ("not_names
 
 
 def scrubber(kind: str) -> Scrub:
-    """The scrubbing that `speeches.scrub` names; PsyrayError where it is not installed."""
-    return {"regex": scrub, "presidio": _presidio, "off": lambda text: (text, Counter())}[kind]
+    """The scrubbing that `speeches.scrub` names; PsyrayError, once it is used, where something is not installed."""
+    name, _, model = kind.partition(":")
+    kinds: dict[str, Scrub] = {
+        "regex": scrub,
+        "presidio": partial(_presidio, model or PRESIDIO_MODEL),
+        "off": lambda text: (text, Counter()),
+    }
+    return kinds[name]
 
 
 def scrub(text: str) -> tuple[str, Counter[str]]:
@@ -124,29 +129,35 @@ def _at_cue(text: str, cued: re.Pattern[str], name: str) -> tuple[str, int]:
     return text, count
 
 
-def _presidio(text: str) -> tuple[str, Counter[str]]:
-    found: Counter[str] = Counter()
-    hits = _analyzer().analyze(text=text, language="en", entities=list(PRESIDIO_KINDS))
-    end = len(text)
-    # From the back, so that places stay valid; of two that overlap the later one.
-    for hit in sorted(hits, key=lambda h: (h.start, h.end), reverse=True):
-        if hit.end <= end:
-            kind = PRESIDIO_KINDS[hit.entity_type]
-            text, end = f"{text[: hit.start]}[{kind}]{text[hit.end :]}", hit.start
-            found[kind] += 1
+def _presidio(model: str, text: str) -> tuple[str, Counter[str]]:
+    """The rules, then the names that are left: Presidio's own rules for addresses would ask the network."""
+    text, found = scrub(text)
+    spans = list[tuple[int, int]]()
+    for hit in sorted(_analyzer(model).analyze(text=text, language="en", entities=["PERSON"]), key=lambda h: h.start):
+        if spans and hit.start < spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], hit.end))
+        elif not re.search(r"[][]", text[hit.start : hit.end]):  # a kind in brackets looks like a name
+            spans.append((hit.start, hit.end))
+    for start, end in reversed(spans):
+        text = f"{text[:start]}[name]{text[end:]}"
+    found["name"] += len(spans)
     return text, found
 
 
 @cache
-def _analyzer() -> Any:
+def _analyzer(model: str) -> Any:
     try:
         import spacy
         from presidio_analyzer import AnalyzerEngine
+        from presidio_analyzer.nlp_engine import SpacyNlpEngine
     except ImportError as error:
         raise PsyrayError(
             'speeches.scrub is presidio, which is not installed: pip install "psyray[scrub]", or use regex'
         ) from error
     # Presidio would fetch a missing model by itself.
-    if not spacy.util.is_package(PRESIDIO_MODEL):
-        raise PsyrayError(f"speeches.scrub is presidio and needs its model: python -m spacy download {PRESIDIO_MODEL}")
-    return AnalyzerEngine()
+    if not spacy.util.is_package(model):
+        raise PsyrayError(
+            f"speeches.scrub is presidio and needs its model: python -m spacy download {model}; "
+            "another one that is installed is named as presidio:MODEL"
+        )
+    return AnalyzerEngine(nlp_engine=SpacyNlpEngine([{"lang_code": "en", "model_name": model}]))

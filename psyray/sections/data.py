@@ -53,7 +53,11 @@ class SpeechesSection(Section):
     near_duplicates: float | None = Field(
         0.8, ge=0.5, le=1, description="share of word pairs in common that makes two speeches one; none: off"
     )
-    scrub: Literal["regex", "presidio", "off"] = Field("regex", description="how personal details are taken out")
+    scrub: str = Field(
+        "regex",
+        pattern=r"^(regex|off|presidio(:\w+)?)$",
+        description="how personal details are taken out: regex, off, presidio, presidio:MODEL of spaCy",
+    )
     crisis: Literal["keep", "test_only", "drop"] = Field("keep", description="what becomes of flagged speeches")
     test_share: float = Field(0.25, gt=0, lt=1, description="share of speeches held out, by hash of the text")
     limit: int | None = Field(None, ge=1, description="keep at most this many, the first by hash")

@@ -1,9 +1,12 @@
 """What is taken out of a client's words, and what must stay."""
 
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from psyray.config import load_config
 from psyray.data.scrub import scrub, scrubber
 from psyray.errors import PsyrayError
 
@@ -76,3 +79,28 @@ def test_off_leaves_all_and_presidio_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     with pytest.raises(PsyrayError, match=r'pip install "psyray\[scrub\]"'):
         scrubber("presidio")("text")
+
+
+class StandInAnalyzer:
+    """Sees the given words as names, wherever they stand, as Presidio's analyzer would say it."""
+
+    def __init__(self, *words):
+        self.words = words
+
+    def analyze(self, text, language, entities):
+        assert (language, entities) == ("en", ["PERSON"])
+        return [SimpleNamespace(start=m.start(), end=m.end()) for w in self.words for m in re.finditer(w, text)]
+
+
+def test_presidio_adds_names_to_what_the_rules_find(monkeypatch):
+    analyzer = StandInAnalyzer("Ingrid", "Ole Smith", "Smith", r"name\]")
+    monkeypatch.setattr("psyray.data.scrub._analyzer", lambda model: {"some_model": analyzer}[model])
+    text, counts = scrubber("presidio:some_model")("I'm called Tom. Ingrid and Ole Smith wrote to a.b@c.org; Tom read.")
+    assert text == "I'm called [name]. [name] and [name] wrote to [email]; [name] read."
+    assert counts == {"name": 4, "email": 1}
+
+
+@pytest.mark.parametrize("wrong", ["presidio:", "spacy", "presidio:a b"])
+def test_an_unknown_scrubber_is_refused_with_the_settings(wrong):
+    with pytest.raises(PsyrayError, match=r"speeches\.scrub"):
+        load_config(None, [f"speeches.scrub={wrong}"])
