@@ -31,12 +31,10 @@ from psyray.models import embedded_model
 from psyray.records import Row, speech_id
 from psyray.run import Folder
 
-TOKENS = 32
 
-
-def settings() -> Config:
+def settings(tokens: int) -> Config:
     """The demo's engine, greedy sampling."""
-    words = [f"policy.max_tokens={TOKENS}", "policy.temperature=0", "engine.max_num_seqs=256"]
+    words = [f"policy.max_tokens={tokens}", "policy.temperature=0", "engine.max_num_seqs=256"]
     return load_config(None, words)
 
 
@@ -51,11 +49,11 @@ def draws(count: int, config: Config) -> Iterator[Row]:
         yield row
 
 
-def bare(count: int) -> float:
+def bare(count: int, tokens: int) -> float:
     """Seconds that `LLM.chat` takes for all prompts."""
     from psyray.engines.vllm import cpu_environment
 
-    config = settings()
+    config = settings(tokens)
     os.environ.update(cpu_environment(config.engine.kv_cache_gib) | {"VLLM_LOGGING_LEVEL": "ERROR"})
     from vllm import LLM, SamplingParams
 
@@ -65,19 +63,19 @@ def bare(count: int) -> float:
         max_num_seqs=engine.max_num_seqs, enforce_eager=True, enable_prefix_caching=True,
     )  # fmt: skip
     prompts = [row["prompt"] for row in draws(count, config)]
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     began = time.monotonic()
     answers = model.chat(prompts, sampling, use_tqdm=False)
     seconds = time.monotonic() - began
-    assert sum(len(a.outputs[0].token_ids) for a in answers) == count * TOKENS
+    assert sum(len(a.outputs[0].token_ids) for a in answers) == count * tokens
     return seconds
 
 
-def stage(count: int) -> float:
+def stage(count: int, tokens: int) -> float:
     """Seconds of the stage from the engine's first request to the sorted Parquet."""
     from psyray.cluster import ray_session
 
-    config = settings()
+    config = settings(tokens)
     with tempfile.TemporaryDirectory() as place, ray_session(config):
         began = time.monotonic()
         stats = generate.answer_all(
@@ -88,24 +86,25 @@ def stage(count: int) -> float:
     return seconds
 
 
-def measured(which: str, count: int) -> float:
+def measured(which: str, count: int, tokens: int) -> float:
     """Seconds of one measurement in a process of its own."""
-    command = [sys.executable, __file__, "--one", which, "--rows", str(count)]
+    command = [sys.executable, __file__, "--one", which, "--rows", str(count), "--tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{which}, {count} rows:\n{done.stderr[-3000:]}")
     return float(done.stdout.splitlines()[-1])
 
 
-def compare(count: int, repeats: int) -> dict[str, Any]:
+def compare(count: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Both sides at one number of rows."""
-    seconds = [(measured("bare", count), measured("stage", count)) for _ in range(repeats)]
+    seconds = [(measured("bare", count, tokens), measured("stage", count, tokens)) for _ in range(repeats)]
     ratios = [alone / staged for alone, staged in seconds]
     alone, staged = (statistics.median(side) for side in zip(*seconds, strict=True))
     return {
         "rows": count,
-        "bare_tokens_s": round(count * TOKENS / alone, 1),
-        "stage_tokens_s": round(count * TOKENS / staged, 1),
+        "tokens_a_row": tokens,
+        "bare_tokens_s": round(count * tokens / alone, 1),
+        "stage_tokens_s": round(count * tokens / staged, 1),
         "ratio": round(alone / staged, 3),
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "overhead_ms_a_row": round(1000 * (staged - alone) / count, 2),
@@ -115,15 +114,16 @@ def compare(count: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer; fewer show a row's overhead better")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--one", choices=["bare", "stage"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print({"bare": bare, "stage": stage}[given.one](given.rows[0]))
+        print({"bare": bare, "stage": stage}[given.one](given.rows[0], given.tokens))
         return
     found = []
     for count in given.rows:
-        found.append(compare(count, given.repeats))
+        found.append(compare(count, given.tokens, given.repeats))
         print(found[-1], file=sys.stderr)
     print(json.dumps(found))
 

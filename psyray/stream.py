@@ -34,8 +34,7 @@ class Progress:
 
     def __init__(self, folder: Folder, title: str, total: int, done: int = 0, unit: str = "rows") -> None:
         self.folder, self.unit, self.total, self.done = folder, unit, total, done
-        every = 0.5 if sys.stderr.isatty() else 15.0
-        self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=every, dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=done, desc=title, unit=unit, **_bar())
         folder.progress(done, total, unit)
 
     def __enter__(self) -> Progress:
@@ -55,6 +54,11 @@ class Progress:
         self.add(done - self.done)
 
 
+def _bar() -> dict[str, Any]:
+    """How often a bar is drawn: seldom into a file."""
+    return {"mininterval": 0.5 if sys.stderr.isatty() else 15.0, "dynamic_ncols": True}
+
+
 def stream(
     folder: Folder,
     todo: Iterable[Row],
@@ -72,7 +76,9 @@ def stream(
     the `done` ones of an earlier attempt: it sets the size of the blocks, and the progress bar shows both.
     """
     path = folder.path / "todo.arrow"
-    counts = write_blocks(path, todo, schema, max(32, -(-total // BLOCKS)))
+    # Questions are reserved in the ledger while they are read, which takes minutes where there are many.
+    gathered = tqdm(todo, desc=f"{title}: gathering", unit="rows", total=total - done, delay=5, **_bar())
+    counts = write_blocks(path, gathered, schema, max(32, -(-total // BLOCKS)))
     if counts:
         with from_workers(), Progress(folder, title, done + sum(counts), done) as progress:
             for results in _in_time(pipeline(_dataset(path, counts)), sink):
@@ -118,7 +124,10 @@ def _dataset(path: Path, counts: list[int]) -> Any:
 
     # A whole CPU for reading a block would starve the engines on a small machine; so would a process for each block.
     return ray.data.read_datasource(
-        Blocks(), num_cpus=0.05, compute=TaskPoolStrategy(size=READERS), override_num_blocks=len(counts)
+        Blocks(),
+        num_cpus=0.05,
+        compute=TaskPoolStrategy(size=min(READERS, len(counts))),
+        override_num_blocks=len(counts),
     )
 
 
