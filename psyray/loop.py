@@ -6,6 +6,7 @@ A round's policy answers the held-out speeches (for its gate) and the next round
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -214,6 +215,7 @@ def policy_stage(
         "dpo": config.dpo.model_dump(),
         "system": config.policy.system,
         "replay": config.loop.replay,
+        **({"replay_balance": True} if config.loop.replay_balance else {}),
         "policy": policy.identity,
         "reference": reference.identity,
         "seed": config.run.seed,
@@ -221,7 +223,8 @@ def policy_stage(
 
     def make(folder: Folder) -> Mapping[str, Any]:
         fresh = labels.rows()
-        pairs = fresh + replayed(seen.pairs[:-1], config.loop.replay, config.run.seed + number)
+        balanced = fresh if config.loop.replay_balance else None
+        pairs = fresh + replayed(seen.pairs[:-1], config.loop.replay, config.run.seed + number, balanced)
         if not pairs:
             raise PsyrayError(
                 f"round {number} has no pair to train on: its budget is {config.loop.budget_of(number)} and the reward "
@@ -236,8 +239,35 @@ def policy_stage(
     return Policy(number, str(trained.model), trained.fingerprint)
 
 
-def replayed(older: Sequence[Artifact], count: int, seed: int) -> list[Row]:
-    """Up to `count` older training pairs that a judge or an oracle labelled."""
+def replayed(older: Sequence[Artifact], count: int, seed: int, fresh: Sequence[Row] | None = None) -> list[Row]:
+    """Up to `count` older training pairs that a judge or an oracle labelled.
+
+    With `fresh`, the pairs that they join, they are drawn so that the longer side wins as often as it loses over both.
+    """
     rows = [r for artifact in older for r in artifact.rows() if r["split"] == "train" and r["source"] != "reward"]
     rows.sort(key=lambda r: r["pair_id"])
-    return random.Random(seed).sample(rows, min(count, len(rows)))
+    draw = random.Random(seed)
+    if fresh is None:
+        return draw.sample(rows, min(count, len(rows)))
+    return balancing(fresh, draw.sample(rows, len(rows)), count)
+
+
+def balancing(fresh: Sequence[Row], drawn: Sequence[Row], count: int) -> list[Row]:
+    """The first `count` of `drawn`, but each time that one direction has won more often the other one's next."""
+    piles: dict[int, deque[tuple[int, Row]]] = {way: deque() for way in (1, 0, -1)}
+    for place, row in enumerate(drawn):
+        piles[longer_wins(row)].append((place, row))
+    tilt, taken = sum(map(longer_wins, fresh)), list[Row]()
+    while len(taken) < count and any(piles.values()):
+        wanted = -1 if tilt > 0 else 1
+        ready = [way for way in ([wanted] if tilt else piles) if piles[way]] or [way for way in piles if piles[way]]
+        way = min(ready, key=lambda way: piles[way][0][0])
+        taken.append(piles[way].popleft()[1])
+        tilt += way
+    return taken
+
+
+def longer_wins(pair: Row) -> int:
+    """1 where the chosen side has more words, -1 where it has fewer, else 0."""
+    chosen, rejected = (len(pair[side].split()) for side in ("chosen", "rejected"))
+    return (chosen > rejected) - (chosen < rejected)

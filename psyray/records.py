@@ -154,6 +154,8 @@ PAIRS = pa.schema(
         ("rejected_id", pa.string()),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
+        ("chosen_truncated", pa.bool_()),  # null where it is not known
+        ("rejected_truncated", pa.bool_()),
         ("chosen_model", pa.string()),
         ("rejected_model", pa.string()),
         ("chosen_ratings", pa.map_(pa.string(), pa.float32())),
@@ -163,6 +165,15 @@ PAIRS = pa.schema(
         ("crisis", pa.bool_()),
         ("source", pa.string()),  # who labelled it: "judge", "oracle", "reward", "data set"
     ]
+)
+
+
+SIDE_COLUMNS = (  # of PAIRS, after its side, and of a response
+    ("_id", "response_id"),
+    ("", "text"),
+    ("_truncated", "truncated"),
+    ("_model", "model"),
+    ("_ratings", "ratings"),
 )
 
 
@@ -179,7 +190,7 @@ def pair_row(speech: Mapping[str, Any], chosen: Row, rejected: Row, *, margin: f
         **{
             f"{side}{suffix}": row.get(field)
             for side, row in (("chosen", chosen), ("rejected", rejected))
-            for suffix, field in (("_id", "response_id"), ("", "text"), ("_model", "model"), ("_ratings", "ratings"))
+            for suffix, field in SIDE_COLUMNS
         },
     }
 

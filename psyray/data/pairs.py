@@ -27,13 +27,13 @@ ROWS_PER_PART = 8192
 
 # Of a response that stands several times, the run's own judgement comes first.
 JUDGED = """
-SELECT r.speech_id, r.response_id, r.messages, r.split, r.crisis, r.model, r.text, j.ratings, '' AS origin
+SELECT r.speech_id, r.response_id, r.messages, r.split, r.crisis, r.model, r.text, r.truncated, j.ratings, '' AS origin
 FROM responses r JOIN judgements j USING (response_id)
 WHERE r.status = 'ok' AND j.status = 'ok'
 """
 POOLED = """
 UNION ALL
-SELECT speech_id, {side}_id, messages, split, crisis, {side}_model, {side}, {side}_ratings, pair_id
+SELECT speech_id, {side}_id, messages, split, crisis, {side}_model, {side}, {side}_truncated, {side}_ratings, pair_id
 FROM ready WHERE source = {pool} AND list_has_all(map_keys({side}_ratings), [{keys}])
 """
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from psyray.config import Config
@@ -12,6 +13,8 @@ from psyray.records import Row
 from psyray.run import Folder
 from psyray.sections.learning import DpoSection
 from psyray.train import fit_and_save, freeze, prepare_worker, run_training, trainer_arguments
+
+SIDES = ("chosen", "rejected")
 
 
 def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, reference: str, *, title: str) -> Any:
@@ -30,8 +33,9 @@ def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, 
 
 def example(pair: Row, system: str) -> Row:
     """A pair as TRL's DPOTrainer takes it, under the system prompt that the policy is sampled with."""
-    sides = {side: [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")}
-    return {"prompt": with_system(pair["messages"], system), **sides}
+    sides = {side: [{"role": "assistant", "content": pair[side]}] for side in SIDES}
+    cut = {f"{side}_truncated": bool(pair.get(f"{side}_truncated")) for side in SIDES}
+    return {"prompt": with_system(pair["messages"], system), **sides, **cut}
 
 
 def loss_arguments(section: DpoSection) -> dict[str, Any]:
@@ -64,14 +68,34 @@ def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any
     model = _load(config["model"])
     freeze(model, config["train"]["freeze_layers"])
     own = adapter is not None and config["reference"] == config["model"]
-    return DPOTrainer(
+    tokenizer = AutoTokenizer.from_pretrained(config["model"])
+    trainer = DPOTrainer(
         model=model,
         ref_model=None if own else _load(config["reference"]),
         args=args,
         train_dataset=Dataset.from_parquet(config["examples"]),
-        processing_class=AutoTokenizer.from_pretrained(config["model"]),
+        processing_class=tokenizer,
         peft_config=adapter,
     )
+    trainer.train_dataset = trainer.train_dataset.map(partial(left_open, closing=closing(tokenizer)))
+    return trainer
+
+
+def closing(tokenizer: Any) -> list[int]:
+    """The tokens with which the chat template ends the last message."""
+    marker = "\u2713"
+    chat = [{"role": "user", "content": marker}, {"role": "assistant", "content": marker}]
+    end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(marker)[2]
+    return list(tokenizer(end, add_special_tokens=False)["input_ids"])
+
+
+def left_open(example: Row, closing: Sequence[int]) -> Row:
+    """A tokenised pair whose cut-off sides do not end: their writer did not stop there, the limit stopped it."""
+    return {
+        f"{side}_ids": example[f"{side}_ids"][: len(example[f"{side}_ids"]) - len(closing)]
+        for side in SIDES
+        if example[f"{side}_truncated"] and example[f"{side}_ids"][-len(closing) :] == list(closing)
+    }
 
 
 def _load(path: str) -> Any:

@@ -165,6 +165,9 @@ class LoopSection(Section):
     )
     reward_pairs: int = Field(1, ge=0, description="pairs per speech that the reward model may label, widest first")
     replay: int = Field(0, ge=0, description="older judge- or oracle-labelled pairs added to each round's training")
+    replay_balance: bool = Field(
+        False, description="draw older pairs so that over a round's training the longer side wins as often as it loses"
+    )
     reference: Literal["initial", "previous"] = "initial"
     on_gate_fail: Literal["continue", "stop"] = Field("continue", description="go on from the last good policy")
     patience: int | None = Field(

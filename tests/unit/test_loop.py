@@ -1,10 +1,14 @@
 """The pure parts of the online loop: prompts, draws, questions, where it stops and what it exports."""
 
+from itertools import accumulate
+
 import pytest
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 
 from psyray.config import Config, load_config
 from psyray.data.generate import draw, draw_row, with_system
-from psyray.loop import chosen, prompts, why_stop
+from psyray.loop import balancing, chosen, longer_wins, prompts, why_stop
 from psyray.records import Verdict
 from psyray.sections.data import Responder
 from psyray.sections.learning import LoopSection
@@ -101,3 +105,38 @@ def test_the_loop_ends_after_rounds_without_a_better_one_that_passed():
     assert why_stop(gates(0.6, 0.55, 0.5), LoopSection(rounds=9)) == ""
     assert "it failed its gate (too long)" in why_stop(gates(-0.4), stopping)
     assert why_stop(gates(0.6), stopping) == ""
+
+
+WAYS = st.lists(st.sampled_from([1, 0, -1]), max_size=30)
+
+
+def pair(way: int, number: int = 0) -> dict:
+    words = {1: ("a longer one", "short"), 0: ("the same", "as long"), -1: ("short", "a longer one")}[way]
+    return dict(zip(("chosen", "rejected"), words, strict=True)) | {"number": number}
+
+
+@drawn(WAYS, WAYS, st.integers(0, 40))
+def test_older_pairs_bring_the_directions_level_as_far_as_there_are_any(fresh, older, count):
+    drawn = [pair(way, number) for number, way in enumerate(older)]
+    taken = balancing([pair(way) for way in fresh], drawn, count)
+    numbers = [row["number"] for row in taken]
+    assert len(taken) == min(count, len(older)) and len(set(numbers)) == len(numbers)
+    for way in (1, 0, -1):  # within a direction the draw's order stays
+        mine = [row["number"] for row in taken if longer_wins(row) == way]
+        assert mine == sorted(mine)
+    tilts = list(accumulate((longer_wins(row) for row in taken), initial=sum(fresh)))
+    left = [row for row in drawn if row["number"] not in numbers]
+    for before, row, after in zip(tilts, taken, tilts[1:], strict=False):
+        # A pair that tilts further comes only where none is left that levels.
+        if abs(after) > abs(before) and before:
+            later = taken[taken.index(row) :] + left
+            assert not any(longer_wins(other) == (-1 if before > 0 else 1) for other in later)
+
+
+def test_with_nothing_to_level_older_pairs_come_as_drawn():
+    drawn = [pair(0, number) for number in range(5)]
+    assert balancing([], drawn, 3) == drawn[:3]
+    assert [row["number"] for row in balancing([pair(-1), pair(-1)], [pair(-1, 0), pair(1, 1), pair(1, 2)], 2)] == [
+        1,
+        2,
+    ]

@@ -184,3 +184,16 @@ def test_every_loss_is_computed_and_length_can_be_kept_out(tmp_path, tiny_model,
     trainer.loss_types, trainer.ld_alpha = ["sigmoid"], 0.0
     without_tail = trainer.compute_loss(trainer.model, given).item()
     assert without_tail != found["sigmoid"]
+
+
+def test_a_side_that_was_cut_off_does_not_end_and_a_whole_one_does(tmp_path, tiny_model):
+    pairs = [PAIRS[0] | {"chosen_truncated": True}, PAIRS[1] | {"rejected_truncated": True}, PAIRS[2]]
+    config = settings(tmp_path, tiny_model, [dpo.example(pair, "") for pair in pairs], None)
+    config |= {"reference": str(tiny_model), "loss": dpo.loss_arguments(DpoSection())}
+    trainer = dpo.make_trainer(config, arguments(config))
+    tokenizer = trainer.processing_class
+    for pair, row in zip(pairs, trainer.train_dataset, strict=True):
+        for side in ("chosen", "rejected"):
+            text = tokenizer.decode(row[f"{side}_ids"])
+            open_end = pair.get(f"{side}_truncated")
+            assert text.strip() == pair[side] + ("" if open_end else tokenizer.eos_token)
