@@ -81,6 +81,8 @@ def _quiet_data() -> None:
     context.issue_detectors_config.detectors = []
     for name in ("ray", "ray.llm", "ray.train", "ray._private.worker"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Without a handler here each module of ray.llm takes one of its own, at the level INFO.
+    logging.getLogger("ray.llm").addHandler(logging.NullHandler())
     # It logs pages for each exception that it raises as well.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
