@@ -25,7 +25,7 @@ from psyray.policy.dpo import train_policy
 from psyray.records import Row, content_id
 from psyray.reward.ensemble import features_stage, heads_stage, scores_stage
 from psyray.run import Artifact, Folder, Run
-from psyray.sections.learning import LoopSection
+from psyray.sections.learning import DpoSection, LoopSection
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,13 @@ def policy_stage(
 ) -> Policy:
     """DPO on the round's pairs and some older ones; the policy that comes out."""
     reference = start if config.loop.reference == "initial" else policy
+    loop, config = config.loop, config.model_copy(update={"dpo": dpo_of(config, number)})
     settings = {
         "dpo": config.dpo.model_dump(),
         "system": config.policy.system,
-        "replay": config.loop.replay,
-        **({"replay_balance": True} if config.loop.replay_balance else {}),
+        "replay": loop.replay,
+        **({"replay_balance": True} if loop.replay_balance else {}),
+        **({} if loop.mixed_ends else {"mixed_ends": False}),
         "policy": policy.identity,
         "reference": reference.identity,
         "seed": config.run.seed,
@@ -223,13 +225,12 @@ def policy_stage(
 
     def make(folder: Folder) -> Mapping[str, Any]:
         fresh = labels.rows()
-        balanced = fresh if config.loop.replay_balance else None
-        pairs = fresh + replayed(seen.pairs[:-1], config.loop.replay, config.run.seed + number, balanced)
+        pairs = fresh + replayed(seen.pairs[:-1], loop, config.run.seed + number, fresh)
         if not pairs:
             raise PsyrayError(
-                f"round {number} has no pair to train on: its budget is {config.loop.budget_of(number)} and the reward "
-                f"model labelled none above loop.reward_margin {config.loop.reward_margin} (loop.reward_confidence "
-                f"{config.loop.reward_confidence}); raise the one or lower the others"
+                f"round {number} has no pair to train on: its budget is {loop.budget_of(number)} and the reward "
+                f"model labelled none above loop.reward_margin {loop.reward_margin} (loop.reward_confidence "
+                f"{loop.reward_confidence}); raise the one or lower the others"
             )
         random.Random(config.run.seed).shuffle(pairs)
         steps = train_policy(folder, config, pairs, policy.path, reference.path, title=f"policy of round {number}")
@@ -239,21 +240,27 @@ def policy_stage(
     return Policy(number, str(trained.model), trained.fingerprint)
 
 
-def replayed(older: Sequence[Artifact], count: int, seed: int, fresh: Sequence[Row] | None = None) -> list[Row]:
-    """Up to `count` older training pairs that a judge or an oracle labelled.
+def dpo_of(config: Config, number: int) -> DpoSection:
+    """The section `dpo` as round `number` (from 1) trains by it."""
+    rate = config.dpo.train.learning_rate * config.loop.rate_decay ** (number - 1)
+    return config.dpo.model_copy(update={"train": config.dpo.train.model_copy(update={"learning_rate": rate})})
 
-    With `fresh`, the pairs that they join, they are drawn so that the longer side wins as often as it loses over both.
-    """
+
+def replayed(older: Sequence[Artifact], loop: LoopSection, seed: int, fresh: Sequence[Row]) -> list[Row]:
+    """Up to `loop.replay` older training pairs that a judge or an oracle labelled, to join the `fresh` ones."""
     rows = [r for artifact in older for r in artifact.rows() if r["split"] == "train" and r["source"] != "reward"]
+    if not loop.mixed_ends:
+        rows = [r for r in rows if bool(r.get("chosen_truncated")) == bool(r.get("rejected_truncated"))]
     rows.sort(key=lambda r: r["pair_id"])
-    draw = random.Random(seed)
-    if fresh is None:
-        return draw.sample(rows, min(count, len(rows)))
-    return balancing(fresh, draw.sample(rows, len(rows)), count)
+    draw, count = random.Random(seed), min(loop.replay, len(rows))
+    return balancing(fresh, draw.sample(rows, len(rows)), count) if loop.replay_balance else draw.sample(rows, count)
 
 
 def balancing(fresh: Sequence[Row], drawn: Sequence[Row], count: int) -> list[Row]:
-    """The first `count` of `drawn`, but each time that one direction has won more often the other one's next."""
+    """The first `count` of `drawn`, but each time that longer or shorter sides have won more often the others' next.
+
+    Wins of `fresh` count too, so that over both the longer side wins as often as it loses, as far as `drawn` has it.
+    """
     piles: dict[int, deque[tuple[int, Row]]] = {way: deque() for way in (1, 0, -1)}
     for place, row in enumerate(drawn):
         piles[longer_wins(row)].append((place, row))

@@ -59,6 +59,7 @@ def labels_stage(
 
     ruled = ("acquisition", "apart", "reward_margin", "reward_confidence", "length_penalty", "reward_pairs", "k")
     settings = oracle.identity | {key: getattr(loop, key) for key in ruled}
+    settings |= {} if loop.mixed_ends else {"mixed_ends": False}
     settings |= {"budget": budget, "veto": veto, "seed": config.run.seed}
     return run.stage(f"round-{number}/labels", settings, [heads, features, samples], make)
 
@@ -162,6 +163,7 @@ def reward_pairs(
             for j, second in enumerate(responses)
             if i != j
             and first["text"] != second["text"]
+            and (loop.mixed_ends or first["truncated"] == second["truncated"])
             and (gap := Gap.of(scores_PKH[p, i] - scores_PKH[p, j])).wide(loop)
         ]
         sure = [found for found in wide if found[0].sure(loop)]

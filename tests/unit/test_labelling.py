@@ -117,3 +117,12 @@ def test_a_budget_is_one_for_all_rounds_or_one_for_each():
     for bad in ("loop.budget=-1", "loop.budget=[]", "loop.budget=[4, -1]"):
         with pytest.raises(PsyrayError, match="budget is a number from 0"):
             load_config(None, [bad])
+
+
+def test_a_limit_that_cut_one_side_off_decides_no_pair_where_ends_may_not_be_mixed():
+    cut = [row | {"truncated": end} for row, end in zip(responses("a", "b", "c"), (False, True, True), strict=True)]
+    scores_PKH, apart = alike([[3.0, 1.0, 0.0]]), LOOP.model_copy(update={"mixed_ends": False})
+    assert [p["rejected_id"] for p in reward_pairs([cut], scores_PKH, set(), LOOP)[0]] == ["s2"]
+    [pair], _ = reward_pairs([cut], scores_PKH, set(), apart)
+    assert (pair["chosen_id"], pair["rejected_id"]) == ("s1", "s2")
+    assert pair["chosen_truncated"] and pair["rejected_truncated"]

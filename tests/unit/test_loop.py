@@ -1,6 +1,7 @@
 """The pure parts of the online loop: prompts, draws, questions, where it stops and what it exports."""
 
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given as drawn
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from psyray.config import Config, load_config
 from psyray.data.generate import draw, draw_row, with_system
-from psyray.loop import balancing, chosen, longer_wins, prompts, why_stop
+from psyray.loop import balancing, chosen, dpo_of, longer_wins, prompts, replayed, why_stop
 from psyray.records import Verdict
 from psyray.sections.data import Responder
 from psyray.sections.learning import LoopSection
@@ -140,3 +141,26 @@ def test_with_nothing_to_level_older_pairs_come_as_drawn():
         1,
         2,
     ]
+
+
+def test_older_pairs_are_those_of_judge_or_oracle_on_the_training_side_and_with_like_ends_if_so_configured():
+    ends = [(True, False), (True, True), (False, False), (None, None)]
+    rows = [
+        pair(1, n)
+        | {"pair_id": str(n), "split": "train", "source": "oracle", "chosen_truncated": a, "rejected_truncated": b}
+        for n, (a, b) in enumerate(ends)
+    ]
+    rows += [rows[1] | {"pair_id": "8", "source": "reward"}, rows[1] | {"pair_id": "9", "split": "test"}]
+    older = [SimpleNamespace(rows=lambda: rows)]
+
+    def ids(**loop: object) -> set[str]:
+        return {row["pair_id"] for row in replayed(older, LoopSection(replay=9, **loop), 0, [])}
+
+    assert ids() == {"0", "1", "2", "3"} == ids(replay_balance=True)
+    assert ids(mixed_ends=False) == {"1", "2", "3"}
+
+
+def test_the_learning_rate_falls_by_round():
+    set_up = load_config(None, ["loop.rate_decay=0.5", "dpo.train.learning_rate=0.008"])
+    assert [dpo_of(set_up, number).train.learning_rate for number in (1, 2, 3)] == [0.008, 0.004, 0.002]
+    assert dpo_of(set_up, 2).beta == set_up.dpo.beta
