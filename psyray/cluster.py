@@ -89,9 +89,14 @@ def _quiet_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
+def gpus_here() -> int:
+    """The NVIDIA devices of this machine; the driver's files say so without the seconds that torch takes."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA device; the driver's files say so without the seconds that torch takes."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether this machine has an NVIDIA device."""
+    return gpus_here() > 0
 
 
 def use_gpu(device: str) -> bool:
@@ -114,8 +119,8 @@ def at_hand(config: Config) -> tuple[list[Bundle], str]:
     """The nodes that a run with these settings would find, and what they are; PsyrayError where nobody can tell."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if not address:
-        gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-        return [{"CPU": config.cluster.logical_cpus, "GPU": gpus}], "the Ray that would be started on this machine"
+        here = {"CPU": config.cluster.logical_cpus, "GPU": gpus_here()}
+        return [here], "the Ray that would be started on this machine"
     if address.startswith("http"):
         raise PsyrayError(f"{address} takes jobs only; submit the dry run as a job to learn of its nodes")
     with ray_session(config):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slow_server import slow_server
 
+from psyray.active.ledger import Ledger
+from psyray.config import Config, load_config
 from psyray.errors import PsyrayError
 from psyray.mirror import Mirror
+from psyray.pipeline import run_pipeline
 from psyray.run import Run, read_stages
 
 ROOT = Path(__file__).parents[2]
@@ -113,3 +119,34 @@ def test_a_bucket_that_is_not_there_is_one_clear_error(bucket: str, tmp_path: Pa
     with pytest.raises(PsyrayError, match=r"run\.mirror s3://no-such-bucket/run cannot be used") as told:
         mirror.keep_small()
     assert "for-this-test" not in str(told.value) and "only" not in str(told.value)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_fresh_machine_goes_on_with_a_run_and_asks_nobody_twice(
+    bucket: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    uri = f"{bucket}/whole"
+
+    def config(home: Path, url: str) -> Config:
+        responders = [{"name": name, "model": "any", "endpoint": {"url": url}} for name in ("a", "b")]
+        return load_config(
+            ROOT / "configs/demo.yaml",
+            [
+                f"run.path={home}/run", f"run.mirror={uri}", f"responses.responders={json.dumps(responders)}",
+                "responses.k=2", "speeches.limit=12", f"reward.model={tiny_model}", f"policy.model={tiny_model}",
+            ],
+        )  # fmt: skip
+
+    said: list[str] = []
+    with slow_server(0) as endpoint:
+        run_pipeline(config(tmp_path / "one", endpoint.url), until="judgements", say=said.append)
+        asked = endpoint.calls.total()
+        bought = Ledger(f"sqlite:///{tmp_path}/one/labels.db").summary(uri)
+        shutil.rmtree(tmp_path / "one")  # that machine is gone
+        run_pipeline(config(tmp_path / "two", endpoint.url), until="judgements", say=said.append)
+        assert endpoint.calls.total() == asked == 24
+    assert [line for line in said if line.startswith("judgements: fetched")] == [f"judgements: fetched from {uri}"]
+    names = [stage.name for stage in read_stages(tmp_path / "two" / "run")]
+    assert names == ["speeches", "responses", "judgements"]
+    assert sum(row["bought"] for row in bought) > 0
+    assert Ledger(f"sqlite:///{tmp_path}/two/labels.db").summary(uri) == bought
