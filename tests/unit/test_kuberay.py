@@ -98,7 +98,7 @@ WRONG_TYPE = "is not of type"
         ("RayJob/psyray-run", ["spec"], "entryPoint", "python", "'entryPoint' was unexpected"),
         ("RayJob/psyray-run", ["spec"], "submissionMode", "HttpMode", "'HttpMode' is not one of"),
         ("RayJob/psyray-run", ["spec", "rayClusterSpec", "authOptions"], "mode", "tokens", "'tokens' is not one of"),
-        ("RayService/psyray", ["spec"], "rayClusterSpec", {}, "'rayClusterSpec' was unexpected"),
+        ("RayService/psyray-model", ["spec"], "rayClusterSpec", {}, "'rayClusterSpec' was unexpected"),
         ("NetworkPolicy/psyray-run", ["spec"], "ingres", [], "'ingres' was unexpected"),
         ("PersistentVolumeClaim/psyray-runs", ["spec"], "accessModes", "ReadWriteMany", WRONG_TYPE),
     ],
@@ -228,18 +228,18 @@ def test_the_service_serves_what_serve_yaml_does() -> None:
 
     from serve.champion import Args
 
-    spec = RAY["RayService/psyray"]["spec"]
+    spec = RAY["RayService/psyray-model"]["spec"]
     served = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
     alone = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "configs/serve.yaml").read_text()))
     names = [[(a.name, a.route_prefix, a.import_path) for a in file.applications] for file in (served, alone)]
     assert names[0] == names[1]
     (application,) = served.applications
     asked = Args.read(application.args)
-    mounts = [mount["mountPath"] for t in templates(RAY["RayService/psyray"]) for c in t["spec"]["containers"]
+    mounts = [mount["mountPath"] for t in templates(RAY["RayService/psyray-model"]) for c in t["spec"]["containers"]
               for mount in c["volumeMounts"]]  # fmt: skip
-    assert mounts.count(str(asked.keys.parent)) == len(templates(RAY["RayService/psyray"]))
+    assert mounts.count(str(asked.keys.parent)) == len(templates(RAY["RayService/psyray-model"]))
     assert asked.run == Path("runs/psychocounsel-8b")
-    head = templates(RAY["RayService/psyray"])[0]
+    head = templates(RAY["RayService/psyray-model"])[0]
     assert (served.http_options.host, served.http_options.port) == ("0.0.0.0", 8000)
     assert 8000 in {port["containerPort"] for port in ports_of(head)}
 
@@ -247,6 +247,6 @@ def test_the_service_serves_what_serve_yaml_does() -> None:
 def test_the_clusters_of_the_three_differ_only_in_what_they_are_for() -> None:
     runs, job = cluster(RAY["RayCluster/psyray"]), cluster(RAY["RayJob/psyray-run"])
     assert runs == job
-    (first, *_), (other, *_) = templates(RAY["RayCluster/psyray"]), templates(RAY["RayService/psyray"])
+    (first, *_), (other, *_) = templates(RAY["RayCluster/psyray"]), templates(RAY["RayService/psyray-model"])
     for key in ("env", "envFrom", "securityContext", "resources", "livenessProbe"):
         assert first["spec"]["containers"][0][key] == other["spec"]["containers"][0][key]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +141,16 @@ def test_the_ledger_is_copied_while_a_stage_is_at_work(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirrors, "LEDGER_EVERY_S", 0.05)
-    ledger = tmp_path / "labels.db"
-    mirror = Mirror(f"file://{store}", tmp_path / "run", ledger)
-    with mirror.open():
-        bought(ledger, "q1")
-        for _ in range(200):
-            if (store / "ledger.json").exists():
-                break
-            mirrors.threading.Event().wait(0.05)
-        latest = json.loads((store / "ledger.json").read_text())
-        with sqlite3.connect(store / latest["file"]) as copy:
-            assert copy.execute("SELECT question_id FROM question").fetchall() == [("q1",)]
+    here, there, pointer = tmp_path / "labels.db", tmp_path / "two" / "labels.db", store / "ledger.json"
+    bought(here, "q1")
+    with Mirror(f"file://{store}", tmp_path / "run", here).open():
+        deadline = time.monotonic() + 30
+        while not (pointer.exists() and pointer.stat().st_size):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # The machine is lost now, with nothing put in order.
+        Mirror(f"file://{store}", tmp_path / "two" / "run", there, lambda line: None).fetch_ledger()
+        assert Ledger(f"sqlite:///{there}").answers(["q1"]).keys() == {"q1"}
 
 
 def test_a_ledger_that_is_damaged_is_not_taken(tmp_path: Path, store: Path) -> None:
