@@ -1,9 +1,12 @@
-"""A stage as a Ray job through the job server: stopped in the middle, submitted again, ended without a loss."""
+"""A stage as a Ray job through a job server that asks for a token: stopped, submitted again, ended without a loss."""
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,19 +24,33 @@ ROOT = Path(__file__).parents[2]
 SPEECHES, K, LIMIT_S = 30, 2, 180
 
 
-@pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The job server of a Ray of its own, which gives a stopped job the time that configs/kuberay gives it."""
-    from ray.cluster_utils import Cluster
-    from ray.job_submission import JobSubmissionClient
+HOLD = """
+import sys
+from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
-    head = {"num_cpus": 4, "include_dashboard": True, "object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+head = {"num_cpus": 4, "include_dashboard": True, "object_store_memory": 100 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+print("dashboard", cluster.head_node.webui_url, flush=True)
+sys.stdin.read()  # until the test is over
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def ray_with_token() -> Iterator[tuple[str, str]]:
+    """(dashboard, token) of a Ray of its own, which gives a stopped job the time that configs/kuberay gives it."""
+    token = secrets.token_hex(32)
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    }  # fmt: skip
+    command = [sys.executable, "-c", HOLD]
+    holder = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout
     try:
-        yield JobSubmissionClient(f"http://{cluster.head_node.webui_url}")
+        address = next(line for line in holder.stdout if line.startswith("dashboard ")).split()[1]
+        yield f"http://{address}", token
     finally:
-        cluster.shutdown()
+        holder.communicate(timeout=60)
 
 
 def submit(client: Any, home: Path, model: Path, endpoint: Slow) -> str:
@@ -58,7 +75,17 @@ def wait(client: Any, job: str, until: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
-def test_a_stopped_job_says_so_and_the_next_one_goes_on(client: Any, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_stopped_job_says_so_and_the_next_one_goes_on(
+    ray_with_token: tuple[str, str], tmp_path: Path, tiny_model: Path
+) -> None:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    dashboard, token = ray_with_token
+    for wrong in ({}, {"Authorization": "Bearer " + token[::-1]}):
+        with pytest.raises(AuthenticationError):
+            JobSubmissionClient(dashboard, headers=wrong)
+    client = JobSubmissionClient(dashboard, headers={"Authorization": f"Bearer {token}"})
     run = tmp_path / "job"
     with slow_server(0.5) as endpoint:
         job = submit(client, tmp_path, tiny_model, endpoint)
