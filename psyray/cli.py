@@ -31,14 +31,19 @@ def run(
         bool, typer.Option("--dry-run", help="print the plan and check all that needs no hardware")
     ] = False,
     serve: Annotated[bool, typer.Option("--serve", help="end with one request to the served result")] = False,
+    until: Annotated[str | None, typer.Option(help="end after this stage, for example responses or round-1")] = None,
 ) -> None:
     """Run the whole path; the same command again goes on where it was cut off.
+
+    SIGTERM stops it as Ctrl-C does: nothing is lost, and the exit status is 130.
 
     Examples:  psyray run configs/demo.yaml
                psyray run configs/demo.yaml speeches.path=questions.jsonl run.path=runs/mine
                psyray run configs/psychocounsel-3b.yaml --dry-run
+               psyray run configs/demo.yaml --until judgements
     """
     from psyray.config import load_config
+    from psyray.stopping import STOPPED
 
     loaded = load_config(config, settings)
     if dry_run:
@@ -49,13 +54,14 @@ def run(
     from psyray.pipeline import run_pipeline
 
     try:
-        report = run_pipeline(loaded, serve=serve, say=say)
+        report = run_pipeline(loaded, serve=serve, until=until, say=say)
     except KeyboardInterrupt:
         say("stopped; nothing is lost: the same command goes on from here")
-        raise typer.Exit(130) from None
+        raise typer.Exit(STOPPED) from None
     folder = report.parent
     say(f"report: {report}")
-    say(f"serve:  serve run serve.app:build run={folder}")
+    if not until:
+        say(f"serve:  serve run serve.app:build run={folder}")
     say(f"state:  psyray status {folder}")
 
 
@@ -74,6 +80,24 @@ def report(folder: RunFolder) -> None:
     from psyray.run import run_path
 
     say(f"report: {write_report(run_path(folder))}")
+
+
+@app.command()
+def fetch(
+    mirror: Annotated[str, typer.Argument(help="the run's run.mirror, for example s3://bucket/demo")],
+    folder: Annotated[Path, typer.Argument(help="the run folder to fetch it into, new or half there")],
+) -> None:
+    """Fetch a run from its mirror: the finished stages of its latest pass, and the ledger where this machine has none.
+
+    Example:  psyray fetch s3://bucket/demo runs/demo
+    """
+    from psyray.active.ledger import ledger_file
+    from psyray.mirror import Mirror
+    from psyray.run import fetch_run, run_path
+
+    path = run_path(folder)
+    names = fetch_run(Mirror(mirror, path, ledger_file(path), say))
+    say(f"{path}: {len(names)} finished stages; state: psyray status {path}")
 
 
 @app.command()
@@ -221,6 +245,9 @@ def say(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command's entry point: an error that the user can mend is one line and exit code 1."""
+    from psyray.stopping import sigterm_is_ctrl_c
+
+    sigterm_is_ctrl_c()
     try:
         app(arguments)
     except PsyrayError as error:

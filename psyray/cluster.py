@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from psyray.config import Config
 from psyray.errors import PsyrayError
+from psyray.needs import Bundle, missing
+from psyray.stopping import sigterm_is_ctrl_c
 
 # Nothing is reported to anybody, and logs stay readable.
 QUIET = {
@@ -43,6 +46,7 @@ def ray_session(config: Config) -> Iterator[None]:
         return
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     _start(ray, config, address)
+    sigterm_is_ctrl_c()
     _quiet_data()
     try:
         yield
@@ -87,9 +91,14 @@ def _quiet_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
+def gpus_here() -> int:
+    """The NVIDIA devices of this machine; the driver's files say so without the seconds that torch takes."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA device; the driver's files say so without the seconds that torch takes."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether this machine has an NVIDIA device."""
+    return gpus_here() > 0
 
 
 def use_gpu(device: str) -> bool:
@@ -101,30 +110,46 @@ def use_gpu(device: str) -> bool:
     return bool(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else has_gpu()
 
 
-def require(needed: Mapping[str, float], wait_s: float, what: str) -> None:
-    """Wait until the cluster as a whole has the resources, asking an autoscaler for them.
+def nodes() -> list[Bundle]:
+    """The resources of each node of the cluster that this process is attached to, held by others or not."""
+    import ray
 
-    PsyrayError that names the missing one after `wait_s` seconds.
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def at_hand(config: Config) -> tuple[list[Bundle], str]:
+    """The nodes that a run with these settings would find, and what they are; PsyrayError where nobody can tell."""
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        here = {"CPU": config.cluster.logical_cpus, "GPU": gpus_here()}
+        return [here], "the Ray that would be started on this machine"
+    if address.startswith("http"):
+        raise PsyrayError(f"{address} takes jobs only; submit the dry run as a job to learn of its nodes")
+    with ray_session(config):
+        found = nodes()
+        return found, f"the Ray at {address}, {len(found)} nodes"
+
+
+def require(bundles: Sequence[Bundle], wait_s: float, what: str) -> None:
+    """Wait until the cluster has room for the bundles that nobody else holds, asking an autoscaler for it.
+
+    PsyrayError that names the missing resource after `wait_s` seconds.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
 
     deadline, asked = time.monotonic() + wait_s, False
-    while True:
-        have = ray.cluster_resources()
-        missing = {name: count for name, count in needed.items() if have.get(name, 0) < count}
-        if not missing:
-            break
-        if not asked:
-            # One unit a bundle, so that they may lie on several nodes.
-            request_resources(bundles=[{name: 1} for name, count in needed.items() for _ in range(int(count))])
-            asked = True
-        if time.monotonic() > deadline:
-            wanted = ", ".join(f"{count:g} {name} (has {have.get(name, 0):g})" for name, count in missing.items())
-            raise PsyrayError(
-                f"{what} cannot be placed: the cluster lacks {wanted} after {wait_s:.0f} s; "
-                "add nodes, ask for less, or raise cluster.wait_s"
-            )
-        time.sleep(1)
-    if asked:
-        request_resources(bundles=[])
+    try:
+        while lacking := missing(bundles, nodes(), ray.available_resources()):
+            if not asked:
+                request_resources(bundles=[{name: ceil(n) for name, n in bundle.items()} for bundle in bundles])
+                asked = True
+            if time.monotonic() > deadline:
+                raise PsyrayError(
+                    f"{what} cannot be placed: the cluster lacks {lacking} after {wait_s:.0f} s; "
+                    "add nodes, ask for less, or raise cluster.wait_s"
+                )
+            time.sleep(min(0.2, wait_s))
+    finally:
+        if asked:
+            request_resources(bundles=[])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from psyray.active.labelled_set import labelled_source
 from psyray.active.ledger import Ledger, ledger_url
-from psyray.cluster import ray_session
+from psyray.cluster import ray_session, require, use_gpu
 from psyray.config import Config
 from psyray.data.generate import responses_stage
 from psyray.data.judge import Desk, judgements_stage
@@ -23,35 +24,50 @@ from psyray.engines.judges import make_judge, make_panel
 from psyray.errors import PsyrayError
 from psyray.evaluate.probe import load_probe
 from psyray.loop import Outcome, Seen, online_loop
+from psyray.mirror import Mirror, address
 from psyray.models import local_models, resolve_model
+from psyray.needs import TASK, serving
 from psyray.records import Row
 from psyray.report import write_report
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
 from psyray.rubric import Rubric, load_rubric
-from psyray.run import Artifact, Folder, Run, run_path, write_atomic
+from psyray.run import Artifact, Folder, Run, followed, run_path, write_atomic
 from psyray.sections.data import JudgeSection
+from psyray.status import expected_stages
+from psyray.stopping import Reached, last_stage
 from psyray.track import Tracker
 
 CHAMPION = "champion.json"
 
 
-def run_pipeline(config: Config, *, serve: bool = False, say: Callable[[str], None] = print) -> Path:
+def run_pipeline(
+    config: Config, *, serve: bool = False, until: str | None = None, say: Callable[[str], None] = print
+) -> Path:
     """Run every stage that is not done yet and return the report's path.
 
-    With `serve`, the run ends with one request to the served policy, scored by the served reward model.
+    With `serve`, the run ends with one request to the served policy, scored by the served reward model; with `until`,
+    after the stage of that name.
     """
     check(config)
-    run = Run(config.run.path, say)
     settings = config.model_dump(mode="json")
-    with run.open(settings), Tracker(config.track, run.path, settings) as tracker:
+    last = last_stage(until, expected_stages(settings)) if until else None
+    mirror = open_mirror(config, say)
+    run = Run(config.run.path, say, last, mirror)
+    with (
+        mirror.open() if mirror else nullcontext(),
+        run.open(settings),
+        Tracker(config.track, run.path, settings) as tracker,
+    ):
         run.on_stage = tracker.stage
         desk = open_desk(config, run)
         with ray_session(config):
-            export = run_stages(run, config, desk, second_desk(config, desk))
-            register(tracker, export)
-            if serve:
-                served_stage(run, export, config)
+            require([TASK], config.cluster.wait_s, "the tasks of a run")
+            with suppress(Reached):
+                export = run_stages(run, config, desk, second_desk(config, desk))
+                register(tracker, export, run)
+                if serve:
+                    served_stage(run, export, config)
         report = write_report(run.path)
         tracker.artifact(report)
     return report
@@ -112,36 +128,54 @@ def export_stage(run: Run, config: Config, reward: Artifact, outcome: Outcome) -
     return export
 
 
-def register(tracker: Tracker, export: Artifact) -> None:
+def open_mirror(config: Config, say: Callable[[str], None]) -> Mirror | None:
+    """The copies that `run.mirror` asks for, with the ledger where it is a file."""
+    if config.run.mirror is None:
+        return None
+    path = run_path(config.run.path)
+    _, sqlite, file = ledger_url(config.ledger.url, path).partition("sqlite:///")
+    return Mirror(config.run.mirror, path, Path(file) if sqlite else None, say)
+
+
+def register(tracker: Tracker, export: Artifact, run: Run) -> None:
     """The champion and its reward model in MLflow's registry."""
     stats = export.stats
+
+    def model(name: str) -> Path:
+        return followed(Path(stats[name]["path"]), Path(stats["run"]), run.path)
+
     tags = {"run": stats["run"], "round": str(stats["champion_round"]), "fingerprint": export.fingerprint}
-    tracker.register("psyray-policy", Path(stats["policy"]["path"]), alias="champion", tags=tags)
-    tracker.register("psyray-reward", Path(stats["reward"]["path"]), alias="champion", tags=tags)
+    tracker.register("psyray-policy", model("policy"), alias="champion", tags=tags)
+    tracker.register("psyray-reward", model("reward"), alias="champion", tags=tags)
 
 
 def served_stage(run: Run, export: Artifact, config: Config) -> Artifact:
     """The stage `served`: one real request to the served champion, scored over HTTP."""
     from serve.request import serve_once
 
-    return run.stage("served", {}, [export], lambda folder: serve_once(run.path))
+    def make(folder: Folder) -> Mapping[str, Any]:
+        require(serving(config.engine, use_gpu(config.engine.device)), config.cluster.wait_s, "the served result")
+        return serve_once(run.path)
+
+    return run.stage("served", {}, [export], make)
 
 
 def open_desk(config: Config, run: Run) -> Desk:
     """The judge or the panel, its rubric and the ledger that the run buys labels with."""
     rubric = load_rubric(config.rubric)
     ledger = Ledger(ledger_url(config.ledger.url, run.path))
+    run_id = config.run.mirror or str(run.path)  # a mirror's run is the same one in whatever folder it goes on
 
     def desk(section: JudgeSection) -> Desk:
         judge = make_judge(section, rubric, config.engine, config.cluster.wait_s)
-        return Desk(judge, rubric, ledger, str(run.path), section)
+        return Desk(judge, rubric, ledger, run_id, section)
 
     if not config.panel.judges:
         return desk(config.judge)
     members = tuple(desk(section) for section in config.panel.judges)
     panel = make_panel([member.judge for member in members], config.panel, rubric)
     section = config.judge.model_copy(update={"form": config.panel.judges[0].form})
-    return Desk(panel, rubric, ledger, str(run.path), section, members, config.panel)
+    return Desk(panel, rubric, ledger, run_id, section, members, config.panel)
 
 
 def second_desk(config: Config, desk: Desk) -> Desk | None:
@@ -164,6 +198,8 @@ def check(config: Config) -> None:
 def check_settings(config: Config) -> None:
     """Settings that cannot work together; PsyrayError names them."""
     ledger_url(config.ledger.url, run_path(config.run.path))
+    if config.run.mirror is not None:
+        address(config.run.mirror)
     if config.oracle.path:
         labelled_source(config.oracle)
     rubric = load_rubric(config.rubric)

@@ -12,12 +12,13 @@ from psyray.config import Config
 from psyray.data.speeches import preview
 from psyray.errors import PsyrayError
 from psyray.models import local_models, resolve_model
+from psyray.placement import show_places
 from psyray.rubric import load_rubric
 from psyray.run import run_path
 from psyray.sections.learning import OracleSection, TrainSection
 
 LOOKED_AT = 20_000  # rows of each source that a plan reads
-Line = tuple[str, str, str, str]  # stage, work, model, placement
+Line = tuple[str, str, str]  # stage, work, model
 
 
 def show_plan(config: Config, out: Console) -> None:
@@ -27,11 +28,12 @@ def show_plan(config: Config, out: Console) -> None:
     check_settings(config)
     _, speeches = preview(config.speeches, LOOKED_AT)
     table = Table(title=f"plan of {run_path(config.run.path)}", title_justify="left")
-    for column in ("stage", "work", "model", "placed on"):
+    for column in ("stage", "work", "model"):
         table.add_column(column, overflow="fold")
     for line in lines(config, speeches["kept"], speeches["train"]):
         table.add_row(*line)
     out.print(table)
+    show_places(config, out)
     for words in speech_lines(speeches):
         out.print(words)
     out.print(f"labels: {labels(config)}")
@@ -57,28 +59,23 @@ def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:
     test = speeches - train
     held_out = min(test, config.evaluate.speeches or test)
     prompts = min(loop.prompts, train)
-    engine, judges = placement(config), config.panel.judges or [config.judge]
+    judges = config.panel.judges or [config.judge]
     judge = ", ".join(dict.fromkeys(one.model or f"judge {one.engine}" for one in judges))
     models = ", ".join(dict.fromkeys(r.model for r in config.responses.responders))
-    yield "speeches", f"{speeches} speeches", "", "driver"
-    yield "responses", f"{speeches} x {k} = {speeches * k} responses", models, responder_placement(config)
+    yield "speeches", f"{speeches} speeches", ""
+    yield "responses", f"{speeches} x {k} = {speeches * k} responses", models
     ratings = f"up to {speeches * k} ratings" + (f" by each of {len(judges)} judges" if len(judges) > 1 else "")
-    yield "judgements", ratings, judge, judge_placement(config)
-    yield "pairs", f"rule {config.pairs.rule}, gap {config.pairs.gap} on the {config.pairs.gap_on}", "", "driver"
-    yield "reward", training(config.reward.train), config.reward.model, workers(config, config.reward.train.workers)
-    yield "reward-heads", f"{config.reward.heads.count} heads ({config.reward.heads.kind})", "", "driver"
+    yield "judgements", ratings, judge
+    yield "pairs", f"rule {config.pairs.rule}, gap {config.pairs.gap} on the {config.pairs.gap_on}", ""
+    yield "reward", training(config.reward.train), config.reward.model
+    yield "reward-heads", f"{config.reward.heads.count} heads ({config.reward.heads.kind})", ""
     sampled = prompts * loop.k + held_out
-    yield "round 0", f"{sampled} samples ({held_out} held out)", config.policy.model, engine
+    yield "round 0", f"{sampled} samples ({held_out} held out)", config.policy.model
     for number in range(1, loop.rounds + 1):
         more = prompts * loop.k if number < loop.rounds else 0
         pairs = f"{min(loop.budget_of(number), prompts)} asked by {loop.acquisition}, the rest by the reward model"
-        yield (
-            f"round {number}",
-            f"{pairs}; DPO: {training(config.dpo.train)}",
-            config.policy.model,
-            workers(config, config.dpo.train.workers),
-        )
-        yield f"round {number} gate", f"{more + held_out} samples ({held_out} held out){graded(config)}", "", engine
+        yield f"round {number}", f"{pairs}; DPO: {training(config.dpo.train)}", config.policy.model
+        yield f"round {number} gate", f"{more + held_out} samples ({held_out} held out){graded(config)}", ""
 
 
 def graded(config: Config) -> str:
@@ -93,32 +90,6 @@ def training(train: TrainSection) -> str:
     """A training section in words."""
     words = "epochs {epochs}, batch {batch_size}, learning rate {learning_rate}, ZeRO-{zero_stage}"
     return words.format(**vars(train)) + (f", LoRA of rank {train.lora.rank}" if train.lora else "")
-
-
-def placement(config: Config) -> str:
-    """What one engine stage takes."""
-    if config.engine.device == "cpu":
-        return f"{config.engine.replicas} CPU engine"
-    gpus = config.engine.replicas * config.engine.tensor_parallel
-    return f"{gpus} GPU" + (" (CPU where the cluster has none)" if config.engine.device == "auto" else "")
-
-
-def responder_placement(config: Config) -> str:
-    """Where the responders answer: at their endpoints, or on engines that are started here."""
-    at = [(r.endpoint and r.endpoint.url) or placement(config) for r in config.responses.responders]
-    return ", ".join(dict.fromkeys(at))
-
-
-def judge_placement(config: Config) -> str:
-    """Where the judge works, or each of a panel."""
-    at = {"rule": "CPU", "vllm": placement(config)}
-    return ", ".join(dict.fromkeys(at.get(j.engine) or j.url or "" for j in config.panel.judges or [config.judge]))
-
-
-def workers(config: Config, count: int) -> str:
-    """What a training job takes."""
-    kind = {"cpu": "CPU worker", "gpu": "GPU", "auto": "GPU (CPU where the cluster has none)"}[config.engine.device]
-    return f"{count} x {kind}"
 
 
 def labels(config: Config) -> str:

@@ -1,6 +1,6 @@
 """A run is a folder; a stage is a folder in it, named by the fingerprint of all it depends on.
 
-    RUN/run.json                      the stages of the latest pass, in order
+    RUN/run.json                      the stages of the latest pass, in order, and when it was stopped on purpose
     RUN/config.yaml                   the resolved configuration of the latest pass
     RUN/stages/pairs/3fa9c1e2/        one result of the stage `pairs`
         part-00000.parquet ...        rows as they come in
@@ -34,7 +34,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from psyray.errors import PsyrayError
+from psyray.mirror import Mirror
 from psyray.records import Row, content_id, rows, table
+from psyray.stopping import Reached
 from psyray.tables import connect, cut, in_order, sources
 
 ROWS_PER_FILE = 50_000
@@ -57,7 +59,10 @@ def runs_home() -> Path:
 def run_path(path: Path) -> Path:
     """The absolute run folder; PsyrayError for a URI."""
     if "://" in str(path) or str(path).startswith(("s3:", "gs:")):
-        raise PsyrayError(f"run.path {path}: a run folder lies on a file system that all nodes mount; no URI yet")
+        raise PsyrayError(
+            f"run.path {path}: a run folder lies on a file system that all nodes mount; a URI goes into run.mirror, "
+            "where finished stages are copied to"
+        )
     return path if path.is_absolute() else runs_home() / path
 
 
@@ -204,8 +209,14 @@ Make = Callable[[Folder], Mapping[str, Any]]
 class Run:
     """An open run folder; one process at a time works in it."""
 
-    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
-        self.path, self.say = run_path(path), say
+    def __init__(
+        self,
+        path: Path,
+        say: Callable[[str], None] = print,
+        until: str | None = None,
+        mirror: Mirror | None = None,
+    ) -> None:
+        self.path, self.say, self.until, self.mirror = run_path(path), say, until, mirror
         self.stages: list[dict[str, str]] = []
         self.on_stage: Callable[[Artifact], None] = lambda artifact: None
 
@@ -224,7 +235,11 @@ class Run:
             lock.write(str(os.getpid()))
             lock.flush()
             self._note_changes(config)
-            yield self
+            try:
+                yield self
+            except KeyboardInterrupt:
+                self._write_list(stopped=_now())
+                raise
 
     def _note_changes(self, config: Mapping[str, Any]) -> None:
         kept = self.path / "config.yaml"
@@ -238,24 +253,33 @@ class Run:
         """The finished stage: read if its manifest is there, otherwise made.
 
         `config` is all that the result depends on beside the inputs. `make` writes into the folder and returns
-        the stage's numbers; rows that it kept with `Folder.parts` are merged afterwards.
+        the stage's numbers; rows that it kept with `Folder.parts` are merged afterwards. Raises Reached where the run
+        was to go up to this stage.
         """
         fingerprint = _fingerprint(name, config, inputs)
         folder = Folder(self.path / "stages" / name / fingerprint)
         self._list(name, fingerprint)
         manifest = folder.path / "manifest.json"
-        if manifest.exists():
+        if not manifest.exists() and self.mirror and self.mirror.fetch(folder.path):
+            self.say(f"{name}: fetched from {self.mirror.uri}")
+        elif manifest.exists():
             self.say(f"{name}: done before ({json.loads(manifest.read_text())['rows']} rows)")
         else:
             self._announce(name, folder)
             self._make(name, fingerprint, config, inputs, folder, make)
         artifact = Artifact(name, folder.path, fingerprint, json.loads(manifest.read_text()))
+        if self.mirror:
+            self.mirror.keep(folder.path)
         self.on_stage(artifact)
+        if name == self.until:
+            self.say(f"{name}: the last stage that was asked for (--until)")
+            raise Reached
         return artifact
 
     def has(self, name: str, config: Mapping[str, Any], inputs: Sequence[Artifact]) -> bool:
         """Whether that very stage is finished already."""
-        return (self.path / "stages" / name / _fingerprint(name, config, inputs) / "manifest.json").exists()
+        folder = self.path / "stages" / name / _fingerprint(name, config, inputs)
+        return (folder / "manifest.json").exists() or bool(self.mirror and self.mirror.has(folder))
 
     def _announce(self, name: str, folder: Folder) -> None:
         stage = folder.path.parent
@@ -289,7 +313,7 @@ class Run:
             "rows": sum(pq.read_metadata(folder.path / f).num_rows for f in files),
             "stats": stats,
             "seconds": round(time.time() - started, 1),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": _now(),
         }
         write_atomic(folder.path / "manifest.json", json.dumps(manifest, indent=1, default=str))
         for part in folder.path.glob("part-*.parquet"):
@@ -299,8 +323,15 @@ class Run:
     def _list(self, name: str, fingerprint: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self.stages.append({"name": name, "fingerprint": fingerprint})
-        state = {"pid": os.getpid(), "stages": self.stages}
+        self._write_list()
+
+    def _write_list(self, **more: str) -> None:
+        state = {"pid": os.getpid(), "stages": self.stages, **more}
         write_atomic(self.path / "run.json", json.dumps(state, indent=1))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _fingerprint(name: str, config: Mapping[str, Any], inputs: Sequence[Artifact]) -> str:
@@ -313,6 +344,26 @@ def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
             yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
     elif before != after:
         yield f"{at}: {before!r:.60} -> {after!r:.60}"
+
+
+def followed(path: Path, written_in: Path, run: Path) -> Path:
+    """Where a path inside a run folder is, now that the folder is at `run`: it was moved or fetched, or was not."""
+    moved = run / path.relative_to(written_in) if path.is_relative_to(written_in) else path
+    return moved if moved.exists() else path
+
+
+def fetch_run(mirror: Mirror) -> list[str]:
+    """Fetch what a mirror has of its run's latest pass; the names of the finished stages. PsyrayError without a run."""
+    mirror.fetch_small()
+    mirror.fetch_ledger()
+    listed = mirror.run / "run.json"
+    if not listed.exists():
+        raise PsyrayError(f"no run at {mirror.uri}: it holds no run.json")
+    for entry in json.loads(listed.read_text())["stages"]:
+        folder = mirror.run / "stages" / entry["name"] / entry["fingerprint"]
+        if not (folder / "manifest.json").exists() and mirror.fetch(folder):
+            mirror.say(f"{entry['name']}: fetched")
+    return [stage.name for stage in read_stages(mirror.run)]
 
 
 def read_stages(path: Path) -> list[Artifact]:

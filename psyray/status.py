@@ -22,7 +22,7 @@ from psyray.times import by_round
 
 DASH = "–"  # noqa: RUF001  what is not known, here and in the report
 ROUND = re.compile(r"round-(\d+)/(\w+)")
-STYLES = {"done": "green", "running": "bold cyan", "cut off": "bold red", "waiting": "dim"}
+STYLES = {"done": "green", "running": "bold cyan", "stopped": "yellow", "cut off": "bold red", "waiting": "dim"}
 
 
 def number(value: Any, digits: int = 2, unit: str = "") -> str:
@@ -107,10 +107,16 @@ class Line:
     """One stage in the table."""
 
     name: str
-    state: str  # "done" | "running" | "cut off" | "waiting"
+    state: str  # "done" | "running" | "stopped" on purpose | "cut off" | "waiting"
     rows: str = ""
     seconds: float | None = None
     note: str = ""
+
+
+def stopped_at(path: Path) -> str:
+    """When the run's latest pass was stopped on purpose; empty where it was not."""
+    listed = run_path(path) / "run.json"
+    return str(json.loads(listed.read_text()).get("stopped", "")) if listed.exists() else ""
 
 
 def driver(path: Path) -> tuple[int | None, bool]:
@@ -133,7 +139,7 @@ def stage_lines(path: Path) -> list[Line]:
     """The state of every stage, in the order of the run; PsyrayError where there is no run."""
     path = run_path(path)
     done = stages_by_name(path)
-    alive = driver(path)[1]
+    state = "stopped" if stopped_at(path) else "running" if driver(path)[1] else "cut off"
     listed = json.loads((path / "run.json").read_text())["stages"]
     lines = []
     for entry in listed:
@@ -143,15 +149,15 @@ def stage_lines(path: Path) -> list[Line]:
             lines.append(Line(artifact.name, "done", rows, artifact.manifest["seconds"], note))
         else:
             folder = path / "stages" / entry["name"] / entry["fingerprint"]
-            lines.append(_unfinished(entry["name"], folder, alive, (path / "run.json").stat().st_mtime))
+            lines.append(_unfinished(entry["name"], folder, state, (path / "run.json").stat().st_mtime))
     if "export" not in done:  # after it nothing more comes, also where the gate ended the rounds early
         known = {line.name for line in lines}
         lines += [Line(name, "waiting") for name in expected_stages(read_config(path)) if name not in known]
     return lines
 
 
-def _unfinished(name: str, folder: Path, alive: bool, started: float) -> Line:
-    state = "running" if alive else "cut off"
+def _unfinished(name: str, folder: Path, state: str, started: float) -> Line:
+    alive = state == "running"
     progress = folder / "progress.json"
     if not progress.exists():
         return Line(name, state, "", time.time() - started if alive else None)
@@ -282,6 +288,8 @@ def _driver_fact(path: Path, lines: list[Line]) -> str:
     unfinished = [line.name for line in lines if line.state != "done"]
     if not unfinished:
         return "Driver: the run is complete"
+    if at := stopped_at(path):
+        return f"Driver: stopped at {at}; run the same command again to go on"
     if alive:
         return f"Driver: process {pid} is alive"
     return f"Driver: process {pid} is not alive on this machine; {_cut(lines)}run the same command again to go on"

@@ -24,6 +24,7 @@ from psyray.cluster import QUIET, require, use_gpu
 from psyray.errors import PsyrayError
 from psyray.lora import merge_adapter
 from psyray.models import cache_folder
+from psyray.needs import training
 from psyray.records import Row
 from psyray.run import ROWS_IN_MEMORY, Folder, write_atomic
 from psyray.sections.data import EngineSection
@@ -62,7 +63,7 @@ def run_training(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpu = use_gpu(engine.device)
-    require({"GPU" if gpu else "CPU": section.workers}, cluster.wait_s, title)
+    require(training(section, gpu), cluster.wait_s, title)
     data = folder.path / "examples.parquet"
     count = write_examples(data, examples)
     config: dict[str, Any] = {

@@ -85,8 +85,8 @@ def open_desk(asked: Args) -> Desk:
             f"no run at {folder}; start one with `psyray run CONFIG oracle.kind=experts run.path={folder}`"
         )
     config = Config.model_validate(tree)
-    # The ledger knows a run by the path that it was started with.
-    runs = frozenset(map(str, (folder, folder.resolve(), run_path(config.run.path))))
+    # The ledger knows a run by its mirror, or by the path that it was started with.
+    runs = frozenset(map(str, filter(None, (folder, folder.resolve(), run_path(config.run.path), config.run.mirror))))
     url = ledger_url(config.ledger.url, folder)
     keys = read_keys(asked.keys)
     if not any(key.may("annotate") for key in keys):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from psyray.errors import PsyrayError
 from psyray.models import resolve_model
-from psyray.run import run_path
+from psyray.run import followed, run_path
 from psyray.sections.data import EngineSection
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -132,8 +132,7 @@ def _checked(model: type[Model], tree: Any, where: str) -> Model:
 
 
 def _follow(path: Path, written_in: Path, folder: Path) -> Path:
-    moved = folder / path.relative_to(written_in) if path.is_relative_to(written_in) else path
-    found = moved if moved.exists() else path
+    found = followed(path, written_in, folder)
     if not found.exists():
         raise PsyrayError(f"{found} is gone, but {folder / 'champion.json'} names it; put it back or run again")
     return found

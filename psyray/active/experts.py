@@ -92,9 +92,10 @@ class Experts:
 
     def _say_how(self, count: int) -> None:
         wait = f"for {duration(self.section.wait_s)}" if self.section.wait_s is not None else "until they are answered"
+        run = "RUN" if "://" in self.desk.run_id else self.desk.run_id  # a mirror's address is no folder
         self.say(
             f"{count} questions wait for {self.section.overlap} experts each, {wait}; their page: "
-            f"serve run serve.annotate:build run={self.desk.run_id}"
+            f"serve run serve.annotate:build run={run}"
         )
 
     def _wait(self, folder: Folder, queue: ExpertQueue, ids: Sequence[str], title: str) -> bool:

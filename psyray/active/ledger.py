@@ -151,7 +151,12 @@ def ledger_url(url: str | None, run: Path) -> str:
             "ledger.url holds a password, which the run folder would keep: leave it out of the URL and set PGPASSWORD, "
             "or write it into ~/.pgpass"
         )
-    return url or f"sqlite:///{run.parent / 'labels.db'}"
+    return url or f"sqlite:///{ledger_file(run)}"
+
+
+def ledger_file(run: Path) -> Path:
+    """The SQLite file beside the run folders, for a run that configures no database."""
+    return run.parent / "labels.db"
 
 
 def write_answers(connection: sa.Connection, answers: Iterable[Answer]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from psyray.cluster import require, use_gpu
 from psyray.errors import PsyrayError
+from psyray.needs import engine as bundles
 from psyray.records import Row
 from psyray.sections.data import EngineSection
 
@@ -42,8 +43,7 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, ada
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     gpu = use_gpu(engine.device)
-    gpus = engine.replicas * engine.tensor_parallel
-    require({"GPU": gpus} if gpu else {"CPU": engine.replicas}, wait_s, f"the engine for {model}")
+    require(bundles(engine, gpu), wait_s, f"the engine for {model}")
     placement = {} if gpu else {"placement_group_config": {"bundle_per_worker": {"CPU": 1}}}
     environment = {} if gpu else {"runtime_env": {"env_vars": cpu_environment(engine.kv_cache_gib)}}
     kwargs: Row = {

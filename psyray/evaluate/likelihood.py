@@ -10,6 +10,7 @@ from typing import Any
 from psyray.cluster import require, use_gpu
 from psyray.config import Config
 from psyray.errors import from_workers
+from psyray.needs import forward
 from psyray.records import Message
 from psyray.reward.score import padded
 
@@ -37,7 +38,7 @@ def likelihoods(asked: Asked, config: Config, *, title: str) -> list[dict[str, l
     import ray
 
     gpu = use_gpu(config.engine.device)
-    require({"GPU" if gpu else "CPU": 1}, config.cluster.wait_s, title)
+    require(forward(gpu), config.cluster.wait_s, title)
     # No environment of its own: so the task gets a process that Ray has ready.
     task = ray.remote(_each_model).options(**({"num_gpus": 1} if gpu else {"num_cpus": 1}))
     threads = os.cpu_count() or 1

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from psyray.cluster import use_gpu
+from psyray.cluster import require, use_gpu
 from psyray.config import Config
+from psyray.needs import scoring
 from psyray.records import Message, Row
 from psyray.reward.heads import Heads
 from psyray.reward.ratings import RATINGS, RatingHeads
@@ -149,6 +150,7 @@ def on_actors(actor: type[_Actor], dataset: Any, config: Config, model: Path, he
     from ray.data import ActorPoolStrategy
 
     gpu, threads = use_gpu(config.engine.device), os.cpu_count() or 1
+    require(scoring(config.engine, gpu), config.cluster.wait_s, f"the reward model in {model}")
     environment = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
     placement: dict[str, Any] = {"num_gpus": 1} if gpu else {"num_cpus": 1, "runtime_env": environment}
     return dataset.map_batches(

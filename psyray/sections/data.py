@@ -22,6 +22,9 @@ class Section(BaseModel):
 class RunSection(Section):
     path: Path = Field(Path("runs/run"), description="the run folder; a relative one lies under $PSYRAY_HOME or here")
     seed: int = 0
+    mirror: str | None = Field(
+        None, description="URI (s3://bucket/prefix) that finished stages and the SQLite ledger are copied to"
+    )
 
 
 class SourceSection(Section):

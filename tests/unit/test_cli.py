@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from psyray import docs
 from psyray.cli import app, main
 from psyray.config import load_config
+from psyray.status import expected_stages
+from psyray.stopping import last_stage
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name != "serve.yaml")
@@ -47,7 +49,9 @@ def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
         (["configs/demo.yaml", "policy.max_tokens=2000"], "no room for a prompt"),
         (["configs/demo.yaml", "rubric=counseling"], "no rubric 'counseling'"),
         (["configs/demo.yaml", "pairs.veto=[humour]"], "pairs.veto: the rubric counselling has no principle humour"),
-        (["configs/demo.yaml", "run.path=s3://bucket/x"], "no URI yet"),
+        (["configs/demo.yaml", "run.path=s3://bucket/x"], "a URI goes into run.mirror"),
+        (["configs/demo.yaml", "run.mirror=bucket/x"], "run.mirror is a plain URI"),
+        (["configs/demo.yaml", "--until", "judgement"], "did you mean 'judgements'"),
         (["configs/demo.yaml", "ledger.url=nonsense"], "the label ledger's URL cannot be read"),
         (["configs/demo.yaml", "ledger.url=postgresql+psycopg://u:p@h/d"], "ledger.url holds a password"),
         (
@@ -76,26 +80,50 @@ def test_the_settings_page_is_what_the_code_says():
     assert (ROOT / "docs/configuration.md").read_text() == docs.page()
 
 
+JOB = re.compile(r"ray job submit .*? -- python (?:-m psyray|jobs/(pipeline|report)\.py) (.*)")
+JOBS = {"pipeline": "run ", "report": "report ", None: ""}
+
+
+def lines(program: str) -> list[str]:
+    """The command lines of the docs that call a program, without what the shell does with them."""
+    calls = re.compile(rf"^\s*(?:\$ )?(?:\w+=\S* )*({program} [^`\n]*)$", re.MULTILINE)
+    found = (line for page in PAGES for line in calls.findall(page.read_text().replace("\\\n", " ")))
+    return list(dict.fromkeys(line.partition(" > ")[0] for line in found))
+
+
 def commands() -> list[list[str]]:
-    found = []
-    for page in PAGES:
-        for line in re.findall(r"^\s*(?:\$ )?(psyray [^`\n]*)$", page.read_text(), re.MULTILINE):
-            found.append(shlex.split(line, comments=True)[1:])
-    return found
+    """What the docs give to `psyray`, also in the jobs that they submit."""
+    jobs = (JOBS[job[1]] + job[2] for line in lines("ray") if (job := JOB.match(line)))
+    return [shlex.split(line, comments=True) for line in (*(line[7:] for line in lines("psyray")), *jobs)]
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_psyray_command_in_the_docs_is_one(words):
     command, arguments = words[0], words[1:]
-    assert command in typer.main.get_command(app).commands
-    flags = [w for w in arguments if w.startswith("-")]
-    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-    assert all(flag in text for flag in flags)
+    given = typer.main.get_command(app).commands[command].make_context(command, list(arguments)).params
     if command == "run":
-        config, *settings = [w for w in arguments if not w.startswith("-")]
-        load_config(ROOT / config, settings)
+        config = load_config(ROOT / given["config"], given["settings"])
+        if given["until"]:
+            last_stage(given["until"], expected_stages(config.model_dump(mode="json")))
     if command == "label-efficiency":
-        load_config(None, [w for w in arguments if "=" in w])
+        load_config(None, given["settings"])
+
+
+def test_the_docs_submit_jobs():
+    assert len([line for line in lines("ray") if JOB.match(line)]) > 5
+
+
+@pytest.mark.parametrize("line", lines("ray"))
+def test_every_ray_command_in_the_docs_is_one(line):
+    import click
+    from ray.scripts.scripts import cli
+
+    command, words = cli, shlex.split(line, comments=True)[1:]
+    while isinstance(command, click.Group):
+        command, words = command.commands[words[0]], words[1:]
+    given = command.make_context("ray", words).params
+    if given.get("runtime_env"):
+        assert (ROOT / given["runtime_env"]).is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

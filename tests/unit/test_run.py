@@ -119,7 +119,7 @@ def test_rows_set_aside_are_kept_beside_and_made_anew(tmp_path, said):
 def test_there_is_no_status_of_no_run_and_no_run_at_a_uri(tmp_path):
     with pytest.raises(PsyrayError, match="no run at"):
         read_stages(tmp_path)
-    with pytest.raises(PsyrayError, match="no URI yet"):
+    with pytest.raises(PsyrayError, match=r"a URI goes into run\.mirror"):
         run_path(Path("s3://bucket/run"))
 
 

@@ -1,0 +1,109 @@
+"""A stage as a Ray job through a job server that asks for a token: stopped, submitted again, ended without a loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from slow_server import Slow, slow_server
+
+from psyray.run import read_stages
+from psyray.status import driver, stage_lines, stopped_at
+
+ROOT = Path(__file__).parents[2]
+SPEECHES, K, LIMIT_S = 30, 2, 180
+
+
+HOLD = """
+import sys
+from ray.cluster_utils import Cluster
+
+head = {"num_cpus": 4, "include_dashboard": True, "object_store_memory": 100 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+print("dashboard", cluster.head_node.webui_url, flush=True)
+sys.stdin.read()  # until the test is over
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def ray_with_token() -> Iterator[tuple[str, str]]:
+    """(dashboard, token) of a Ray of its own, which gives a stopped job the time that configs/kuberay gives it."""
+    token = secrets.token_hex(32)
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    }  # fmt: skip
+    command = [sys.executable, "-c", HOLD]
+    holder = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout
+    try:
+        address = next(line for line in holder.stdout if line.startswith("dashboard ")).split()[1]
+        yield f"http://{address}", token
+    finally:
+        holder.communicate(timeout=60)
+
+
+def submit(client: Any, home: Path, model: Path, endpoint: Slow) -> str:
+    """Hand the stages up to `responses` to the cluster, with jobs/runtime-env.yaml."""
+    responders = [
+        {"name": name, "model": "any", "endpoint": {"url": endpoint.url, "concurrency": 4}} for name in ("a", "b")
+    ]
+    settings = [
+        f"speeches.limit={SPEECHES}", f"responses.k={K}", f"responses.responders={json.dumps(responders)}",
+        f"reward.model={model}", f"policy.model={model}", "run.path=job",
+    ]  # fmt: skip
+    words = [sys.executable, "-m", "psyray", "run", "configs/demo.yaml", *settings, "--until", "responses"]
+    environment = yaml.safe_load((ROOT / "jobs/runtime-env.yaml").read_text())
+    environment |= {"working_dir": str(ROOT), "env_vars": {"PSYRAY_HOME": str(home)}}
+    return str(client.submit_job(entrypoint=shlex.join(words), runtime_env=environment))
+
+
+def wait(client: Any, job: str, until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not until():
+        assert time.monotonic() < deadline, client.get_job_logs(job)[-3000:]
+        time.sleep(0.2)
+
+
+def test_a_stopped_job_says_so_and_the_next_one_goes_on(
+    ray_with_token: tuple[str, str], tmp_path: Path, tiny_model: Path
+) -> None:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    dashboard, token = ray_with_token
+    for wrong in ({}, {"Authorization": "Bearer " + token[::-1]}):
+        with pytest.raises(AuthenticationError):
+            JobSubmissionClient(dashboard, headers=wrong)
+    client = JobSubmissionClient(dashboard, headers={"Authorization": f"Bearer {token}"})
+    run = tmp_path / "job"
+    with slow_server(0.5) as endpoint:
+        job = submit(client, tmp_path, tiny_model, endpoint)
+        wait(client, job, lambda: sum(endpoint.calls.values()) >= 12 and any(run.rglob("responses/*/part-*.parquet")))
+        client.stop_job(job)
+        wait(client, job, lambda: client.get_job_status(job).is_terminal() and not driver(run)[1])
+        assert client.get_job_status(job) == "STOPPED"
+        logs = client.get_job_logs(job)
+        assert "stopped; nothing is lost" in logs and "Traceback" not in logs
+        assert stopped_at(run) and stage_lines(run)[1].state == "stopped"
+
+        again = submit(client, tmp_path, tiny_model, endpoint)
+        wait(client, again, lambda: client.get_job_status(again).is_terminal())
+        assert client.get_job_status(again) == "SUCCEEDED", client.get_job_logs(again)[-3000:]
+        assert "speeches: done before" in client.get_job_logs(again)
+    stages = read_stages(run)
+    assert [stage.name for stage in stages] == ["speeches", "responses"] and not stopped_at(run)
+    rows = stages[-1].rows()
+    assert len({row["response_id"] for row in rows}) == len(rows) == SPEECHES * K
+    # Asked twice is only what was under way when the job was stopped.
+    assert sum(endpoint.calls.values()) <= SPEECHES * K + 8
