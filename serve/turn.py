@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ class Turn:
         """Whether there is nothing to choose: a guard's fixed reply, or two policies of one mind."""
         return self.texts["left"].strip() == self.texts["right"].strip()
 
-    async def events(self, endpoint: Endpoint) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, endpoint: Endpoint) -> AsyncGenerator[dict[str, Any]]:
         """What happens, as it happens: words of a side, a side's end or failure, and what came out at the end."""
         came: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         work = [asyncio.create_task(self._answer(endpoint, side, came.put)) for side in SIDES]
