@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
 from psyray.records import Message
 
 CRISIS = "X-Psyray-Crisis"
+
+T = TypeVar("T")
 
 
 class NoAnswer(Exception):
@@ -36,9 +38,9 @@ class Endpoint:
 
     async def names(self) -> list[str]:
         """The models that it lists; NoAnswer where it does not."""
-        return [str(model["id"]) for model in (await self._json("GET", "/v1/models"))["data"]]
+        return await self._json("GET", "/v1/models", None, lambda said: [str(model["id"]) for model in said["data"]])
 
-    async def answer(self, model: str, messages: Sequence[Message]) -> AsyncIterator[Piece]:
+    async def answer(self, model: str, messages: Sequence[Message]) -> AsyncGenerator[Piece]:
         """A model's answer to a conversation as it is written; NoAnswer where it breaks off."""
         body = {"model": model, "messages": list(messages), "stream": True}
         try:
@@ -59,16 +61,24 @@ class Endpoint:
     async def scores(self, messages: Sequence[Message], responses: Sequence[str]) -> list[dict[str, Any]]:
         """{score, spread, principles} of each response by the reward model; NoAnswer where there is none."""
         items = [{"messages": list(messages), "response": response} for response in responses]
-        scored: list[dict[str, Any]] = (await self._json("POST", "/reward/score", {"items": items}))["scores"]
-        return scored
+        keys = ("score", "spread", "principles")
+        return await self._json(
+            "POST",
+            "/reward/score",
+            {"items": items},
+            lambda said: [{key: said["scores"][place][key] for key in keys} for place in range(len(items))],
+        )
 
-    async def _json(self, method: str, path: str, body: Any = None) -> Any:
+    async def _json(self, method: str, path: str, body: Any, read: Callable[[Any], T]) -> T:
+        """What `read` finds in the reply."""
         try:
             async with self._session() as session, session.request(method, self.url + path, json=body) as reply:
                 _check(reply)
-                return await reply.json()
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                return read(await reply.json())
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise NoAnswer(type(error).__name__) from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise NoAnswer(f"its reply to {path} is not what was expected") from error
 
     def _session(self) -> aiohttp.ClientSession:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}

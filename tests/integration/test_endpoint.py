@@ -48,3 +48,5 @@ def test_each_failure_says_how_and_never_what_was_said(endpoint: Endpoint) -> No
         assert words in str(error.value) and "sister" not in str(error.value)
     with pytest.raises(NoAnswer, match="ClientConnectorError"):
         asyncio.run(nobody.names())
+    with pytest.raises(NoAnswer, match="not what was expected"):
+        asyncio.run(endpoint._json("GET", "/v1/models", None, lambda said: said["scores"]))
