@@ -150,6 +150,22 @@ def export(
 
 
 @app.command()
+def conversations(
+    folder: RunFolder,
+    to: Annotated[Path | None, typer.Option("--to", help="write the decided choices as JSONL pairs")] = None,
+) -> None:
+    """Tell how people chose between two policies in conversation (docs/serving.md).
+
+    Examples:  psyray conversations runs/demo
+               psyray conversations runs/demo --to choices.jsonl
+    """
+    from psyray.active.conversations import show
+    from psyray.active.place import place_of
+
+    show(place_of(folder), to, say)
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="an export, or Parquet in the published layout")],
     b: Annotated[Path, typer.Argument(help="the other one")],

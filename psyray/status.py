@@ -218,6 +218,15 @@ def second_note(stats: Mapping[str, Any]) -> str:
     return f"{rate} by {stats.get('judge') or DASH}"
 
 
+def labels_note(stats: Mapping[str, Any]) -> str:
+    """One line on a round's labels, and on how far people agreed where they gave them."""
+    note = _counts(stats, "bought", "reused", "reward_labelled", "ties", "invalid")
+    people = stats.get("experts") or {}
+    if people.get("compared"):
+        note += f"; {people['people']} experts agree {share(people['agree'])} (alpha {number(people['alpha'])})"
+    return note
+
+
 KEY_NUMBERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "speeches": lambda s: _counts(s, "train", "test"),
     "responses": lambda s: f"{_counts(s, 'ok', 'failed')}, {number(s.get('mean_words'), 0)} words",
@@ -228,7 +237,7 @@ KEY_NUMBERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "policy": lambda s: f"{_last_loss(s)}, {_counts(s, 'pairs')}",
     "reward-heads": _heads,
     "heads": _heads,
-    "labels": lambda s: _counts(s, "bought", "reused", "reward_labelled", "ties", "invalid"),
+    "labels": labels_note,
     "gate": gate_note,
     "probe": probe_note,
     "second": second_note,

@@ -1,8 +1,8 @@
 """Who may ask what, how often and how much: bearer keys with roles, and limits, in front of every application here.
 
 A key is a line `NAME ROLE[,ROLE...] TOKEN` in the file that `keys=FILE` names, or in the environment variable
-`PSYRAY_KEYS` (lines or `;`). Roles: `chat`, `score`, `annotate`, and `admin`, who may do all. Only SHA-256 hashes of
-tokens leave this process for the replicas. Without keys the port is open: fit for loopback only.
+`PSYRAY_KEYS` (lines or `;`). Roles: `chat`, `score`, `annotate`, `compare`, and `admin`, who may do all. Only SHA-256
+hashes of tokens leave this process for the replicas. Without keys the port is open: fit for loopback only.
 
 Refusals say what, never why: 401 for no or a wrong key, 403 for one without the role, 413 for a body that is too
 large, 429 for a key that asks too often and 503 where too many requests are under way, both with `Retry-After`.
@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from psyray.errors import PsyrayError
 
 VARIABLE = "PSYRAY_KEYS"
-ROLES = ("chat", "score", "annotate", "admin")
+ROLES = ("chat", "score", "annotate", "compare", "admin")
 FREE = ("/healthz",)  # for load balancers; tells no more than whether the engine answers
 TOO_LARGE = "the request is too large"
 _NAME = re.compile(r"[\w.-]{1,64}")
@@ -101,8 +101,13 @@ def parse_keys(lines: Iterable[str], where: str) -> tuple[Key, ...]:
 
 def role_of(path: str) -> str:
     """The role that a path asks for; what is not known is for the admin."""
-    known = {"/v1/": "chat", "/reward/": "score", "/experts/": "annotate"}
+    known = {"/v1/": "chat", "/reward/": "score", "/experts/": "annotate", "/turns/": "compare"}
     return next((role for start, role in known.items() if path.startswith(start)), "admin")
+
+
+def path_of(scope: Scope) -> str:
+    """The path below the prefix that the application is mounted at."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 class Rate:
@@ -133,7 +138,7 @@ class Gate:
         self.rate, self.under_way = Rate(limits.per_minute), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self.free:
+        if scope["type"] != "http" or path_of(scope) in self.free:
             await self.app(scope, receive, send)
             return
         refusal, name = self._refusal(scope)
@@ -151,7 +156,7 @@ class Gate:
         key = self._key(headers.get(b"authorization", b""))
         if self.keys and key is None:
             return refuse(401, "unauthorized", {"WWW-Authenticate": "Bearer"}), ""
-        if key is not None and not key.may(role_of(scope["path"])):
+        if key is not None and not key.may(role_of(path_of(scope))):
             return refuse(403, "forbidden"), ""
         if _length(headers.get(b"content-length", b"")) > self.limits.body_bytes:
             return refuse(413, TOO_LARGE), ""

@@ -4,8 +4,9 @@
 
     GET  /                   the page                     GET  /experts/progress     counts, the expert's own too
     GET  /experts/next       a question, 204 if none      GET  /experts/agreement    with others, all and the last 20
-    POST /experts/answer     left, right, tie, ...        GET  /experts/rubric       principles and their scale
+    POST /experts/answer     left, right, tie, ...        GET  /experts/rubric       principles, their scale, a contact
     POST /experts/undo       the last answer, taken back  GET  /healthz              200 while the ledger answers
+    POST /experts/release    the question, for others
 
 An expert is a key with the role `annotate` (serve/access.py). The answers are in the label ledger's database when a
 reply comes, so that the server may be killed at any moment; several servers may serve one ledger. No client text is
@@ -14,34 +15,28 @@ logged or stands in errors.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from psyray.active.database import LedgerError
-from psyray.active.ledger import Ledger, ledger_url
+from psyray.active.ledger import Ledger
+from psyray.active.place import place_of
 from psyray.active.queue import Answered, ExpertQueue, Gone, Lease, NoTicket, QueueError
 from psyray.active.votes import Choice
-from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
-from psyray.run import run_path
-from psyray.status import read_config
 from serve.access import VARIABLE, Gate, Key, Limits, read_keys
 from serve.champion import Words
+from serve.pages import Private, asker, open_paths, page_router, refuse, unavailable
 
-ASSETS = Path(__file__).parent / "assets"
 MAX_BODY = 64 * 1024  # bytes; an answer is a note of MAX_NOTE characters and a few ratings
 MAX_NOTE = 4_000
-FREE = ("/", "/annotate.js", "/annotate.css", "/healthz")  # the page itself holds nothing of a client
 LAST = 20  # answers that `agreement` looks at beside all
 STATUS: dict[type[QueueError], int] = {NoTicket: 404, Answered: 409, Gone: 410}
 
@@ -54,6 +49,7 @@ class Args(Words):
     run: Path = Field(description="the folder of a run whose questions experts answer")
     keys: Path | None = Field(None, description=f"file of keys (serve/access.py); none: ${VARIABLE}")
     per_minute: int = Field(600, ge=1, description="requests a minute of one expert")
+    contact: str = Field("", max_length=200, description="whom experts may turn to, shown on the page")
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,7 @@ class Desk:
     lease_s: float
     keys: tuple[Key, ...]
     per_minute: int = 600
+    contact: str = ""
 
 
 def build(args: dict[str, str]) -> Any:
@@ -79,21 +76,14 @@ def build(args: dict[str, str]) -> Any:
 
 def open_desk(asked: Args) -> Desk:
     """What the run's configuration says of its experts; PsyrayError where there is no run or no key."""
-    folder = run_path(asked.run)
-    if not (tree := read_config(folder)):
-        raise PsyrayError(
-            f"no run at {folder}; start one with `psyray run CONFIG oracle.kind=experts run.path={folder}`"
-        )
-    config = Config.model_validate(tree)
-    # The ledger knows a run by its mirror, or by the path that it was started with.
-    runs = frozenset(map(str, filter(None, (folder, folder.resolve(), run_path(config.run.path), config.run.mirror))))
-    url = ledger_url(config.ledger.url, folder)
+    place = place_of(asked.run, "start one with `psyray run CONFIG oracle.kind=experts run.path={folder}`")
     keys = read_keys(asked.keys)
     if not any(key.may("annotate") for key in keys):
         raise PsyrayError(
             f"no key has the role annotate: give keys=FILE, or set {VARIABLE}, with a line for each expert"
         )
-    return Desk(url, runs, load_rubric(config.rubric), config.oracle.lease_s, keys, asked.per_minute)
+    rubric, lease_s = load_rubric(place.config.rubric), place.config.oracle.lease_s
+    return Desk(place.ledger, place.runs, rubric, lease_s, keys, asked.per_minute, asked.contact)
 
 
 class Annotate:
@@ -126,13 +116,14 @@ def http_app(desk: Desk) -> FastAPI:
     app = FastAPI(title="psyray experts", docs_url=None, redoc_url=None)
     app.state.desk, app.state.queue = desk, ExpertQueue(Ledger(desk.ledger).database, desk.runs)
     app.include_router(experts)
-    app.include_router(page)
+    app.include_router(health)
+    app.include_router(page_router("annotate"))
     limits = Limits(body_bytes=MAX_BODY, per_minute=desk.per_minute)
-    app.add_middleware(Gate, keys=desk.keys, limits=limits, free=FREE)
+    app.add_middleware(Gate, keys=desk.keys, limits=limits, free=open_paths("annotate"))
     app.add_middleware(Private)
-    app.add_exception_handler(RequestValidationError, _refuse)
+    app.add_exception_handler(RequestValidationError, refuse)
     app.add_exception_handler(QueueError, _cannot)
-    app.add_exception_handler(LedgerError, _unavailable)
+    app.add_exception_handler(LedgerError, unavailable)
     return app
 
 
@@ -141,15 +132,10 @@ def _queue(request: Request) -> ExpertQueue:
     return queue
 
 
-def _expert(request: Request) -> str:
-    """The expert's name, as the gate found it."""
-    return str(request.scope["psyray.key"])
-
-
 Queue = Annotated[ExpertQueue, Depends(_queue)]
-Expert = Annotated[str, Depends(_expert)]
+Expert = Annotated[str, Depends(asker)]
 experts = APIRouter(prefix="/experts")
-page = APIRouter()
+health = APIRouter()
 
 
 @experts.get("/next")
@@ -173,6 +159,12 @@ def undo(expert: Expert, queue: Queue, request: Request) -> Response:
     return _shown(queue.undo(expert, request.app.state.desk.lease_s))
 
 
+@experts.post("/release")
+def release(expert: Expert, queue: Queue) -> JSONResponse:
+    """Give the question that the expert holds back to others, for a break or the end of the day."""
+    return JSONResponse({"released": queue.release(expert)})
+
+
 @experts.get("/progress")
 def progress(expert: Expert, queue: Queue) -> JSONResponse:
     """Counts over the run's questions, and the expert's own."""
@@ -187,35 +179,26 @@ def agreement(expert: Expert, queue: Queue) -> JSONResponse:
 
 @experts.get("/rubric")
 def rubric(expert: Expert, request: Request) -> JSONResponse:
-    """What responses may be rated by."""
-    shown: Rubric = request.app.state.desk.rubric
+    """What responses may be rated by, and whom to turn to."""
+    desk: Desk = request.app.state.desk
+    shown = desk.rubric
     principles = [{"key": p.key, "name": p.name, "guidance": p.guidance} for p in shown.principles]
-    return JSONResponse({"low": shown.low, "high": shown.high, "speaker": shown.speaker, "principles": principles})
+    scale = {"low": shown.low, "high": shown.high, "speaker": shown.speaker, "principles": principles}
+    return JSONResponse(scale | {"contact": desk.contact})
 
 
-@page.get("/healthz")
+@health.get("/healthz")
 def healthz(queue: Queue) -> JSONResponse:
     """Whether the ledger answers."""
     queue.progress(question_ids=[])
     return JSONResponse({"status": "ok"})
 
 
-@page.get("/")
-def index() -> FileResponse:
-    """The page; it holds no client text until an expert's token is given."""
-    return FileResponse(ASSETS / "annotate.html")
-
-
-@page.get("/annotate.{kind}")
-def asset(kind: str) -> FileResponse:
-    """What the page is made of."""
-    if kind not in ("css", "js"):
-        raise HTTPException(404)
-    return FileResponse(ASSETS / f"annotate.{kind}")
-
-
 def _shown(lease: Lease) -> JSONResponse:
-    return JSONResponse(asdict(lease))
+    shown = asdict(lease)
+    if lease.said is None:
+        del shown["said"]
+    return JSONResponse(shown)
 
 
 def _check_ratings(ratings: dict[str, dict[str, int]], rubric: Rubric) -> None:
@@ -229,41 +212,5 @@ def _check_ratings(ratings: dict[str, dict[str, int]], rubric: Rubric) -> None:
             raise HTTPException(422, f"ratings.{side}: a rating is a whole number from {rubric.low} to {rubric.high}")
 
 
-async def _refuse(request: Request, error: Exception) -> JSONResponse:
-    """422 that says where and what is wrong, without repeating what was sent."""
-    assert isinstance(error, RequestValidationError)
-    return JSONResponse({"detail": [{"loc": list(e["loc"]), "msg": e["msg"]} for e in error.errors()]}, 422)
-
-
 async def _cannot(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, next(code for kind, code in STATUS.items() if isinstance(error, kind)))
-
-
-async def _unavailable(request: Request, error: Exception) -> JSONResponse:
-    logging.getLogger("ray.serve").error("%s", error)  # holds neither password nor row
-    return JSONResponse({"detail": "the label ledger does not answer"}, 503, headers={"Retry-After": "5"})
-
-
-class Private:
-    """Sends headers that keep answers out of caches and other origins out of the page."""
-
-    HEADERS = (
-        (b"cache-control", b"no-store"),
-        (
-            b"content-security-policy",
-            b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
-        ),
-        (b"referrer-policy", b"no-referrer"),
-        (b"x-content-type-options", b"nosniff"),
-    )
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *self.HEADERS]
-            await send(message)
-
-        await self.app(scope, receive, sending)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,3 +62,18 @@ def ray_cluster() -> Iterator[None]:
     with ray_session(Config()):
         yield
     assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    """Debian's Chromium without a window; a missing one is a failure only where .ci/run installs it."""
+    program = shutil.which("chromium")
+    if program is None:
+        promised = os.environ.get("CI") == "true" and "chromium" in (Path(__file__).parents[1] / ".ci/run").read_text()
+        (pytest.fail if promised else pytest.skip)("no Chromium (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

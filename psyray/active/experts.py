@@ -16,6 +16,7 @@ from psyray.active import oracles
 from psyray.active.ledger import Question
 from psyray.active.oracles import Label, Pair, buy, pair_question
 from psyray.active.queue import ExpertQueue
+from psyray.active.votes import Vote, among
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
 from psyray.run import Folder
@@ -54,12 +55,15 @@ class Experts:
     def label(
         self, folder: Folder, asked: Sequence[Pair], *, purpose: str, strategy: str, budget: int
     ) -> tuple[list[Label | None], dict[str, Any]]:
-        """The experts' labels in order, with those of the fall-back; counts, and `unanswered` for the latter."""
+        """The experts' labels in order, with those of the fall-back; counts, `unanswered` for the latter, and under
+        `experts` how far people agreed (`votes.among`)."""
         questions = [
             pair_question("experts", self.desk.rubric.id, self.section.overlap, (a, b), strategy, {"value": value})
             for a, b, value in asked
         ]
         labels, counts = buy(self.desk, questions, partial(self.put, folder, purpose), purpose=purpose, budget=budget)
+        said = [label[2]["experts"] for label in labels if label and "experts" in label[2]]
+        agreed = among([{one["expert"]: Vote(one["vote"]) for one in each} for each in said])
         missing = [i for i, label in enumerate(labels) if label and label[2].get("error") == UNANSWERED]
         instead: list[Label | None] = [None] * len(missing)
         if missing and self.section.fall_back == "judge":
@@ -69,7 +73,7 @@ class Experts:
             )
         for i, label in zip(missing, instead, strict=True):
             labels[i] = label
-        return labels, counts | {"unanswered": len(missing)}
+        return labels, counts | {"unanswered": len(missing), "experts": agreed}
 
     def put(self, folder: Folder, purpose: str, questions: Sequence[Question]) -> None:
         """Have the ledger hold the experts' answers, or failures where time ran out; PsyrayError to stop."""

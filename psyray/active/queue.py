@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -55,6 +55,15 @@ class Gone(QueueError):
 
 
 @dataclass(frozen=True)
+class Said:
+    """An expert's answer, by the sides that they saw."""
+
+    choice: Choice
+    ratings: Ratings
+    note: str
+
+
+@dataclass(frozen=True)
 class Lease:
     """One question as one expert sees it."""
 
@@ -63,6 +72,7 @@ class Lease:
     left: str
     right: str
     until: float  # Unix seconds
+    said: Said | None = None  # what the expert had answered and took back just now
 
 
 class ExpertQueue:
@@ -147,7 +157,8 @@ class ExpertQueue:
                 raise NoTicket("you have given no answer that could be taken back")
             if not self._lock(connection, question_id):
                 raise Gone("your last answer is final: its question is settled")
-            return self._give(connection, question_id, expert, seconds)
+            said = _said(self._ticket(connection, question_id, expert))
+            return replace(self._give(connection, question_id, expert, seconds), said=said)
 
     def release(self, expert: str, question_id: str | None = None) -> int:
         """Give the expert's leases, or one of them, back to others; returns how many there were."""
@@ -364,6 +375,15 @@ def _of(statement: Any, question_id: str, expert: str) -> Any:
 
 def _side(side: str, a_left: bool) -> str:
     return "a" if (side == "left") == a_left else "b"
+
+
+def _said(ticket: sa.Row[Any] | None) -> Said | None:
+    """The answer in a ticket, turned to the sides that its expert saw."""
+    if ticket is None or ticket.vote is None:
+        return None
+    said = json.loads(ticket.said)
+    ratings = {side: said["ratings"].get(_side(side, ticket.a_left), {}) for side in ("left", "right")}
+    return Said(Vote(ticket.vote).choice(ticket.a_left), ratings, said["note"])
 
 
 def _verdict(question_id: str, votes: Sequence[sa.Row[Any]], price: float) -> Answer:

@@ -7,8 +7,9 @@ question invalid whatever the others say: neither response becomes part of a pai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from itertools import combinations
 from typing import Any
 
 from psyray.records import Verdict
@@ -22,6 +23,12 @@ class Vote(StrEnum):
     TIE = "tie"
     HARMFUL = "harmful"  # at least one of the two must not be learnt from
     SKIP = "skip"  # left to others
+
+    def choice(self, a_left: bool) -> Choice:
+        """What the expert chose where A stood on the left, or on the right."""
+        if self in (Vote.A, Vote.B):
+            return Choice.LEFT if (self is Vote.A) == a_left else Choice.RIGHT
+        return Choice(self.value)
 
 
 class Choice(StrEnum):
@@ -72,3 +79,23 @@ def agreement(votes: Sequence[tuple[Vote, Vote]]) -> dict[str, Any]:
 
         kappa = float(cohen_kappa_score(mine, others))
     return {"compared": len(votes), "agree": sum(a == b for a, b in votes) / len(votes), "kappa": kappa}
+
+
+def among(answers: Sequence[Mapping[str, Vote]]) -> dict[str, Any]:
+    """How far all who answered agree, from each question's votes by name.
+
+    `agree` is the share of equal ones among all two votes on one question, `alpha` Krippendorff's for nominal data;
+    None where no question has two votes, or where all votes are the same.
+    """
+    names = sorted({name for votes in answers for name in votes})
+    both = [a == b for votes in answers for a, b in combinations(votes.values(), 2)]
+    alpha = None
+    if both and len({vote for votes in answers if len(votes) > 1 for vote in votes.values()}) > 1:
+        import krippendorff
+        import numpy as np
+
+        code, missing = {vote: float(place) for place, vote in enumerate(Vote)}, float("nan")
+        codes_EQ = [[code[votes[name]] if name in votes else missing for votes in answers] for name in names]
+        alpha = float(krippendorff.alpha(reliability_data=np.asarray(codes_EQ), level_of_measurement="nominal"))
+    agree = sum(both) / len(both) if both else None
+    return {"people": len(names), "compared": len(both), "agree": agree, "alpha": alpha}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from browsing import faults, fits_on_phones, refused_by_its_own_rules, tabbed, until
 
 from psyray.active.ledger import Ledger, Question
 from psyray.active.queue import ExpertQueue
@@ -29,7 +27,8 @@ from psyray.rubric import load_rubric
 from serve.access import read_keys
 from serve.annotate import Desk, http_app
 url, keys, port = sys.argv[1:]
-desk = Desk(url, frozenset({"run"}), load_rubric("counselling"), 600, read_keys(Path(keys)), 6000)
+people = read_keys(Path(keys))
+desk = Desk(url, frozenset({"run"}), load_rubric("counselling"), 600, people, 6000, "Dr. Ito, room 4")
 uvicorn.run(http_app(desk), host="127.0.0.1", port=int(port), log_level="error")
 """
 
@@ -56,23 +55,8 @@ class Server:
                 time.sleep(0.1)
 
     def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    """Debian's Chromium without a window; a missing one is a failure only where .ci/run installs it."""
-    program = shutil.which("chromium")
-    if program is None:
-        promised = os.environ.get("CI") == "true" and "chromium" in (ROOT / ".ci/run").read_text()
-        (pytest.fail if promised else pytest.skip)("no Chromium (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
@@ -101,8 +85,8 @@ def server(tmp_path: Path, ledger: Ledger) -> Iterator[Server]:
 class Expert:
     """Somebody at the page, with a browser of their own, who uses the keyboard alone."""
 
-    def __init__(self, browser, name: str, port: int) -> None:
-        self.page = browser.new_page(viewport={"width": 390, "height": 844})  # a phone's
+    def __init__(self, browser, name: str, port: int, **context) -> None:
+        self.page = browser.new_page(viewport={"width": 390, "height": 844}, **context)  # a phone's
         self.page.set_default_timeout(60_000)
         self.requests: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -127,14 +111,6 @@ class Expert:
         until(lambda: self.page.is_enabled("#undo"))
 
 
-def until(holds: Callable[[], bool]) -> None:
-    """Wait from here: the page's own rules forbid scripts that are made up on the way."""
-    last = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < last
-        time.sleep(0.02)
-
-
 def test_two_experts_label_ten_pairs_through_a_reload_and_a_killed_server(browser, server, ledger):
     anna, ben = (Expert(browser, name, server.port) for name in TOKENS)
     for number in range(PAIRS):
@@ -156,13 +132,75 @@ def test_two_experts_label_ten_pairs_through_a_reload_and_a_killed_server(browse
         anna.says_which_is_good()
         ben.says_which_is_good()
     for expert in (anna, ben):
-        expert.page.wait_for_selector("#nothing:not([hidden])")
+        expert.page.wait_for_selector("#question", state="hidden")
+        assert "no question for you" in expert.page.inner_text("#nothing")
         assert expert.page.inner_text("#progress").startswith("10 answered by you, 0 left for you")
         assert {url.split("/")[2] for url in expert.requests} == {f"127.0.0.1:{server.port}"}
-        assert expert.page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
     ids = [f"q{i}" for i in range(PAIRS)]
     ExpertQueue(ledger.database).settle(ids, undo_s=0)
     answers = ledger.answers(ids)
     assert len(answers) == PAIRS and {answer.answer["verdict"] for answer in answers.values()} == {"A"}
     shown = [vote["a_left"] for answer in answers.values() for vote in answer.answer["experts"]]
     assert len(shown) == 2 * PAIRS and set(shown) == {True, False}  # in either order, and blind to it
+
+
+def test_it_works_by_keyboard_for_screen_readers_and_on_phones(browser, server):
+    page = browser.new_page(bypass_csp=True)  # for axe-core, which is put into the page
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    assert faults(page) == []
+    page.close()
+    anna = Expert(browser, "anna", server.port, bypass_csp=True)
+    page = anna.page
+    for summary in page.locator("summary").all():
+        summary.click()
+    assert faults(page) == []
+    fits_on_phones(page)
+    assert page.get_by_role("article", name="Left response").is_visible()
+    assert page.get_by_role("group", name="Your answer").get_by_role("button").count() == 5
+    assert page.get_by_role("status").filter(has_text="0 answered by you").count() == 1
+    assert page.get_by_role("progressbar", name="Questions that you have answered").count() == 1
+    assert page.get_by_role("combobox", name="Empathy and emotional understanding, right response").count() == 1
+    assert "Dr. Ito, room 4" in page.inner_text("#contact")
+    for summary in page.locator("summary").all():
+        summary.click()
+    anna.presses("t", 1)  # the next question is where the reader's voice goes on
+    assert page.evaluate("() => document.activeElement.id") == "conversation-heading"
+    order = ["Ratings and a note, if you like", "left", "tie", "right", "skip", "harmful", "undo", "stop"]
+    assert tabbed(page, 9) == [*order, "Keys, breaks, and what is hard to read"]
+    server.kill()
+    page.locator('[data-choice="tie"]').focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").wait_for()  # the trouble is told, and the focus is not lost
+    assert page.evaluate("() => document.activeElement.dataset.choice") == "tie"
+
+
+def test_ratings_come_back_with_undo_keys_can_be_switched_off_and_a_break_frees_the_question(browser, server, ledger):
+    anna = Expert(browser, "anna", server.port)
+    page, queue = anna.page, ExpertQueue(ledger.database)
+    refused_by_its_own_rules(page)
+    page.get_by_text("Ratings and a note").click()
+    page.get_by_label("Empathy and emotional understanding, left response").select_option("4")
+    page.get_by_label("Note").fill("takes up the move, not the fear")
+    page.keyboard.press("1")  # typed into the note: no answer
+    assert page.input_value("#note").endswith("fear1") and queue.progress("anna")["answered"] == 0
+    page.locator("#conversation-heading").focus()
+    anna.presses("2", 1)
+    assert page.input_value("#note") == ""
+    anna.presses("u", 0)
+    assert page.input_value("#note").startswith("takes up the move")
+    assert "right is better" in page.inner_text("#earlier")
+    assert page.get_by_label("Empathy and emotional understanding, left response").input_value() == "4"
+    page.get_by_text("Keys, breaks").click()
+    page.get_by_label("Single keys do nothing").check()
+    page.reload()
+    page.wait_for_selector("#question:not([hidden])")
+    assert page.locator("[aria-keyshortcuts]").count() == 0
+    page.keyboard.press("t")
+    page.get_by_role("button", name="Tie").click()
+    until(lambda: page.inner_text("#progress").startswith("1 "))  # by the button alone
+    assert queue.progress("anna")["leased"] == 1
+    page.get_by_role("button", name="Stop for now").click()
+    until(lambda: queue.progress("anna")["leased"] == 0)
+    assert page.is_visible("#sign-in") and page.is_hidden("#work")
+    assert page.evaluate("() => sessionStorage.length + document.cookie.length") == 0
+    assert {url.split("/")[2] for url in anna.requests if "invalid" not in url} == {f"127.0.0.1:{server.port}"}

@@ -57,8 +57,8 @@ def test_a_key_opens_what_its_roles_say_and_refusals_tell_nothing():
 
 
 def test_paths_that_nobody_named_are_the_admins():
-    assert [role_of(path) for path in ("/v1/models", "/reward/score", "/experts/next", "/docs", "/")] == [
-        "chat", "score", "annotate", "admin", "admin"
+    assert [role_of(path) for path in ("/v1/models", "/reward/score", "/experts/next", "/turns/say", "/docs", "/")] == [
+        "chat", "score", "annotate", "compare", "admin", "admin"
     ]  # fmt: skip
 
 

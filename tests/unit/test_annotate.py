@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -75,7 +76,10 @@ def test_an_expert_works_through_the_questions(client, url):
     assert client.post("/experts/answer", json=given, headers=by("anna")).status_code == 200  # sent again: the same
     changed = client.post("/experts/answer", json=given | {"choice": "tie"}, headers=by("anna"))
     assert changed.status_code == 409 and "undo first" in changed.json()["detail"]
-    assert client.post("/experts/undo", headers=by("anna")).json()["question_id"] == "q0"
+    back = client.post("/experts/undo", headers=by("anna")).json()
+    other = "right" if better == "left" else "left"
+    assert back["question_id"] == "q0" and back["left"] == shown["left"]
+    assert back["said"] == {"choice": better, "ratings": {better: {"empathy": 5}, other: {}}, "note": "ja"}
     client.post("/experts/answer", json={"question_id": "q0", "choice": "tie"}, headers=by("anna"))
     assert client.get("/experts/progress", headers=by("anna")).json()["expert"] == "anna"
     ledger = Ledger(url)
@@ -99,12 +103,20 @@ def test_two_experts_get_different_questions_then_none(client, url):
     assert client.get("/experts/agreement", headers=by("ben")).json()["all"]["compared"] == 0
 
 
+def test_who_takes_a_break_gives_the_question_back(client, url):
+    put(url, 1)
+    assert client.get("/experts/next", headers=by("anna")).status_code == 200
+    assert client.get("/experts/next", headers=by("ben")).status_code == 204
+    assert client.post("/experts/release", headers=by("anna")).json() == {"released": 1}
+    assert client.get("/experts/next", headers=by("ben")).json()["question_id"] == "q0"
+
+
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong-token-of-good-length", "Basic x", "Bearer \xff"])
 def test_whoever_has_no_key_learns_nothing(client, url, header):
     put(url, 1)
     headers = {"Authorization": header.encode("latin-1")} if header is not None else {}
     for method, path in [("get", "next"), ("get", "progress"), ("get", "agreement"), ("get", "rubric"),
-                         ("post", "undo"), ("post", "answer")]:  # fmt: skip
+                         ("post", "undo"), ("post", "answer"), ("post", "release")]:  # fmt: skip
         reply = client.request(method, f"/experts/{path}", headers=headers)
         assert (reply.status_code, reply.json()["error"]["message"]) == (401, "unauthorized"), path
     token = TOKENS["anna"]
@@ -152,13 +164,21 @@ def test_odd_notes_are_kept(client, url):
 def test_the_page_and_its_parts_come_from_here_and_hold_nothing_of_clients(client, url):
     put(url, 1)
     html = client.get("/")
-    assert html.status_code == 200 and SECRET not in html.text and "http" not in html.text.replace("http-equiv", "")
-    assert "default-src 'self'" in html.headers["content-security-policy"]
-    for name, kind in (("annotate.js", "javascript"), ("annotate.css", "css")):
+    assert html.status_code == 200 and SECRET not in html.text and "http" not in html.text
+    policy = html.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy and "//" not in policy
+    for name, kind in (
+        ("annotate.js", "javascript"),
+        ("page.js", "javascript"),
+        ("page.css", "css"),
+        ("icon.svg", "svg"),
+    ):
         part = client.get(f"/{name}")
-        assert part.status_code == 200 and kind in part.headers["content-type"] and name in html.text
-        assert "://" not in part.text
-    for path in ("/annotate.py", "/docs"):
+        assert part.status_code == 200 and kind in part.headers["content-type"]
+        assert "://" not in part.text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    for part in re.findall(r'(?:src|href)="([^"]+)"', html.text):
+        assert client.get(f"/{part}").status_code == 200, part
+    for path in ("/annotate.py", "/compare.js", "/docs"):
         assert client.get(path).status_code == 401 and client.get(path, headers=by("anna")).status_code == 403
     assert client.get("/healthz").json() == {"status": "ok"}
 
@@ -185,6 +205,7 @@ def test_the_server_reads_the_runs_configuration(tmp_path, monkeypatch):
     settings = Config.model_validate({"oracle": {"kind": "experts", "lease_s": 5}}).model_dump(mode="json")
     write_atomic(run / "config.yaml", yaml.safe_dump(settings))
     desk = open_desk(Args.read({"run": str(run)}))
+    assert desk.contact == "" and open_desk(Args.read({"run": str(run), "contact": "Dr. Ito"})).contact == "Dr. Ito"
     assert (desk.ledger, desk.lease_s) == (f"sqlite:///{tmp_path}/runs/labels.db", 5) and str(run) in desk.runs
     monkeypatch.setenv("PSYRAY_KEYS", "anna chat,score anna-has-a-long-token")
     with pytest.raises(PsyrayError, match="no key has the role annotate: give keys=FILE, or set PSYRAY_KEYS"):

@@ -126,6 +126,23 @@ def test_every_ray_command_in_the_docs_is_one(line):
         assert (ROOT / given["runtime_env"]).is_file()
 
 
+def served() -> list[str]:
+    """The `serve run` lines of the docs, without what stands before them and after."""
+    lines = (re.findall(r"^(?:\w+=\S+ )*(serve run serve\.\S+ [^#`\n]*)", p.read_text(), re.MULTILINE) for p in PAGES)
+    return sorted({line.strip() for found in lines for line in found})
+
+
+@pytest.mark.parametrize("line", served())
+def test_every_served_application_in_the_docs_takes_these_words(line):
+    from importlib import import_module
+
+    target, *words = shlex.split(line)[2:]
+    module, name = target.split(":")
+    application = import_module(module)
+    assert callable(getattr(application, name))
+    application.Args.read(dict(word.split("=", 1) for word in words if not word.startswith("[")))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_files_that_the_docs_name_are_there(page):
     for name in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

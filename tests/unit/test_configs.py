@@ -55,6 +55,20 @@ def test_serve_file_fits_rays_schema_and_stays_on_loopback() -> None:
     assert Args.read(application.args).run == Path("runs/demo")
 
 
+def test_what_the_serve_file_offers_beside_fits_too() -> None:
+    """The second application stands there as a comment, for it needs keys."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from serve.compare import Args
+
+    text = (CONFIGS / "serve.yaml").read_text()
+    head, found, rest = text.partition("  # - name: compare")
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(head + (found + rest).replace("  # ", "  ")))
+    compare = schema.applications[-1]
+    assert (compare.route_prefix, compare.import_path) == ("/compare", "serve.compare:build")
+    assert Args.read(compare.args).url == f"http://{schema.http_options.host}:{schema.http_options.port}"
+
+
 def test_cluster_file_fits_rays_schema() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 

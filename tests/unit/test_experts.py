@@ -21,7 +21,7 @@ from psyray.active.noise import Noisy
 from psyray.active.oracle_kinds import ORACLES, JudgeOracle, make_oracle
 from psyray.active.oracles import buy, exchanged, pair_question
 from psyray.active.queue import ExpertQueue
-from psyray.active.votes import Choice
+from psyray.active.votes import Choice, Vote, among
 from psyray.config import Config, load_config
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
@@ -30,6 +30,7 @@ from psyray.rubric import load_rubric
 from psyray.run import Folder, write_parquet
 from psyray.sections.data import JudgeSection
 from psyray.sections.learning import OracleSection
+from psyray.status import labels_note
 
 RUBRIC = load_rubric("counselling")
 SPEECH = [{"role": "user", "content": "I cannot sleep since my father died."}]
@@ -112,7 +113,10 @@ def test_a_round_goes_on_by_itself_when_the_labels_are_in(desk, folder):
     with Crowd(desk, 8, anna=prefers_good, ben=prefers_good):
         labels, counts = ask(people(desk, said, overlap=2, price=2.0), folder, 5, budget=4)
     assert verdicts(labels) == [*GOOD, None] and labels[0][1] == -1.0
-    assert counts == {"asked": 4, "bought": 4, "reused": 0, "answered": 4, "refused": 1, "unanswered": 0}
+    agreed = {"people": 2, "compared": 4, "agree": 1.0, "alpha": 1.0}
+    asked = {"asked": 4, "bought": 4, "reused": 0, "answered": 4, "refused": 1, "unanswered": 0}
+    assert counts == asked | {"experts": agreed}
+    assert "2 experts agree 100.0 % (alpha 1.00)" in labels_note(counts)
     assert "4 questions wait for 2 experts" in said[0] and "serve run serve.annotate:build run=run" in said[0]
     [spent] = desk.ledger.summary("run")
     assert spent["cost"] == 16.0
@@ -179,6 +183,17 @@ def test_harm_makes_a_question_invalid(desk, folder):
     with Crowd(desk, 2, anna=prefers_good, ben=lambda left, right: Choice.HARMFUL):
         labels, counts = ask(people(desk, overlap=2), folder, 1)
     assert verdicts(labels) == [Verdict.INVALID] and counts["answered"] == 1
+
+
+def test_how_far_people_agree_is_over_all_two_votes_on_a_question():
+    a, b, tie = Vote.A, Vote.B, Vote.TIE
+    found = among([{"anna": a, "ben": a, "carl": b}, {"anna": b, "ben": b}, {"carl": tie}])
+    assert (found["people"], found["compared"], found["agree"]) == (3, 4, 0.5)
+    # Krippendorff's alpha by hand: 5 pairable votes, observed disagreement 0.4, expected 0.6.
+    assert found["alpha"] == pytest.approx(1 - 0.4 / 0.6)
+    assert among([{"anna": a}, {"anna": b}]) == {"people": 1, "compared": 0, "agree": None, "alpha": None}
+    assert among([{"anna": a, "ben": a}])["alpha"] is None and among([])["people"] == 0
+    assert [vote.choice(side).vote(side) for vote in Vote for side in (True, False)] == [v for v in Vote for _ in "LR"]
 
 
 def rows_of(*chosen: tuple[str, str]) -> list[dict]:

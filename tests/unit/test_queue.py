@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,9 @@ def test_an_answer_counts_once_and_is_changed_by_undo_alone(place: Place):
     assert place.say("anna", "good") == "q0"
     place.queue.lease("anna")
     lease = place.queue.undo("anna")
-    assert lease.question_id == "q0" and place.queue.lease("anna") == lease  # first what was taken back
+    assert lease.said is not None and lease.said.choice is choice_of(lease, "good")
+    again = replace(lease, said=None)
+    assert lease.question_id == "q0" and place.queue.lease("anna") == again  # first what was taken back
     place.queue.answer("anna", "q0", Choice.LEFT, note="so")
     place.queue.answer("anna", "q0", Choice.LEFT, note="so")  # sent twice
     for other in ({"choice": Choice.RIGHT, "note": "so"}, {"choice": Choice.LEFT, "note": "changed"}):

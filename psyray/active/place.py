@@ -1,0 +1,33 @@
+"""Where a run's labels are: its ledger, and the names that it goes by there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from psyray.active.ledger import ledger_url
+from psyray.config import Config
+from psyray.errors import PsyrayError
+from psyray.run import run_path
+from psyray.status import read_config
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run's folder and settings, its ledger's database, and what the ledger may call it."""
+
+    folder: Path
+    config: Config
+    ledger: str
+    runs: frozenset[str]
+
+
+def place_of(run: Path, mend: str = "start one with `psyray run CONFIG run.path={folder}`") -> Place:
+    """The place of a run that was started once; PsyrayError with the way to mend it where there is none."""
+    folder = run_path(run)
+    if not (tree := read_config(folder)):
+        raise PsyrayError(f"no run at {folder}; {mend.format(folder=folder)}")
+    config = Config.model_validate(tree)
+    # The ledger knows a run by its mirror, or by the path that it was started with.
+    runs = frozenset(map(str, filter(None, (folder, folder.resolve(), run_path(config.run.path), config.run.mirror))))
+    return Place(folder, config, ledger_url(config.ledger.url, folder), runs)

