@@ -22,6 +22,7 @@ from psyray.errors import PsyrayError
 from psyray.records import Message, client_words
 from psyray.run import read_stages
 from serve.app import build
+from serve.bring_up import why
 
 APP = "psyray"
 HOST = "127.0.0.1"
@@ -106,23 +107,13 @@ def wait_until_running(timeout_s: float, say: Say) -> None:
             say(f"serve: ready after {time.monotonic() - started:.0f} s")
             return
         if application and state in _FAILED:
-            raise PsyrayError(f"serve: the run could not be served: {_why(application)}")
+            raise PsyrayError(f"serve: the run could not be served: {why(application)}")
         if time.monotonic() - started > timeout_s:
-            raise PsyrayError(
-                f"serve: not ready after {timeout_s:.0f} s: {_why(application) if application else state}"
-            )
+            raise PsyrayError(f"serve: not ready after {timeout_s:.0f} s: {why(application) if application else state}")
         if time.monotonic() - said > _SAY_EVERY_S:
             said = time.monotonic()
             say(f"serve: still starting, {said - started:.0f} s")
         time.sleep(_POLL_S)
-
-
-def _why(application: Any) -> str:
-    """The messages of the parts that are not well; the last lines, where the cause stands."""
-    parts = [
-        f"{name}: {part.message}" for name, part in application.deployments.items() if part.status.value != "HEALTHY"
-    ]
-    return " | ".join([application.message, *parts]).strip()[-1500:]
 
 
 def ask(url: str, messages: Sequence[Message], timeout_s: float, token: str) -> dict[str, Any]:
