@@ -21,6 +21,7 @@ from serve.reward import RewardServer, ScoreItem
 MAX_ONGOING = 1000  # Serve's default of 5 would keep requests from being batched
 START_S = 1800.0  # longest start of a part
 FIRST_S = 300.0  # longest first answer
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 _POLL_S = 0.5
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY", "NOT_STARTED")
 
@@ -31,7 +32,7 @@ def bring_up(parts: Sequence[Part]) -> None:
     fresh = [part for part in parts if part.app not in there]
     try:
         if fresh:
-            targets = [serve.RunTarget(application(part), name=part.app, route_prefix=None) for part in fresh]
+            targets = [serve.RunTarget(application(part), part.app, None, LOGGING) for part in fresh]
             serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         for part in parts:
             wait_until_running(part.app, START_S)

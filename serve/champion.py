@@ -66,7 +66,7 @@ class Replicas:
         if self.least == self.most:
             return {"num_replicas": self.least}
         scaling = {"min_replicas": self.least, "max_replicas": self.most, "target_ongoing_requests": ongoing}
-        return {"num_replicas": None, "autoscaling_config": scaling}
+        return {"autoscaling_config": scaling}
 
 
 class Args(Words):

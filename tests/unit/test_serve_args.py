@@ -68,7 +68,7 @@ def test_settled_words_mean_the_same_in_another_folder(tmp_path: Path, monkeypat
 def test_replicas_are_a_number_or_scale_between_two() -> None:
     assert Replicas(2, 2).options(8) == {"num_replicas": 2}
     scaling = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 8}
-    assert Replicas(1, 4).options(8) == {"num_replicas": None, "autoscaling_config": scaling}
+    assert Replicas(1, 4).options(8) == {"autoscaling_config": scaling}
 
 
 @pytest.mark.parametrize(
