@@ -23,14 +23,15 @@ START_S = 1800.0  # longest start of a part
 FIRST_S = 300.0  # longest first answer
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 _POLL_S = 0.5
-_FAILED = ("DEPLOY_FAILED", "UNHEALTHY", "NOT_STARTED")
+_FAILED = ("DEPLOY_FAILED", "NOT_STARTED")  # one that is unhealthy for a while recovers
 
 
 def bring_up(parts: Sequence[Part]) -> None:
     """Return when every part answers; RuntimeError with the reason, and none of them left, when one does not."""
     there = serve.status().applications
-    fresh = [part for part in parts if part.app not in there]
+    fresh = [part for part in parts if part.app not in there or there[part.app].status.value == "DELETING"]
     try:
+        wait_until_gone({part.app for part in fresh}, START_S)
         if fresh:
             targets = [serve.RunTarget(application(part), part.app, None, LOGGING) for part in fresh]
             serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -58,6 +59,15 @@ def application(part: Part) -> serve.Application:
     if part.adapters:
         config.engine_kwargs["lora_modules"] = [LoRAModulePath(name, path) for name, path in part.adapters]
     return build_llm_deployment(config, deployment_cls=PolicyServer)
+
+
+def wait_until_gone(apps: set[str], timeout_s: float) -> None:
+    """Return when none of the applications is there: one that gives its last answers cannot start anew."""
+    began = time.monotonic()
+    while left := apps & set(serve.status().applications):
+        if time.monotonic() - began > timeout_s:
+            raise RuntimeError(f"{', '.join(left)}: still there after {timeout_s:.0f} s")
+        time.sleep(_POLL_S)
 
 
 def wait_until_running(app: str, timeout_s: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable
 
 from ray import serve
@@ -21,6 +22,7 @@ from serve.bring_up import in_a_worker
 from serve.lineup import Lineup, Order
 
 ASK_S = 1.0  # how often a port asks for the line-up
+AGAIN_S = 600.0  # until one that did not come up is tried again
 LINGER_S = 15.0  # by then every port that lives has asked
 logger = logging.getLogger("ray.serve")
 
@@ -32,10 +34,10 @@ class Keeper:
         self.order, self.owner = order, serve.get_replica_context().app_name
         self.now: Lineup | None = None
         self.trouble = ""
-        self.refused: Lineup | None = None
+        self.refused: tuple[Lineup, float] | None = None  # and when
         about = "1 while the champion that was asked for does not answer"
         self.gauge = Gauge("psyray_champion_trouble", description=about)
-        self._looked = asyncio.Event()
+        self._looked, self._ended = asyncio.Event(), False
         self._watching = asyncio.create_task(self._watch())
 
     async def lineup(self) -> Lineup:
@@ -61,14 +63,14 @@ class Keeper:
             return
         if wanted == self.now:
             self._note("")
-        elif wanted != self.refused:
+        elif self.refused is None or self.refused[0] != wanted or time.monotonic() > self.refused[1] + AGAIN_S:
             await self._change(wanted)
 
     async def _change(self, wanted: Lineup) -> None:
         try:
             await in_a_worker(wanted.parts)
         except RayError as error:  # whatever keeps it from answering, the one before goes on
-            self.refused = wanted
+            self.refused = wanted, time.monotonic()
             cause = getattr(error, "cause", None) or error
             self._note(f"{wanted.models[0].name} ({wanted.models[0].export or 'no id'}) does not come up: {cause}")
             return
@@ -93,6 +95,9 @@ class Keeper:
 
     def __del__(self) -> None:
         """Take all parts away where the application itself is; a keeper that is only replaced leaves them."""
+        if self._ended:  # Serve calls this, and then Python
+            return
+        self._ended = True
         own = serve.status().applications.get(self.owner)
         if own is None or own.status.value == "DELETING":
             self._take_away(())

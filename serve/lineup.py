@@ -17,6 +17,7 @@ from psyray.engines.vllm import adapter_base, is_adapter
 from psyray.errors import PsyrayError
 from psyray.models import model_identity, resolve_model
 from psyray.records import content_id
+from psyray.reward.ratings import RATINGS
 from psyray.run import read_stages
 from psyray.sections.data import EngineSection
 from psyray.status import read_config
@@ -148,7 +149,9 @@ def _reward(reward: Reward, asked: Args, owner: str) -> Part:
         "graceful_shutdown_timeout_s": asked.timeout_s,
         **asked.reward_replicas.options(asked.reward_ongoing),
     }
-    identities = [model_identity(reward.path), model_identity(str(reward.heads.parent)) if reward.heads else ""]
+    files = [reward.heads, reward.heads.with_name(RATINGS)] if reward.heads else []
+    known = [file.stat() for file in files if file.exists()]
+    identities = [model_identity(reward.path), *((stat.st_size, stat.st_mtime_ns) for stat in known)]
     return Part(f"{owner}.reward.{content_id(made_of, options, identities)}", reward=made_of, options=options)
 
 
@@ -166,7 +169,7 @@ def of_rounds(wanted: str, champion: Champion) -> Iterator[tuple[Policy, str]]:
             known[int(stage.name[6:].partition("/")[0])] = (str(stage.path / "model"), stage.fingerprint)
     numbers = [str(number) for number in known] if wanted == "all" else wanted.split(",")
     for number in numbers:
-        if not number.strip().isdigit() or int(number) not in known:
+        if not number.strip().isdecimal() or int(number) not in known:
             there = ", ".join(map(str, known)) or "none"
             raise PsyrayError(f"rounds={wanted}: {champion.run} has no round {number!r}; there are {there}, or say all")
         path, export = known[int(number)]

@@ -105,10 +105,21 @@ def test_whoever_asks_before_there_is_one_is_told_why(cluster: SimpleNamespace) 
     assert cluster.tried == []
 
 
+def test_a_refused_one_is_tried_again_after_a_while(cluster: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.broken.add("psyray.policy.a")
+    monkeypatch.setattr(keeper, "AGAIN_S", -1.0)
+    kept, seen = watched([named("a")], 2)
+    assert seen == [None, None] and cluster.tried == ["psyray.policy.a"] * 2 and "no weights" in kept.trouble
+
+
 def test_a_deleted_application_takes_its_parts_along(cluster: SimpleNamespace) -> None:
+    replaced, _ = watched([named("a")], 1)
+    replaced.__del__()
+    assert "psyray.policy.a" in cluster.up
     kept, _ = watched([named("a")], 1)
-    kept.__del__()
-    assert "psyray.policy.a" in cluster.up  # only replaced
     cluster.up.remove("psyray")
     kept.__del__()
     assert cluster.up == ["other.policy.x"]
+    cluster.up.append("psyray.policy.b")
+    kept.__del__()
+    assert "psyray.policy.b" in cluster.up  # Python calls it once more
