@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from pydantic import ValidationError
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse  # the public one is a subclass
 from ray.llm._internal.serve.core.server.llm_server import LLMServer
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, ErrorResponse
+from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
 
 from serve.chat import Refusal

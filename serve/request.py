@@ -22,7 +22,7 @@ from psyray.errors import PsyrayError
 from psyray.records import Message, client_words
 from psyray.run import read_stages
 from serve.app import build
-from serve.bring_up import why
+from serve.bring_up import LOGGING, why
 
 APP = "psyray"
 HOST = "127.0.0.1"
@@ -79,9 +79,9 @@ def serving(args: Mapping[str, str], *, say: Say = print, start_timeout_s: float
         serve.start(
             http_options={"host": HOST, "port": port},
             proxy_location="HeadOnly",
-            logging_config={"log_level": "WARNING"},
+            logging_config=LOGGING,
         )
-        target = serve.RunTarget(application, name=APP, route_prefix="/")
+        target = serve.RunTarget(application, APP, "/", LOGGING)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         wait_until_running(start_timeout_s, say)
         yield f"http://{HOST}:{port}"

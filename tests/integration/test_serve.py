@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import threading
@@ -34,7 +35,7 @@ from psyray.sections.data import EndpointSection
 from serve.request import ask, serve_once, serving
 
 CLIENT = [{"role": "user", "content": "My sister moved abroad and the flat is too quiet in the evenings."}]
-TOKEN = "tests-" + "0123456789abcdef" * 2
+TOKEN, OTHER = "tests-" + "0123456789abcdef" * 2, "other-" + "0123456789abcdef" * 2
 FIRST, SECOND = "3f2a9c0e1b77", "8e5d4c3b2a10"  # the exports of two runs
 
 
@@ -46,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("warm", "brief")):
         save_adapter(first / "policy", home / name, seed)
     register(f"sqlite:///{home / 'mlflow.db'}", first, second)
-    (home / "keys").write_text(f"tests chat,score {TOKEN}\n")
+    (home / "keys").write_text(f"tests chat,score {TOKEN}\nother chat,score {OTHER}\n")
     return home
 
 
@@ -291,6 +292,15 @@ def test_adapters_share_the_engine_and_a_request_names_who_answers(server: str, 
         for name, said in zip(names * 4, pool.map(says, names * 4), strict=True):
             assert said == alone[name]
     assert sum(name.startswith("psyray.policy.") for name in serve.status().applications) == 1
+
+
+def test_hostile_requests_break_nothing_and_learn_nothing(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    hostile = importlib.import_module("hostile")
+    report = hostile.attack(server, (TOKEN, OTHER), 400)
+    assert not report.wrong, report.wrong[:10]
+    assert report.statuses.total() > 350 and report.statuses[422] > 100 and report.statuses[200] > 20
+    assert call(f"{server}/healthz")[0] == 200
 
 
 class Asking(threading.Thread):

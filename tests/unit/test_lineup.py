@@ -79,8 +79,7 @@ def test_a_new_champion_leaves_what_both_need_alone(tmp_path: Path) -> None:
     kept = {part.app for part in before.parts} & {part.app for part in after.parts}
     assert len(before.parts) == 2 and len(after.parts) == 3 and kept == {part.app for part in before.parts}
     assert before.models[0].app != after.models[0].app and before != after
-    again = found(tmp_path, champion(tmp_path), **words)
-    assert again == before
+    assert found(tmp_path, first, **words) == before
 
 
 def test_other_settings_or_other_files_are_another_engine(tmp_path: Path) -> None:
