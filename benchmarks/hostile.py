@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,25 +190,24 @@ class Attacker:
 
         schema = schemathesis.openapi.from_dict(description())
         operations = [result.ok() for result in schema.get_all_operations()]
+        settings = hypothesis.settings(
+            max_examples=max(count // 2, 1),
+            database=None,
+            deadline=None,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-            made = strategies.one_of(*(operation.as_strategy(generation_mode=mode) for operation in operations))
+            cases = strategies.one_of(*(operation.as_strategy(generation_mode=mode) for operation in operations))
+            hypothesis.seed(seed)(settings(hypothesis.given(case=cases)(self._sender(mode.value))))()
 
-            @hypothesis.seed(seed)
-            @hypothesis.settings(
-                max_examples=max(count // 2, 1),
-                database=None,
-                deadline=None,
-                phases=[hypothesis.Phase.generate],
-                suppress_health_check=list(hypothesis.HealthCheck),
-            )
-            @hypothesis.given(case=made)
-            def send(case: Any, mode: Any = mode) -> None:
-                reply = case.call(base_url=self.url, session=self.session, timeout=TIMEOUT_S)
-                self.report.note(
-                    f"{mode.value} {case.method} {case.path} {case.body!r:.300}", reply.status_code, reply.text
-                )
+    def _sender(self, mode: str) -> Callable[[Any], None]:
+        def send(case: Any) -> None:
+            what = f"{mode} {case.method} {case.path} {case.body!r:.300}"
+            reply = case.call(base_url=self.url, session=self.session, timeout=TIMEOUT_S)
+            self.report.note(what, reply.status_code, reply.text)
 
-            send()
+        return send
 
 
 def raw(url: str, report: Report) -> None:
@@ -277,12 +276,14 @@ def attack(url: str, tokens: Sequence[str], count: int, *, threads: int = 4, see
             attacker.strike(strike, own)
         attacker.fuzz(count // 3 // threads, seed * 1000 + number)
 
-    raw(url, report)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
-    raw(url, report)
-    neighbour.stop_now.set()
-    neighbour.join(TIMEOUT_S)
+    try:
+        raw(url, report)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, range(threads)))
+        raw(url, report)
+    finally:
+        neighbour.stop_now.set()
+        neighbour.join(TIMEOUT_S)
     return report
 
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 import yaml
 from kills import tiny_model
 
+from psyray.cluster import ray_session
+from psyray.config import Config
 from psyray.data.speeches import SHIPPED
 from psyray.models import embedded_model
 from psyray.records import Message
@@ -58,13 +59,9 @@ def reward_model(body: Path, folder: Path) -> Path:
 @contextmanager
 def up(run: Path, **words: str) -> Iterator[str]:
     """The address of the run, served in a Ray of its own."""
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=120 * 2**20, log_to_driver=False)
     asked = {"run": str(run), "device": "cpu", "keys": str(run / "keys"), "per_minute": "10000000", "in_flight": "2000"}
-    try:
-        with serving({**asked, **words}, say=lambda line: None, start_timeout_s=900) as url:
-            yield url
-    finally:
-        ray.shutdown()
+    with ray_session(Config()), serving({**asked, **words}, say=lambda line: None, start_timeout_s=900) as url:
+        yield url
 
 
 def speeches() -> list[str]:

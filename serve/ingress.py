@@ -45,7 +45,7 @@ def application(order: Order, keys: tuple[Key, ...], limits: Limits, replies: Re
 class Ingress:
     """The routes: chat goes to an engine, scores to the reward model, whoever they are at that moment."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         keeper: DeploymentHandle,
         keys: tuple[Key, ...],

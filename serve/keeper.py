@@ -30,7 +30,7 @@ logger = logging.getLogger("ray.serve")
 class Keeper:
     """One replica of it watches for all ports."""
 
-    async def __init__(self, order: Order) -> None:
+    async def __init__(self, order: Order) -> None:  # type: ignore[misc]  # Serve awaits it
         self.order, self.owner = order, serve.get_replica_context().app_name
         self.now: Lineup | None = None
         self.trouble = ""
