@@ -23,7 +23,7 @@ from serve.best import BestRequest, answer
 from serve.chat import ChatRequest, Refusal
 from serve.guard import Replies, crisis_kinds, safe_reply
 from serve.keeper import ASK_S, Keeper
-from serve.lineup import CHAMPION_NAME, Lineup, Order, Served
+from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
 from serve.policy import with_defaults
 from serve.reward import ScoreReply, ScoreRequest
 
@@ -57,7 +57,7 @@ class Ingress:
         self.replies, self.timeout_s = replies, timeout_s
         about = "chat requests whose words speak of a crisis, by kind"
         self.crises = Counter("psyray_crisis_requests", description=about, tag_keys=("kind", "guard"))
-        self._handles: dict[str, DeploymentHandle] = {}
+        self._handles: dict[tuple[str, bool], DeploymentHandle] = {}
         self.lineup: Lineup = await keeper.lineup.remote()
         self._following = asyncio.create_task(self._follow())
 
@@ -74,19 +74,17 @@ class Ingress:
             if lineup != self.lineup:
                 self.lineup, self._handles = lineup, {}
 
-    def _handle(self, app: str) -> DeploymentHandle:
+    def _handle(self, app: str, *, stream: bool = False) -> DeploymentHandle:
         """The handle to a part; made once, since each has its own line to Serve's controller."""
-        if app not in self._handles:
-            self._handles[app] = serve.get_app_handle(app).options(stream=".policy." in app)
-        return self._handles[app]
+        if (app, stream) not in self._handles:
+            self._handles[app, stream] = serve.get_app_handle(app).options(stream=stream)
+        return self._handles[app, stream]
 
-    def _called(self, name: Any) -> Served:
+    def _called(self, name: str | None) -> Served:
         if (served := self.lineup.called(name)) is None:
-            raise HTTPException(404, f"no model of that name; there are {CHAMPION_NAME}, {', '.join(self._names())}")
+            names = [CHAMPION_NAME, *(served.name for served in self.lineup.models)]
+            raise HTTPException(404, f"no model of that name; there are {', '.join(names)}")
         return served
-
-    def _names(self) -> list[str]:
-        return [served.name for served in self.lineup.models]
 
     async def models(self) -> dict[str, Any]:
         """Who may be asked."""
@@ -123,7 +121,7 @@ class Ingress:
     async def _ask(self, served: Served, tree: dict[str, Any]) -> Response:
         """The engine's answer, whole or as its stream."""
         # The engine gets the request alone: headers hold the key, and some that vLLM knows would steer it.
-        pieces = aiter(self._handle(served.app).answer.remote(tree, served.name))
+        pieces = aiter(self._handle(served.app, stream=True).answer.remote(tree, served.name))
         first: str | Refusal = await anext(pieces)
         if not isinstance(first, str):
             raise HTTPException(first.status, first.words)
@@ -158,7 +156,7 @@ class Ingress:
         scores = await self._in_time(self._handle(scoring.app).score.remote(body.items))
         return ScoreReply(model=scoring.name, scores=scores)
 
-    def _scoring(self) -> Any:
+    def _scoring(self) -> Scoring:
         if self.lineup.reward is None:
             raise HTTPException(404, "this server was started with reward=false")
         return self.lineup.reward
@@ -177,7 +175,7 @@ class Ingress:
         champion, scoring = self.lineup.models[0], self.lineup.reward
         names = {"policy": champion.name, "reward": scoring.name if scoring else None}
         try:
-            health = self._handle(champion.app).options(stream=False).check_health.remote()
+            health = self._handle(champion.app).check_health.remote()
             await asyncio.wait_for(health, HEALTH_TIMEOUT_S)
         except Exception as error:  # whatever ails the engine, the answer to this question is "not well"
             return JSONResponse({"status": "unavailable", "error": type(error).__name__, **names}, 503)

@@ -66,7 +66,7 @@ def port(engine: MadeEngine) -> TestClient:
     routes.lineup = Lineup(models, Scoring("scorer", "export1", "app.reward.y"), ())
     routes.replies, routes.timeout_s = read_replies(None), 5.0
     routes.crises = SimpleNamespace(inc=lambda tags: None)  # type: ignore[assignment]
-    routes._handles = {"app.policy.x": engine, "app.reward.y": MadeReward()}  # type: ignore[dict-item]
+    routes._handles = {("app.policy.x", True): engine, ("app.reward.y", False): MadeReward()}  # type: ignore[dict-item]
     keys = parse_keys([f"{name} chat,score {token}" for name, token in TOKENS.items()], "keys")
     # What is raised past the application would be a 500.
     return TestClient(http_app(routes, keys, Limits()), headers=bearer("ann"), raise_server_exceptions=False)
