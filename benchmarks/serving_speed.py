@@ -125,9 +125,9 @@ async def chat_latency(ours: str, theirs: str, chats: int, repeats: int) -> dict
     }
 
 
-async def all_at_once(ask: Ask, rows: int, clients: int) -> tuple[float, list[Any]]:
-    """(seconds, answers by row) of `clients` that ask one row after the other."""
-    left, found = iter(range(rows)), [None] * rows
+async def all_at_once(ask: Ask, rows: range, clients: int) -> tuple[float, list[Any]]:
+    """(seconds, answers in the rows' order) of `clients` that ask one row after the other."""
+    left, found = iter(rows), dict.fromkeys(rows)
 
     async def client() -> None:
         for row in left:
@@ -135,11 +135,14 @@ async def all_at_once(ask: Ask, rows: int, clients: int) -> tuple[float, list[An
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
-    return time.perf_counter() - began, found
+    return time.perf_counter() - began, list(found.values())
 
 
 async def reward_speed(ours: str, theirs: str, texts: list[str], clients: int, repeats: int) -> dict[str, Any]:
-    """Rows a second of each side, the first by turns, and how far apart their scores are."""
+    """Rows a second of each side, the first by turns, and how far apart their scores are.
+
+    Every repeat, and the one before them that warms up, has texts of its own: vLLM remembers what it has read.
+    """
     limit = aiohttp.TCPConnector(limit=clients)
     async with aiohttp.ClientSession(connector=limit) as session:
 
@@ -154,12 +157,14 @@ async def reward_speed(ours: str, theirs: str, texts: list[str], clients: int, r
 
         sides = {"served": served, "bare": bare}
         rates: dict[str, list[float]] = {name: [] for name in sides}
-        scores: dict[str, list[float]] = {}
-        for repeat in range(-1, repeats):  # the first warms up
+        scores: dict[str, list[float]] = {name: [] for name in sides}
+        count = len(texts) // (repeats + 1)
+        for repeat in range(repeats + 1):
+            rows = range(repeat * count, (repeat + 1) * count)
             for name in sorted(sides, reverse=bool(repeat % 2)):
-                seconds, scores[name] = await all_at_once(sides[name], len(texts), clients)
-                if repeat >= 0:
-                    rates[name].append(len(texts) / seconds)
+                seconds, found = await all_at_once(sides[name], rows, clients)
+                scores[name] += found
+                rates[name] += [count / seconds] if repeat else []
     ratios = [a / b for a, b in zip(rates["served"], rates["bare"], strict=True)]
     return {
         **{f"{name}_rows_s": round(statistics.median(rate), 2) for name, rate in rates.items()},
@@ -221,7 +226,7 @@ def main() -> None:
             with vllm_server(policy) as theirs:
                 chat = asyncio.run(chat_latency(ours, theirs, given.chats, given.repeats))
             print(chat, file=sys.stderr)
-            texts = prompts(run / "reward", given.rows)
+            texts = prompts(run / "reward", given.rows * (given.repeats + 1))
             with vllm_server(run / "reward", "--runner", "pooling") as theirs:
                 reward = asyncio.run(reward_speed(ours, theirs, texts, given.clients, given.repeats))
             print(reward, file=sys.stderr)

@@ -26,6 +26,7 @@ def engine_settings(
         "max_model_len": engine.max_model_len,
         "max_num_seqs": engine.max_num_seqs,
         "enable_prefix_caching": True,
+        "disable_log_stats": True,  # figures that nobody would read, counted anew for every token
         "enforce_eager": not gpu,
         **({"tensor_parallel_size": engine.tensor_parallel} if engine.tensor_parallel > 1 else {}),
         # vLLM 0.29 on CPU dies of a seeded request whose prompt is read in chunks, and anyone may name a seed.
@@ -42,7 +43,7 @@ def engine_settings(
         # The engine's own bundle counts; one more CPU for the process around it would leave none on a small machine.
         "deployment_config": {"ray_actor_options": {"num_cpus": 0}},
         "experimental_configs": {"stream_batching_interval_ms": STREAM_MS},
-        "log_engine_metrics": True,  # vLLM's own figures among Ray's, for Prometheus
+        "log_engine_metrics": False,
     }
 
 
