@@ -31,5 +31,5 @@ def test_only_what_was_under_way_through_the_killed_replica_is_excused(soak: Any
 
 def test_memory_is_compared_between_thirds_without_the_start(soak: Any) -> None:
     memory = soak.Memory()
-    memory.samples = [(at, soak.GIB * (9 if at < 60 else 2 if at < 300 else 3)) for at in range(5, 901, 5)]
+    memory.samples = [(at, soak.GIB * (9 if at < 60 else 2 if at <= 300 else 3)) for at in range(5, 901, 5)]
     assert memory.thirds() == (2.0, 3.0)
