@@ -127,6 +127,45 @@ def lineage(
 
 
 @app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="a finished run's folder, the id of an export, or NAME/VERSION")],
+    runs: Annotated[Path, typer.Option(help="the folder that holds the run folders")] = Path("runs"),
+) -> None:
+    """Make a registered model the champion: servers that follow the registry change over without losing a request.
+
+    Examples:  psyray promote runs/demo
+               psyray promote psyray-policy/3      an earlier version: going back
+    """
+    from psyray.registry import promote
+    from psyray.run import run_path
+    from psyray.sections.place import TrackSection
+    from psyray.track import tracking_uri
+
+    runs = run_path(runs)
+    for name, version in promote(model, runs, tracking_uri(TrackSection(), runs / "any")).items():
+        say(f"{name}: version {version} is champion")
+
+
+@app.command()
+def adapter(
+    folder: Annotated[
+        Path, typer.Argument(help="the adapter of a round, such as RUN/stages/round-2/policy/ID/adapter")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="the new adapter's folder")],
+) -> None:
+    """Write what all rounds up to one have learned as one LoRA adapter on the start, to serve rounds on one engine.
+
+    Example:  psyray adapter runs/demo/stages/round-2/policy/3f2a9c0e1b77/adapter --to adapters/round-2
+    """
+    from psyray.engines.vllm import adapter_base
+    from psyray.lora import chain, stack
+
+    parts = chain(folder)
+    rank = stack(parts, to)
+    say(f"{to}: rank {rank}, of {len(parts)} adapter{'s' * (len(parts) > 1)} on {adapter_base(to)}")
+
+
+@app.command()
 def export(
     folder: RunFolder,
     to: Annotated[Path, typer.Option("--to", help="the data set's folder, new or an earlier export's")],

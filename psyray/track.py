@@ -297,6 +297,13 @@ class Tracker:
         return str(made.version)
 
 
+@contextmanager
+def registry(uri: str) -> Iterator[Any]:
+    """MLflow's client, for short work on the registry; PsyrayError where it does not answer."""
+    with _plainly(uri), _answers_soon(uri), _alone(uri):
+        yield _client(uri)
+
+
 def registered(uri: str, model: str) -> dict[str, str]:
     """The tags of a registered model, by `NAME`, `NAME@ALIAS` or `NAME/VERSION`; a bare name means its champion.
 
@@ -306,8 +313,7 @@ def registered(uri: str, model: str) -> dict[str, str]:
 
     name, at, alias = model.partition("@")
     name, slash, version = name.partition("/")
-    with _plainly(uri), _answers_soon(uri), _alone(uri):
-        client = _client(uri)
+    with registry(uri) as client:
         try:
             if slash:
                 found = client.get_model_version(name, version)

@@ -190,7 +190,7 @@ class Metered:
 
 
 def _length(header: bytes) -> int:
-    return int(header) if header.isdigit() else 0  # what is no number is the server's to refuse
+    return int(header[:18]) if header.isdigit() else 0  # what is no number is the server's to refuse
 
 
 def refuse(status: int, words: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -1,6 +1,8 @@
-"""One HTTP port for a finished run: the policy in OpenAI's format and the reward model beside it.
+"""One HTTP port for a champion: the policy in OpenAI's format and the reward model beside it.
 
-    serve run serve.app:build run=RUN [reward=false] [device=cpu|gpu] [reward_gpus=1] [keys=FILE] [per_minute=120]
+    serve run serve.app:build                   the champion of MLflow's registry, and each later one when it is there
+    serve run serve.app:build run=RUN           the champion of a finished run
+    ... [rounds=all] [beside=NAME=FOLDER] [reward=false] [device=cpu|gpu] [keys=FILE]: serve/champion.py has all words
 
     POST /v1/chat/completions   the policy, also streaming       GET /v1/models
     POST /v1/chat/best          the best of several answers by the reward model (serve/best.py)
@@ -18,17 +20,22 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from psyray.cluster import use_gpu
+from psyray.sections.place import TrackSection
+from psyray.track import tracking_uri
 from serve.access import VARIABLE, Limits, read_keys
-from serve.champion import Args, read_champion, read_engine
+from serve.champion import Args
+from serve.guard import read_replies
+from serve.ingress import application
+from serve.lineup import Order
 
 
-def build(args: dict[str, str]) -> Any:
-    """The Serve application of a finished run; PsyrayError names what is wrong with the arguments or the run."""
-    asked = Args.read(args)
-    champion = read_champion(asked.run, reward=asked.reward)
+def build(args: dict[str, Any]) -> Any:
+    """The Serve application; PsyrayError names what is wrong with the arguments, the run or the registry."""
+    asked = Args.read(args).settled()
+    order = Order(asked, tracking_uri(TrackSection(), asked.runs / "any"), gpus=use_gpu("auto"))
+    order.read("check")  # a mistake is told here, not in a replica's log
     keys, limits = read_keys(asked.keys), Limits(per_minute=asked.per_minute, in_flight=asked.in_flight)
     if not keys:
         logging.getLogger(__name__).warning("no keys (keys=FILE or %s): anyone who reaches the port may ask", VARIABLE)
-    from serve.ingress import application  # imports the engine: a mistake above is told at once, not half a minute on
-
-    return application(asked, champion, read_engine(champion.run), keys, limits)
+    return application(order, keys, limits, read_replies(asked.replies) if asked.guard == "reply" else None)

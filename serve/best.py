@@ -11,39 +11,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from serve.chat import MOST, ChatRequest
 from serve.guard import words
-from serve.reward import MAX_MESSAGES, ScoreItem
-
-MOST = 16
+from serve.reward import ScoreItem
 
 
-class Chat(BaseModel):
-    """A chat request, as far as this server must know it before the engine reads the rest."""
-
-    model_config = ConfigDict(extra="allow")
-
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
-
-
-class BestRequest(Chat):
-    """A chat request with two words more."""
+class BestRequest(ChatRequest):
+    """A chat request with two words more; how many answers there are, and that they come whole, is settled."""
 
     of: int = Field(4, ge=2, le=MOST, description="answers to pick from")
     caution: float = Field(0.0, ge=0, le=10, description="standard deviations taken off each score")
 
-    def chat(self) -> dict[str, Any]:
+    def tree(self) -> dict[str, Any]:
         """The chat request that brings the answers."""
-        return {**(self.model_extra or {}), "messages": self.messages, "n": self.of, "stream": False}
+        left_out = {"user", "of", "caution", "stream", "stream_options"}
+        return {**self.model_dump(exclude_none=True, exclude=left_out), "n": self.of}
 
     def conversation(self) -> ScoreItem:
         """What client and therapist said, as the reward model reads it, with the answer still open.
 
         ValidationError where it does not end in the client's words.
         """
-        said = [m for m in self.messages if m.get("role") in ("user", "assistant")]
-        turns = [{"role": m["role"], "content": words(m.get("content"))} for m in said]
+        said = [m for m in self.tree()["messages"] if m["role"] in ("user", "assistant")]
+        turns = [{"role": m["role"], "content": words(m["content"])} for m in said]
         return ScoreItem.model_validate({"messages": turns, "response": "-"})
 
 

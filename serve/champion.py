@@ -1,15 +1,17 @@
-"""What to serve: the words given to `serve run`, and the champion that a finished run left behind."""
+"""What to serve: the words given to `serve run`, and the champion of MLflow's registry or of a finished run."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from psyray.errors import PsyrayError
 from psyray.models import resolve_model
@@ -17,6 +19,9 @@ from psyray.run import followed, run_path
 from psyray.sections.data import EngineSection
 
 Model = TypeVar("Model", bound=BaseModel)
+CHAMPION = "champion.json"
+_NAME = re.compile(r"[\w.-]{1,64}")
+REGISTRY_S = 30.0  # between two looks at the registry
 
 
 class Words(BaseModel):
@@ -26,7 +31,7 @@ class Words(BaseModel):
     usage: ClassVar[str]
 
     @classmethod
-    def read(cls, words: Mapping[str, str]) -> Self:
+    def read(cls, words: Mapping[str, Any]) -> Self:
         """PsyrayError names an unknown word and the nearest known one, a missing run, or a value that cannot be."""
         known = list(cls.model_fields)
         for word in words:
@@ -34,17 +39,55 @@ class Words(BaseModel):
                 near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 raise PsyrayError(f"unknown argument {word!r}; {hint}")
-        if not words.get("run"):
+        if cls.model_fields["run"].is_required() and not words.get("run"):
             raise PsyrayError(f"no run given; say which one: {cls.usage}")
-        return _checked(cls, dict(words), "serve")
+        return checked(cls, dict(words), "serve")
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many of a deployment: a number, or the least and the most."""
+
+    least: int = 1
+    most: int = 1
+
+    @classmethod
+    def parse(cls, words: Any) -> Any:
+        """From `2` or `1-4`; ValueError for what is neither."""
+        if isinstance(words, Replicas):
+            return words
+        least, _, most = str(words).partition("-")
+        if not least.isdigit() or not (most or least).isdigit() or not 1 <= int(least) <= int(most or least):
+            raise ValueError("a number of replicas is 2, or 1-4 for the least and the most")
+        return cls(int(least), int(most or least))
+
+    def options(self, ongoing: int) -> dict[str, Any]:
+        """Ray Serve's options; `ongoing` is how many requests a replica should have under way."""
+        if self.least == self.most:
+            return {"num_replicas": self.least}
+        scaling = {"min_replicas": self.least, "max_replicas": self.most, "target_ongoing_requests": ongoing}
+        return {"autoscaling_config": scaling}
 
 
 class Args(Words):
     """The words of `serve.app:build`."""
 
-    usage = "serve run serve.app:build run=RUN"
+    usage = "serve run serve.app:build [run=RUN]"
 
-    run: Path = Field(description="the folder of a finished run")
+    run: Path | None = Field(None, description="the folder of a finished run; none: the registry's `model`")
+    model: str = Field("psyray-policy@champion", description="in MLflow's registry: NAME@ALIAS or NAME/VERSION")
+    runs: Path = Field(Path("runs"), description="the folder of run folders, beside which the registry lies")
+    follow_s: float | None = Field(
+        None, ge=1, description="seconds between looks for a new champion; none: 30 for the registry, never for a run"
+    )
+    rounds: str = Field("", description="further policies of the champion's run: all, or their numbers: 0,1")
+    beside: dict[str, str] = Field(
+        default_factory=dict, description="further policies: NAME=FOLDER[,NAME=FOLDER], models or LoRA adapters"
+    )
+    replicas: Replicas = Field(Replicas(), description="of an engine: 1, or for autoscaling 1-4")
+    ongoing: int = Field(32, ge=1, description="requests that an engine's replica should have when scaling")
+    reward_replicas: Replicas = Field(Replicas(), description="of the reward model, as `replicas`")
+    reward_ongoing: int = Field(32, ge=1, description="as `ongoing`, of the reward model")
     reward: bool = Field(True, description="false: only the policy")
     device: Literal["auto", "cpu", "gpu"] = "auto"
     reward_gpus: float = Field(0, ge=0, le=1, description="GPU share of the reward model; 0: it runs on CPU")
@@ -54,6 +97,33 @@ class Args(Words):
     guard: Literal["reply", "mark"] = Field("reply", description="what a client in a crisis gets (serve/guard.py)")
     replies: Path | None = Field(None, description="file of those replies by locale; none: the shipped ones")
     timeout_s: float = Field(300, gt=0, description="how long an answer may take")
+
+    @field_validator("replicas", "reward_replicas", mode="before")
+    @classmethod
+    def _count(cls, words: Any) -> Any:
+        return Replicas.parse(words)
+
+    @field_validator("beside", mode="before")
+    @classmethod
+    def _by_name(cls, words: Any) -> Any:
+        if not isinstance(words, str):
+            return words
+        pairs = [word.strip().partition("=") for word in words.split(",") if word.strip()]
+        if wrong := [name for name, _, place in pairs if not place or not _NAME.fullmatch(name)]:
+            raise ValueError(f"expected NAME=FOLDER[,NAME=FOLDER], names of letters, digits and . _ -; {wrong[0]!r}")
+        return {name: place for name, _, place in pairs}
+
+    def settled(self) -> Self:
+        """The words with every folder absolute, so that they mean the same in another process."""
+        places = {name: Path(place).expanduser() for name, place in self.beside.items()}
+        beside = {name: str(p.absolute()) if p.exists() else self.beside[name] for name, p in places.items()}
+        run = run_path(self.run) if self.run else None
+        return self.model_copy(update={"run": run, "runs": run_path(self.runs), "beside": beside})
+
+    @property
+    def looks_every_s(self) -> float | None:
+        """Seconds between two looks for a new champion; None: never."""
+        return self.follow_s if self.follow_s or self.run else REGISTRY_S
 
 
 class Policy(BaseModel):
@@ -85,6 +155,28 @@ class Champion(BaseModel):
     reward: Reward
     run: Path
     id: str = ""  # of the export that it came from; `psyray lineage` knows it
+    reward_id: str = ""  # of the reward model's, where the registry names another
+
+
+def find_champion(asked: Args, tracking: str) -> Champion:
+    """What the words ask for: the run's champion, or the one that the registry at `tracking` names now."""
+    if asked.run:
+        return read_champion(asked.run, reward=asked.reward)
+    champion = _registered(asked.model, asked, tracking)
+    alias = asked.model.partition("@")[2]
+    if asked.reward and alias:  # who changes the policy's alias alone keeps the reward model that there is
+        other = _registered(f"psyray-reward@{alias}", asked, tracking)
+        champion.reward, champion.reward_id = other.reward, other.id
+    return champion
+
+
+def _registered(model: str, asked: Args, tracking: str) -> Champion:
+    from psyray.lineage import find
+
+    place = find(model, asked.runs, tracking)
+    if place.stage.name != "export":
+        raise PsyrayError(f"{model} is the stage {place.stage.name} of {place.run}, not a champion that a run exported")
+    return _read(place.stage.path / CHAMPION, place.run, reward=asked.reward)
 
 
 def read_champion(run: Path, *, reward: bool = True) -> Champion:
@@ -97,14 +189,18 @@ def read_champion(run: Path, *, reward: bool = True) -> Champion:
     mend = f"finish it with `psyray run CONFIG run.path={folder}`"
     if not folder.is_dir():
         raise PsyrayError(f"no run folder at {folder}; give the folder of a finished run, or {mend}")
-    file = folder / "champion.json"
-    if not file.is_file():
-        raise PsyrayError(f"the run at {folder} is not finished (no champion.json); {mend}")
+    if not (folder / CHAMPION).is_file():
+        raise PsyrayError(f"the run at {folder} is not finished (no {CHAMPION}); {mend}")
+    return _read(folder / CHAMPION, folder, reward=reward)
+
+
+def _read(file: Path, folder: Path, *, reward: bool) -> Champion:
     try:
         tree = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except (OSError, json.JSONDecodeError) as error:
+        mend = f"finish it with `psyray run CONFIG run.path={folder}`"
         raise PsyrayError(f"{file} is no JSON ({error}); {mend}") from error
-    champion = _checked(Champion, tree, str(file))
+    champion = checked(Champion, tree, str(file))
     models: list[Policy | Reward] = [champion.policy, *([champion.reward] if reward else [])]
     for model in models:
         # A policy that no round improved is the one that the run began with: a hub id or the embedded model.
@@ -112,7 +208,7 @@ def read_champion(run: Path, *, reward: bool = True) -> Champion:
         model.path = resolve_model(str(_follow(Path(model.path), champion.run, folder)) if absolute else model.path)
     if reward and champion.reward.heads:
         champion.reward.heads = _follow(champion.reward.heads, champion.run, folder)
-    champion.run = folder
+    champion.run, champion.reward_id = folder, champion.id
     return champion
 
 
@@ -120,10 +216,11 @@ def read_engine(run: Path) -> EngineSection:
     """The engine settings that the run worked with; the defaults where it kept none."""
     file = run / "config.yaml"
     tree = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    return _checked(EngineSection, (tree or {}).get("engine") or {}, f"{file}: engine")
+    return checked(EngineSection, (tree or {}).get("engine") or {}, f"{file}: engine")
 
 
-def _checked(model: type[Model], tree: Any, where: str) -> Model:
+def checked(model: type[Model], tree: Any, where: str) -> Model:
+    """The tree as the model; PsyrayError with every field that is wrong."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:

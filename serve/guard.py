@@ -11,6 +11,7 @@ exports to Prometheus; no word of the client is kept.
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ from psyray.errors import PsyrayError
 
 SHIPPED = Path(crisis.__file__).parent / "assets/crisis_replies.yaml"
 DEFAULT = "default"
+_WEIGHT = re.compile(r"[0-9](\.[0-9]{1,9})?")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def locales(accepted: str) -> list[str]:
     for place, part in enumerate(accepted.lower().split(",")):
         name, _, weight = part.strip().partition(";")
         value = weight.strip().removeprefix("q=")
-        wanted = float(value) if value.replace(".", "", 1).isdigit() else 1.0
+        wanted = float(value) if _WEIGHT.fullmatch(value) else 1.0
         if name.strip() and wanted > 0:
             weighed.append((-wanted, place, name.strip()))
     return [name for _, _, name in sorted(weighed)]

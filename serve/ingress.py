@@ -1,122 +1,143 @@
-"""The HTTP side of a served run: routes, refusals, and the deployments behind them."""
+"""The HTTP side of a served run: routes, refusals, and the handles to those who answer."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from typing import Any
+from uuid import uuid4
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from ray import serve
-from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException, to_model_metadata
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.llm import LLMConfig, build_llm_deployment
-from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
-from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from ray.util.metrics import Counter
-from starlette.responses import JSONResponse, Response
-from vllm.exceptions import VLLMValidationError
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from psyray.cluster import use_gpu
-from psyray.sections.data import EngineSection
 from serve.access import Gate, Key, Limits, openai_error
-from serve.best import BestRequest, Chat, answer
-from serve.champion import Args, Champion, Policy, Reward
-from serve.guard import Replies, crisis_kinds, read_replies, safe_reply
-from serve.policy import engine_settings, with_defaults
-from serve.reward import RewardServer, ScoreReply, ScoreRequest
+from serve.best import BestRequest, answer
+from serve.chat import ChatRequest, Refusal
+from serve.guard import Replies, crisis_kinds, safe_reply
+from serve.keeper import ASK_S, Keeper
+from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
+from serve.policy import with_defaults
+from serve.reward import ScoreReply, ScoreRequest
 
 HEALTH_TIMEOUT_S = 5.0
 ID, CRISIS = "X-Psyray-Id", "X-Psyray-Crisis"
-MAX_ONGOING = 1000  # Serve's default of 5 would keep requests from being batched
+MOST_ERRORS = 20  # told of one request
+MAX_ONGOING = 1000  # Serve's default of 5 would keep requests waiting before the port counts them
 
 
-def application(
-    asked: Args, champion: Champion, engine: EngineSection, keys: tuple[Key, ...], limits: Limits
-) -> serve.Application:
-    """The ingress behind its gate, bound to the engine and, if asked for, to the reward model."""
-    device = engine.device if asked.device == "auto" else asked.device
-    config = LLMConfig(**engine_settings(champion.policy, engine, gpu=use_gpu(device)))
-    ingress = make_fastapi_ingress(Ingress, endpoint_map=ROUTES, app=http_app(keys, limits))
-    # The ingress only waits on the network and scoring is light: with the engine's one, two logical CPUs hold all.
-    options = {"num_replicas": 1, "max_ongoing_requests": MAX_ONGOING}
-    return serve.deployment(ingress, name="Ingress", ray_actor_options={"num_cpus": 0}, **options).bind(
-        llm_deployments={config.model_id: build_llm_deployment(config)},
-        model_cards={config.model_id: to_model_metadata(config.model_id, config)},
-        policy=champion.policy,
-        reward=_reward(champion.reward, asked.reward_gpus, options) if asked.reward else None,
-        reward_name=champion.reward.name,
-        export=champion.id,
-        timeout_s=asked.timeout_s,
-        replies=read_replies(asked.replies) if asked.guard == "reply" else None,
-    )
+def application(order: Order, keys: tuple[Key, ...], limits: Limits, replies: Replies | None) -> serve.Application:
+    """The port behind its gate, and the keeper of those who answer."""
+    # Neither computes: they wait on the network.
+    options = {"num_replicas": 1, "max_ongoing_requests": MAX_ONGOING, "ray_actor_options": {"num_cpus": 0}}
+    keeper = serve.deployment(Keeper, name="Keeper", **options).bind(order)
+    port = serve.deployment(serve.ingress()(Ingress), name="Ingress", **options)
+    return port.bind(keeper, keys, limits, replies, order.asked.timeout_s)
 
 
-def _reward(reward: Reward, gpus: float, options: Mapping[str, Any]) -> serve.Application:
-    resources = {"num_cpus": 0.5, "num_gpus": gpus}
-    deployment = serve.deployment(RewardServer, name="RewardServer", ray_actor_options=resources, **options)
-    return deployment.bind(reward.path, reward.heads, reward.max_length, gpu=gpus > 0)
+class Ingress:
+    """The routes: chat goes to an engine, scores to the reward model, whoever they are at that moment."""
 
-
-class Ingress(OpenAiIngress):  # type: ignore[misc]
-    """The routes: chat goes to the engine, scores to the reward model."""
-
-    def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
-        llm_deployments: dict[str, DeploymentHandle],
-        model_cards: dict[str, Any],
-        policy: Policy,
-        reward: DeploymentHandle | None,
-        reward_name: str,
-        export: str,
-        timeout_s: float,
+        keeper: DeploymentHandle,
+        keys: tuple[Key, ...],
+        limits: Limits,
         replies: Replies | None,
+        timeout_s: float,
     ) -> None:
-        super().__init__(llm_deployments, model_cards)
-        self.policy, self.reward, self.reward_name = policy, reward, reward_name
-        self.export, self.timeout_s, self.replies = export, timeout_s, replies
+        self.keeper, self.keys, self.limits = keeper, keys, limits
+        self.replies, self.timeout_s = replies, timeout_s
         about = "chat requests whose words speak of a crisis, by kind"
         self.crises = Counter("psyray_crisis_requests", description=about, tag_keys=("kind", "guard"))
-        self.engine = llm_deployments[policy.name]
+        self._handles: dict[tuple[str, bool], DeploymentHandle] = {}
+        self.lineup: Lineup = await keeper.lineup.remote()
+        self._following = asyncio.create_task(self._follow())
 
-    async def chat(self, body: Chat, request: Request) -> Response:
-        """A chat completion by the policy; 400 where nobody speaks to it."""
-        return await self._chat(readable(body.model_dump(exclude_unset=True)), request)
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return http_app(self, self.keys, self.limits)
 
-    async def _chat(self, body: ChatCompletionRequest, request: Request) -> Response:
-        if not any(message.get("role") == "user" for message in body.messages):
-            raise HTTPException(400, "messages: none has the role 'user'")
-        for message in body.messages:
-            if not isinstance(message.get("content"), str | None):
-                message["content"] = list(message["content"])  # pydantic leaves a one-way iterator of the parts
-        kinds = crisis_kinds(body.messages)
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(ASK_S)
+            try:
+                lineup = await self.keeper.lineup.remote()
+            except (RayError, RayServeException):  # a keeper that died comes back; meanwhile nothing changes
+                continue
+            if lineup != self.lineup:
+                self.lineup, self._handles = lineup, {}
+
+    def _handle(self, app: str, *, stream: bool = False) -> DeploymentHandle:
+        """The handle to a part; made once, since each has its own line to Serve's controller."""
+        if (app, stream) not in self._handles:
+            self._handles[app, stream] = serve.get_app_handle(app).options(stream=stream)
+        return self._handles[app, stream]
+
+    def _called(self, name: str | None) -> Served:
+        if (served := self.lineup.called(name)) is None:
+            names = [CHAMPION_NAME, *(served.name for served in self.lineup.models)]
+            raise HTTPException(404, f"no model of that name; there are {', '.join(names)}")
+        return served
+
+    async def models(self) -> dict[str, Any]:
+        """Who may be asked."""
+        cards = [card(served, served.name) for served in self.lineup.models]
+        return {"object": "list", "data": [card(self.lineup.models[0], CHAMPION_NAME), *cards]}
+
+    async def model_data(self, model: str) -> dict[str, Any]:
+        """One of them."""
+        return card(self._called(model), model)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """A chat completion by the policy."""
+        return await self._chat(body, request)
+
+    async def _chat(self, body: ChatRequest, request: Request) -> Response:
+        served, tree = self._called(body.model), body.tree()
+        kinds = crisis_kinds(tree["messages"])
         response: Response
         if kinds and self.replies:
             text = self.replies.for_language(request.headers.get("Accept-Language", ""))
-            response = safe_reply(text, self.policy.name, stream=bool(body.stream))
+            response = safe_reply(text, served.name, stream=bool(tree.get("stream")))
         else:
-            response = await self._in_time(super().chat(with_defaults(body, self.policy), request))
-        response.headers[ID] = self.export
+            tree |= {"model": served.called, "request_id": uuid4().hex}  # an id of the client's may be another's too
+            if key := request.scope.get("psyray.key"):
+                tree["cache_salt"] = key  # or the time of an answer told what another key has asked
+            response = await self._in_time(self._ask(served, with_defaults(tree, served.policy)))
+        response.headers[ID] = served.export
         if kinds:
             response.headers[CRISIS] = "true"
             for kind in kinds:
                 self.crises.inc(tags={"kind": kind, "guard": "reply" if self.replies else "mark"})
         return response
 
+    async def _ask(self, served: Served, tree: dict[str, Any]) -> Response:
+        """The engine's answer, whole or as its stream."""
+        # The engine gets the request alone: headers hold the key, and some that vLLM knows would steer it.
+        pieces = aiter(self._handle(served.app, stream=True).answer.remote(tree, served.name))
+        first: str | Refusal = await anext(pieces)
+        if not isinstance(first, str):
+            raise HTTPException(first.status, first.words)
+        if tree.get("stream"):
+            return StreamingResponse(events(first, pieces), media_type="text/event-stream")
+        return Response(first, media_type="application/json")
+
     async def best(self, body: BestRequest, request: Request) -> Response:
         """The answer of several that the reward model likes best (serve/best.py)."""
-        if self.reward is None:
-            raise HTTPException(404, "this server was started with reward=false")
-        asked = readable(body.chat())
+        scoring = self._scoring()
         try:
             conversation = body.conversation()
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
-        response = await self._chat(asked, request)
-        if response.status_code != 200 or (self.replies and CRISIS in response.headers):
+        response = await self._chat(body, request)
+        if self.replies and CRISIS in response.headers:
             return response
         completion = json.loads(bytes(response.body))
         completion["choices"] = [c for c in completion["choices"] if (c["message"]["content"] or "").strip()]
@@ -124,83 +145,95 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
             raise HTTPException(503, f"the policy gave {body.of} empty answers", headers={"Retry-After": "1"})
         texts = [choice["message"]["content"] for choice in completion["choices"]]
         items = [conversation.model_copy(update={"response": text}) for text in texts]
-        scores = [(s.score, s.spread) for s in await self._in_time(self.reward.score.remote(items))]
+        scores = [(s.score, s.spread) for s in await self._in_time(self._handle(scoring.app).score.remote(items))]
         kept = {name: response.headers[name] for name in (ID, CRISIS) if name in response.headers}
-        return JSONResponse(answer(completion, scores, body.caution, self.reward_name), headers=kept)
+        return JSONResponse(answer(completion, scores, body.caution, scoring.name), headers=kept)
 
     async def score_answers(self, body: ScoreRequest, response: Response) -> ScoreReply:
         """Scores of answers by the reward model."""
-        if self.reward is None:
+        scoring = self._scoring()
+        response.headers[ID] = scoring.export
+        scores = await self._in_time(self._handle(scoring.app).score.remote(body.items))
+        return ScoreReply(model=scoring.name, scores=scores)
+
+    def _scoring(self) -> Scoring:
+        if self.lineup.reward is None:
             raise HTTPException(404, "this server was started with reward=false")
-        response.headers[ID] = self.export
-        scores = await self._in_time(self.reward.score.remote(body.items))
-        return ScoreReply(model=self.reward_name, scores=scores)
+        return self.lineup.reward
 
     async def _in_time(self, answer: Awaitable[Any]) -> Any:
-        """The answer; 503 where it takes too long, which on a busy server passes."""
+        """The answer; 503 where it takes too long or its replica died, which passes."""
         try:
             return await asyncio.wait_for(answer, self.timeout_s)
         except TimeoutError:
             raise HTTPException(503, "no answer in time", headers={"Retry-After": "10"}) from None
+        except (RayError, RayServeException) as error:
+            raise HTTPException(503, "the answer was lost; ask again", headers={"Retry-After": "1"}) from error
 
     async def healthz(self) -> JSONResponse:
         """Whether the engine behind the port answers."""
-        names = {"policy": self.policy.name, "reward": self.reward_name if self.reward else None}
+        champion, scoring = self.lineup.models[0], self.lineup.reward
+        names = {"policy": champion.name, "reward": scoring.name if scoring else None}
         try:
-            await asyncio.wait_for(self.engine.check_health.remote(), HEALTH_TIMEOUT_S)
+            health = self._handle(champion.app).check_health.remote()
+            await asyncio.wait_for(health, HEALTH_TIMEOUT_S)
         except Exception as error:  # whatever ails the engine, the answer to this question is "not well"
             return JSONResponse({"status": "unavailable", "error": type(error).__name__, **names}, 503)
         return JSONResponse({"status": "ok", **names})
 
 
-def readable(tree: dict[str, Any]) -> ChatCompletionRequest:
-    """The request as the engine reads it; 422 where it cannot."""
-    try:
-        return ChatCompletionRequest.model_validate(tree)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
-    except VLLMValidationError as error:  # its own words may repeat the client's
-        raise HTTPException(422, f"{error.parameter or 'the request'}: not as the engine can take it") from error
-    except (TypeError, AttributeError, LookupError) as error:  # vLLM's validators expect the shape that they check for
-        raise HTTPException(422, "the request cannot be read") from error
+def card(served: Served, name: str) -> dict[str, Any]:
+    """A policy as OpenAI's clients list models."""
+    about = {"name": served.name, "round": served.policy.round, "export": served.export}
+    return {"id": name, "object": "model", "created": 0, "owned_by": "psyray", "metadata": about}
 
 
-ROUTES = {
-    "models": lambda app: app.get("/v1/models"),
-    "model_data": lambda app: app.get("/v1/models/{model:path}"),
-    "chat": lambda app: app.post("/v1/chat/completions"),
-    "best": lambda app: app.post("/v1/chat/best"),
-    "score_answers": lambda app: app.post("/reward/score"),
-    "healthz": lambda app: app.get("/healthz"),
-}
+async def events(first: str, rest: AsyncIterator[str | Refusal]) -> AsyncIterator[str]:
+    """The engine's server-sent events as they come; a stream that breaks off ends without its [DONE]."""
+    yield first
+    async for piece in rest:
+        if isinstance(piece, str):
+            yield piece
 
 
-def http_app(keys: tuple[Key, ...], limits: Limits) -> FastAPI:
+def http_app(routes: Ingress, keys: tuple[Key, ...], limits: Limits) -> FastAPI:
     """A bare application without CORS: no web page of another origin may read what clients say here."""
     app = FastAPI(title="psyray", docs_url=None, redoc_url=None)
+    app.get("/v1/models")(routes.models)
+    app.get("/v1/models/{model:path}")(routes.model_data)
+    app.post("/v1/chat/completions")(routes.chat)
+    app.post("/v1/chat/best")(routes.best)
+    app.post("/reward/score")(routes.score_answers)
+    app.get("/healthz")(routes.healthz)
     app.add_middleware(Gate, keys=keys, limits=limits)
     app.add_exception_handler(RequestValidationError, _refuse)
     app.add_exception_handler(HTTPException, _fail)
-    app.add_exception_handler(OpenAIHTTPException, _fail)
     return app
+
+
+def description() -> dict[str, Any]:
+    """The port's OpenAPI description."""
+    return http_app(object.__new__(Ingress), (), Limits()).openapi()
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
     """422 that says where and what is wrong, without repeating the client's words."""
     assert isinstance(error, RequestValidationError)
-    detail = [{"loc": list(e["loc"]), "msg": e["msg"].removeprefix("Value error, ")} for e in error.errors()]
+    detail = [{"loc": _place(e["loc"]), "msg": e["msg"].removeprefix("Value error, ")} for e in error.errors()]
     if request.url.path.startswith("/v1/"):
         first = detail[0]
         message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         return openai_error(422, message, "invalid_request_error")
-    return JSONResponse({"detail": detail}, 422)
+    return JSONResponse({"detail": detail[:MOST_ERRORS]}, 422)
+
+
+def _place(names: Iterable[int | str]) -> list[int | str]:
+    """Where an error is; names are the client's own, and may be of any length and of letters that JSON cannot hold."""
+    return [n if isinstance(n, int) else n.encode("ascii", "backslashreplace").decode()[:64] for n in names]
 
 
 async def _fail(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException | OpenAIHTTPException)
-    message = error.detail if isinstance(error, HTTPException) else error.message
-    headers = getattr(error, "headers", None)
+    assert isinstance(error, HTTPException)
     if request.url.path.startswith("/v1/"):
-        kind = getattr(error, "type", "invalid_request_error")
-        return openai_error(error.status_code, message, kind, headers)
-    return JSONResponse({"detail": message}, error.status_code, headers=headers)
+        return openai_error(error.status_code, error.detail, "invalid_request_error", error.headers)
+    return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)

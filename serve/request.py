@@ -22,6 +22,7 @@ from psyray.errors import PsyrayError
 from psyray.records import Message, client_words
 from psyray.run import read_stages
 from serve.app import build
+from serve.bring_up import LOGGING, why
 
 APP = "psyray"
 HOST = "127.0.0.1"
@@ -78,9 +79,9 @@ def serving(args: Mapping[str, str], *, say: Say = print, start_timeout_s: float
         serve.start(
             http_options={"host": HOST, "port": port},
             proxy_location="HeadOnly",
-            logging_config={"log_level": "WARNING"},
+            logging_config=LOGGING,
         )
-        target = serve.RunTarget(application, name=APP, route_prefix="/")
+        target = serve.RunTarget(application, APP, "/", LOGGING)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         wait_until_running(start_timeout_s, say)
         yield f"http://{HOST}:{port}"
@@ -106,23 +107,13 @@ def wait_until_running(timeout_s: float, say: Say) -> None:
             say(f"serve: ready after {time.monotonic() - started:.0f} s")
             return
         if application and state in _FAILED:
-            raise PsyrayError(f"serve: the run could not be served: {_why(application)}")
+            raise PsyrayError(f"serve: the run could not be served: {why(application)}")
         if time.monotonic() - started > timeout_s:
-            raise PsyrayError(
-                f"serve: not ready after {timeout_s:.0f} s: {_why(application) if application else state}"
-            )
+            raise PsyrayError(f"serve: not ready after {timeout_s:.0f} s: {why(application) if application else state}")
         if time.monotonic() - said > _SAY_EVERY_S:
             said = time.monotonic()
             say(f"serve: still starting, {said - started:.0f} s")
         time.sleep(_POLL_S)
-
-
-def _why(application: Any) -> str:
-    """The messages of the parts that are not well; the last lines, where the cause stands."""
-    parts = [
-        f"{name}: {part.message}" for name, part in application.deployments.items() if part.status.value != "HEALTHY"
-    ]
-    return " | ".join([application.message, *parts]).strip()[-1500:]
 
 
 def ask(url: str, messages: Sequence[Message], timeout_s: float, token: str) -> dict[str, Any]:

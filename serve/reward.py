@@ -11,6 +11,7 @@ judge is expected to give, null where the run's judge gave none to learn from.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -26,6 +27,7 @@ MAX_ITEMS = 256
 MAX_MESSAGES = 64
 MAX_CHARS = 16_000  # of one text
 MAX_TOTAL_CHARS = 2_000_000  # of one request
+MAX_TOGETHER = 64  # requests that share a pass; the scorer sorts them by length
 
 
 class Strict(BaseModel):
@@ -94,12 +96,16 @@ def score_together(scorer: Scorer, requests: Sequence[Sequence[ScoreItem]]) -> l
 class RewardServer:
     """The deployment: holds the reward model; `score` may be called by many requests at once."""
 
-    def __init__(self, path: str, heads: Path | None, max_length: int, *, gpu: bool = False) -> None:
+    def __init__(self, path: str, heads: str | None, max_length: int, *, gpu: bool = False) -> None:
+        import torch
+
         from psyray.reward.score import RewardScorer
 
-        self.scorer: Scorer = RewardScorer(Path(path), heads, max_length=max_length, gpu=gpu)
+        # Ray gives a replica one thread, for the share of a CPU that it asks for.
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.scorer: Scorer = RewardScorer(Path(path), Path(heads) if heads else None, max_length=max_length, gpu=gpu)
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.02)  # type: ignore[untyped-decorator]
+    @serve.batch(max_batch_size=MAX_TOGETHER, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
     async def score(self, requests: list[list[ScoreItem]]) -> list[list[Score]]:
         """One list of scores for each request; off the event loop, so that the next batch can gather meanwhile."""
         return await asyncio.to_thread(score_together, self.scorer, requests)

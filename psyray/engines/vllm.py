@@ -16,6 +16,7 @@ from psyray.records import Row
 from psyray.sections.data import EngineSection
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+ADAPTER = "adapter_config.json"
 WHOLE = 1_000_000  # tokens between two reports on an answer
 # Tokens in one step of the engine, on CPU and on a GPU, as vLLM itself takes them offline; an engine that Ray starts
 # would take the 2,048 of a server.
@@ -105,10 +106,24 @@ def lora(adapters: Sequence[str], gpu: bool) -> Row:
 
 def adapter_rank(folder: Path) -> int:
     """The rank of the LoRA adapter in a folder; PsyrayError if there is none."""
-    described = folder / "adapter_config.json"
-    if not described.is_file():
-        raise PsyrayError(f"no LoRA adapter in {folder}: adapter_config.json is missing")
-    return int(json.loads(described.read_text())["r"])
+    return int(_adapter(folder)["r"])
+
+
+def adapter_base(folder: Path | str) -> str:
+    """The model that the LoRA adapter in a folder was trained on; PsyrayError if there is none."""
+    return str(_adapter(Path(folder))["base_model_name_or_path"])
+
+
+def is_adapter(folder: Path | str) -> bool:
+    """Whether the folder holds a LoRA adapter rather than a model."""
+    return (Path(folder) / ADAPTER).is_file()
+
+
+def _adapter(folder: Path) -> Row:
+    if not is_adapter(folder):
+        raise PsyrayError(f"no LoRA adapter in {folder}: {ADAPTER} is missing")
+    described: Row = json.loads((folder / ADAPTER).read_text())
+    return described
 
 
 def _report_nothing() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,93 +21,48 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-import yaml
+from made_exports import register, save_adapter, save_run
 from pydantic import SecretStr
+from ray import serve
 
 from psyray.engines.http import HttpRater
 from psyray.engines.journal import read_totals
 from psyray.errors import PsyrayError
+from psyray.registry import promote
 from psyray.reward.score import RewardScorer
-from psyray.rubric import Principle, Rubric
+from psyray.rubric import Principle, Rubric, load_rubric
 from psyray.sections.data import EndpointSection
 from serve.request import ask, serve_once, serving
 
 CLIENT = [{"role": "user", "content": "My sister moved abroad and the flat is too quiet in the evenings."}]
-TOKEN = "tests-" + "0123456789abcdef" * 2
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def save_tokenizer(folder: Path) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>"]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    bpe.train_from_iterator([CLIENT[0]["content"], "what was it like to say that aloud"], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def save_llama(folder: Path, *, labels: int | None) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-
-    tokenizer = save_tokenizer(folder)
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": 400,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 1024,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    kind = LlamaForCausalLM if labels is None else LlamaForSequenceClassification
-    kind(LlamaConfig(**shape, **({} if labels is None else {"num_labels": labels}))).save_pretrained(folder)
-    return folder
+TOKEN, OTHER = "tests-" + "0123456789abcdef" * 2, "other-" + "0123456789abcdef" * 2
+FIRST, SECOND = "3f2a9c0e1b77", "8e5d4c3b2a10"  # the exports of two runs
 
 
 @pytest.fixture(scope="module")
-def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run whose models are tiny and random."""
-    run = tmp_path_factory.mktemp("run")
-    policy, reward = save_llama(run / "policy", labels=None), save_llama(run / "reward", labels=1)
-    settings = {"path": str(policy), "temperature": 0.0, "top_p": 1.0, "max_tokens": 12, "system": "Be kind."}
-    champion = {
-        "policy": {"name": "psyray-round-1", "round": 1, **settings},
-        "reward": {"name": "psyray-reward", "path": str(reward), "heads": None, "max_length": 256},
-        "run": str(run),
-        "id": "3f2a9c0e1b77",
-    }
-    (run / "champion.json").write_text(json.dumps(champion))
-    engine = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "kv_cache_gib": 1}
-    (run / "keys").write_text(f"tests chat,score {TOKEN}\n")
-    (run / "config.yaml").write_text(yaml.safe_dump({"engine": engine}))
-    return run
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two finished runs with tiny random models, two LoRA adapters on the first, and their registry."""
+    home = tmp_path_factory.mktemp("runs")
+    first, second = save_run(home / "first", 1, FIRST), save_run(home / "second", 2, SECOND)
+    for seed, name in enumerate(("warm", "brief")):
+        save_adapter(first / "policy", home / name, seed)
+    register(f"sqlite:///{home / 'mlflow.db'}", first, second)
+    (home / "keys").write_text(f"tests chat,score {TOKEN}\nother chat,score {OTHER}\n")
+    return home
 
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
-    """The Ray of this process: the one that is there, else a private one of two logical CPUs, as on a laptop."""
+    """The Ray of this process: the one that is there, else a private one.
+
+    An engine takes one logical CPU and a reward model half of one; a champion comes up beside the one before.
+    """
     if ray.is_initialized():
         yield
         return
     ray.init(
         address="local",
-        num_cpus=2,
+        num_cpus=3,
         include_dashboard=False,
         object_store_memory=120 * 2**20,
         log_to_driver=bool(os.environ.get("PSYRAY_WORKER_LOGS")),
@@ -114,12 +72,15 @@ def ray_here() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def server(served_run: Path, ray_here: None) -> Iterator[str]:
-    """The address of the run behind one HTTP port."""
-    # A busy machine takes long to import the engine four times over.
-    words = {"run": str(served_run), "device": "cpu", "keys": str(served_run / "keys"), "per_minute": "100000"}
-    with serving(words, start_timeout_s=480) as url:
-        yield url
+def server(home: Path, ray_here: None) -> Iterator[str]:
+    """The registry's champion, and two adapters beside it, behind one HTTP port."""
+    words = {"runs": str(home), "beside": f"warm={home / 'warm'},brief={home / 'brief'}", "follow_s": "2"}
+    words |= {"device": "cpu", "keys": str(home / "keys"), "per_minute": "1000000"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        # A busy machine takes long to import the engine four times over.
+        with serving(words, start_timeout_s=480) as url:
+            yield url
 
 
 def call(url: str, body: Any = None, token: str = TOKEN) -> tuple[int, Headers, str]:
@@ -138,7 +99,13 @@ def test_health_and_models(server: str) -> None:
     status, _, text = call(f"{server}/healthz")
     assert (status, json.loads(text)["policy"]) == (200, "psyray-round-1")
     status, _, text = call(f"{server}/v1/models")
-    assert (status, [m["id"] for m in json.loads(text)["data"]]) == (200, ["psyray-round-1"])
+    assert (status, [m["id"] for m in json.loads(text)["data"]]) == (
+        200,
+        ["champion", "psyray-round-1", "warm", "brief"],
+    )
+    card = json.loads(call(f"{server}/v1/models/champion")[2])
+    assert (card["metadata"]["name"], card["metadata"]["export"]) == ("psyray-round-1", FIRST)
+    assert call(f"{server}/v1/models/other")[0] == 404
 
 
 def test_only_a_known_key_is_answered(server: str) -> None:
@@ -155,7 +122,7 @@ def test_chat_uses_the_policys_defaults(server: str) -> None:
     status, headers, text = call(f"{server}/v1/chat/completions", {"messages": CLIENT})
     reply = json.loads(text)
     assert status == 200 and reply["model"] == "psyray-round-1" and "X-Psyray-Crisis" not in headers
-    assert headers["X-Psyray-Id"] == "3f2a9c0e1b77"
+    assert headers["X-Psyray-Id"] == FIRST
     assert reply["usage"]["completion_tokens"] <= 12
     own = {"messages": [{"role": "system", "content": "Be kind."}, *CLIENT], "temperature": 0, "max_tokens": 12}
     again = json.loads(call(f"{server}/v1/chat/completions", own)[2])
@@ -177,7 +144,7 @@ def test_the_best_of_several_is_the_one_that_the_reward_model_scores_highest(ser
     status, headers, text = call(f"{server}/v1/chat/best", body)
     reply = json.loads(text)
     considered, picked = reply["best_of"]["considered"], reply["best_of"]["picked"]
-    assert status == 200 and len(reply["choices"]) == 1 and headers["X-Psyray-Id"] == "3f2a9c0e1b77"
+    assert status == 200 and len(reply["choices"]) == 1 and headers["X-Psyray-Id"] == FIRST
     assert len({c["text"] for c in considered}) > 1 and picked == np.argmax([c["score"] for c in considered])
     assert reply["choices"][0]["message"]["content"] == considered[picked]["text"]
     items = [{"messages": CLIENT, "response": c["text"]} for c in considered]
@@ -200,7 +167,7 @@ def test_crisis_words_are_answered_by_the_fixed_reply_and_marked(server: str, st
     words = [{"role": "user", "content": [{"type": "text", "text": "Some nights I want to kill myself."}]}]
     status, headers, text = call(f"{server}/v1/chat/completions", {"messages": words, "stream": stream})
     assert (status, headers["X-Psyray-Crisis"]) == (200, "true") and "findahelpline.com" in text
-    assert text.endswith("data: [DONE]\n\n") == stream and headers["X-Psyray-Id"] == "3f2a9c0e1b77"
+    assert text.endswith("data: [DONE]\n\n") == stream and headers["X-Psyray-Id"] == FIRST
 
 
 @pytest.mark.parametrize(
@@ -210,11 +177,11 @@ def test_crisis_words_are_answered_by_the_fixed_reply_and_marked(server: str, st
         ({"messages": []}, 422, "at least 1"),
         ({"messages": 3}, 422, "list"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": 3}]}, 422, ""),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "role 'user'"),
-        ({"messages": CLIENT, "tools": 5}, 422, ""),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 422, "role 'user'"),
+        ({"messages": CLIENT, "tools": []}, 422, "tools: Extra inputs are not permitted"),
         ({"messages": CLIENT, "stream_options": 5}, 422, "stream_options"),
-        ({"messages": CLIENT, "model": "other"}, 404, "other"),
-        ({"messages": CLIENT, "temperature": -1}, 400, "temperature"),
+        ({"messages": CLIENT, "model": "other"}, 404, "psyray-round-1, warm, brief"),
+        ({"messages": CLIENT, "temperature": -1}, 422, "temperature"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "context length"),
     ],
 )
@@ -233,16 +200,22 @@ def test_other_origins_get_no_permission(server: str) -> None:
         assert not [name for name in reply.headers if name.lower().startswith("access-control")]
 
 
-def test_scores_equal_the_scorers_own(server: str, served_run: Path) -> None:
+def test_scores_spread_and_principles_equal_offline_scoring(server: str, home: Path) -> None:
     answers = ["That sounds lonely.", "Buy a radio.", "What do the evenings look like now, since she left?"]
-    items = [{"messages": CLIENT, "response": answer} for answer in answers]
+    longer = [*CLIENT, {"role": "assistant", "content": "I see."}, {"role": "user", "content": "Do you?"}]
+    conversations = [CLIENT, CLIENT, longer]
+    items = [{"messages": m, "response": answer} for m, answer in zip(conversations, answers, strict=True)]
     status, headers, text = call(f"{server}/reward/score", {"items": items})
     reply = json.loads(text)
-    served = np.array([s["score"] for s in reply["scores"]])
-    direct_NH = RewardScorer(served_run / "reward", None, max_length=256).scores([CLIENT] * 3, answers)
-    np.testing.assert_allclose(served, direct_NH.mean(axis=1), rtol=1e-6)
-    assert (status, reply["model"], len(set(served.round(6)))) == (200, "psyray-reward", 3)
-    assert headers["X-Psyray-Id"] == "3f2a9c0e1b77"
+    scorer = RewardScorer(home / "first/reward", home / "first/heads.npz", max_length=256)
+    direct_NH, ratings = scorer.explained(conversations, answers)
+    served = np.array([[s["score"], s["spread"]] for s in reply["scores"]])
+    np.testing.assert_allclose(served, np.stack([direct_NH.mean(axis=1), direct_NH.std(axis=1)], axis=1), rtol=1e-6)
+    assert (status, reply["model"], len(set(served[:, 0].round(6)))) == (200, "psyray-reward", 3)
+    assert min(served[:, 1]) > 0 and headers["X-Psyray-Id"] == FIRST
+    for score, rating in zip(reply["scores"], ratings or [], strict=True):
+        assert list(score["principles"]) == load_rubric("counselling").keys and len(rating) == 7
+        assert score["principles"] == pytest.approx(rating, rel=1e-6)
 
 
 def test_requests_at_once_get_their_own_scores(server: str) -> None:
@@ -257,8 +230,8 @@ def test_requests_at_once_get_their_own_scores(server: str) -> None:
     alone = [score(body) for body in bodies]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(score, bodies))
-    # The model computes in bfloat16, where the shape of a batch moves the last digits.
-    np.testing.assert_allclose(together, alone, atol=0.02)
+    # The model computes in bfloat16, where the shape of a batch moves the last digits; the heads' weights are about 1.
+    np.testing.assert_allclose(together, alone, atol=0.2)
 
 
 def test_bad_scores_say_where(server: str) -> None:
@@ -295,9 +268,78 @@ def test_our_own_endpoint_serves_our_own_http_judge(server: str, tmp_path: Path)
     assert totals.cost == pytest.approx((totals.prompt_tokens + totals.completion_tokens) / 1e6)
 
 
-def test_one_question_is_asked_and_scored(server: str, served_run: Path) -> None:
+def test_one_question_is_asked_and_scored(server: str, home: Path) -> None:
     result = ask(server, CLIENT, 60, TOKEN)
     assert set(result) == {"question", "answer", "score", "spread", "seconds"}
-    assert result["question"] == CLIENT[0]["content"] and np.isfinite(result["score"]) and result["spread"] == 0
+    assert result["question"] == CLIENT[0]["content"] and np.isfinite(result["score"]) and result["spread"] > 0
     with pytest.raises(PsyrayError, match="Serve is in use"):
-        serve_once(served_run, CLIENT)
+        serve_once(home / "first", CLIENT)
+
+
+def test_adapters_share_the_engine_and_a_request_names_who_answers(server: str, home: Path) -> None:
+    """Asked at once, each answers as it does alone; the plain policy too, which wears no adapter."""
+
+    def says(name: str) -> str:
+        status, _, text = call(f"{server}/v1/chat/completions", {"messages": CLIENT, "model": name})
+        reply = json.loads(text)
+        assert (status, reply["model"]) == (200, "psyray-round-1" if name == "champion" else name), text
+        return str(reply["choices"][0]["message"]["content"])
+
+    names = ["champion", "psyray-round-1", "warm", "brief"]
+    alone = {name: says(name) for name in names}
+    assert alone["champion"] == alone["psyray-round-1"] and len(set(alone.values())) == 3
+    with ThreadPoolExecutor(8) as pool:
+        for name, said in zip(names * 4, pool.map(says, names * 4), strict=True):
+            assert said == alone[name]
+    assert sum(name.startswith("psyray.policy.") for name in serve.status().applications) == 1
+
+
+def test_hostile_requests_break_nothing_and_learn_nothing(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    hostile = importlib.import_module("hostile")
+    report = hostile.attack(server, (TOKEN, OTHER), 400)
+    assert not report.wrong, report.wrong[:10]
+    assert report.statuses.total() > 350 and report.statuses[422] > 100 and report.statuses[200] > 5
+    assert call(f"{server}/healthz")[0] == 200
+
+
+class Asking(threading.Thread):
+    """A client that asks one route again and again and remembers what came back."""
+
+    def __init__(self, url: str, body: Any, stop: threading.Event) -> None:
+        super().__init__(daemon=True)
+        self.url, self.body, self.stop_now = url, body, stop
+        self.seen: list[tuple[int, str]] = []
+
+    def run(self) -> None:
+        while not self.stop_now.is_set():
+            status, headers, text = call(self.url, self.body)
+            whole = not self.body.get("stream") or text.endswith("data: [DONE]\n\n")
+            self.seen.append((status if whole else 0, headers["X-Psyray-Id"]))
+            self.stop_now.wait(0.3)  # the next engine needs the cores too
+
+
+def test_another_champion_takes_over_without_a_lost_request(server: str, home: Path) -> None:
+    stop, chat = threading.Event(), f"{server}/v1/chat/completions"
+    bodies = [(chat, {"messages": CLIENT, "model": "champion"}), (chat, {"messages": CLIENT, "stream": True})]
+    scored = {"items": [{"messages": CLIENT, "response": "That sounds lonely."}]}
+    clients = [Asking(url, body, stop) for url, body in (*bodies, (f"{server}/reward/score", scored))]
+    for client in clients:
+        client.start()
+    tracking = f"sqlite:///{home / 'mlflow.db'}"
+    before = set(serve.status().applications)
+    assert promote(str(home / "second"), home, tracking) == {"psyray-policy": "2", "psyray-reward": "2"}
+    [engine] = [name for name in before if name.startswith("psyray.policy.")]  # stays for the adapters on it
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and before & set(serve.status().applications) != {"psyray", engine}:
+        time.sleep(0.5)
+    stop.set()
+    for client in clients:
+        client.join(120)
+        assert {status for status, _ in client.seen} == {200}
+        ids = [export for _, export in client.seen]
+        # Whoever was asked before the change answers before those asked after it: one client, one question at a time.
+        assert ids == sorted(ids, key=[FIRST, SECOND].index) and set(ids) == {FIRST, SECOND}
+    assert before & set(serve.status().applications) == {"psyray", engine}
+    models = json.loads(call(f"{server}/v1/models")[2])["data"]
+    assert [m["id"] for m in models] == ["champion", "psyray-round-2", "warm", "brief"]

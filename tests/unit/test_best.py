@@ -29,7 +29,7 @@ def test_what_the_reward_model_reads_is_the_conversation_alone():
     parts = [{"type": "text", "text": "I see"}, {"type": "text", "text": "it."}]
     said = [{"role": "system", "content": "Be kind."}, CLIENT, {"role": "assistant", "content": parts}, CLIENT]
     asked = BestRequest.model_validate({"messages": said, "of": 3, "temperature": 0.5, "stream": True})
-    assert asked.chat() == {"messages": said, "temperature": 0.5, "n": 3, "stream": False}
+    assert asked.tree() == {"messages": said, "temperature": 0.5, "n": 3}
     read = asked.conversation()
     assert [turn.role for turn in read.messages] == ["user", "assistant", "user"] and read.messages[
         1

@@ -53,6 +53,10 @@ def test_serve_file_fits_rays_schema_and_stays_on_loopback() -> None:
     (application,) = schema.applications
     assert (schema.http_options.host, application.import_path) == ("127.0.0.1", "serve.app:build")
     assert Args.read(application.args).run == Path("runs/demo")
+    # The words that stand there commented out are ones too.
+    offered = re.findall(r"^ +# ([a-z_]+): (\S+)", (CONFIGS / "serve.yaml").read_text(), re.MULTILINE)
+    Args.read({name: yaml.safe_load(value) for name, value in offered})
+    assert len(offered) > 8
 
 
 def test_what_the_serve_file_offers_beside_fits_too() -> None:

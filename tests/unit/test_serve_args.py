@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from psyray.errors import PsyrayError
 from psyray.sections.data import EngineSection
-from serve.champion import Args, Policy, read_champion, read_engine
+from serve.champion import Args, Policy, Replicas, read_champion, read_engine
 from serve.guard import crisis_kinds
 from serve.policy import engine_settings, with_defaults
 from serve.request import serve_once
@@ -37,17 +39,48 @@ def finished_run(folder: Path) -> Path:
 
 
 def test_words_are_read() -> None:
-    args = Args.read({"run": "runs/demo", "reward": "false", "device": "cpu"})
+    args = Args.read({"run": "runs/demo", "reward": "false", "device": "cpu", "beside": "a=x,b=y", "replicas": "1-4"})
     assert (args.run, args.reward, args.device) == (Path("runs/demo"), False, "cpu")
+    assert args.beside == {"a": "x", "b": "y"} and (args.replicas.least, args.replicas.most) == (1, 4)
+    assert args.looks_every_s is None and Args.read({}).looks_every_s == 30
+    assert Args.read({"run": "x", "follow_s": "5"}).looks_every_s == 5
+
+
+def test_every_serve_command_in_the_docs_is_one() -> None:
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    lines = [line for page in pages for line in re.findall(r"serve run serve\.app:build([^\n`#]*)", page.read_text())]
+    assert len(lines) > 5
+    for line in lines:
+        Args.read(dict(word.split("=", 1) for word in shlex.split(line)))
+
+
+def test_settled_words_mean_the_same_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PSYRAY_HOME", raising=False)
+    (tmp_path / "adapter").mkdir()
+    settled = Args.read({"run": "runs/demo", "beside": "a=adapter,b=org/model"}).settled()
+    assert (settled.run, settled.runs) == (tmp_path / "runs/demo", tmp_path / "runs")
+    assert settled.beside == {"a": str(tmp_path / "adapter"), "b": "org/model"}
+    assert Args.read({}).settled().run is None
+
+
+def test_replicas_are_a_number_or_scale_between_two() -> None:
+    assert Replicas(2, 2).options(8) == {"num_replicas": 2}
+    scaling = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 8}
+    assert Replicas(1, 4).options(8) == {"autoscaling_config": scaling}
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({}, "no run given.*serve run"),
         ({"rnu": "x"}, "unknown argument 'rnu'; did you mean 'run'"),
         ({"run": "x", "rewards": "false"}, "did you mean 'reward'"),
-        ({"run": "x", "qqq": "1"}, "known: run, reward"),
+        ({"run": "x", "qqq": "1"}, "known: run, model"),
+        ({"replicas": "4-2"}, "replicas: .*number of replicas is 2, or 1-4"),
+        ({"replicas": "some"}, "replicas: .*number of replicas"),
+        ({"beside": "warm"}, "beside: .*NAME=FOLDER.*'warm'"),
+        ({"beside": "a b=folder"}, "beside: .*'a b'"),
         ({"run": "x", "reward": "perhaps"}, "reward: .*boolean"),
         ({"run": "x", "device": "tpu"}, "device: .*'auto', 'cpu' or 'gpu'"),
     ],
@@ -87,33 +120,25 @@ def test_engine_settings_come_from_the_run(tmp_path: Path) -> None:
 
 
 def test_cpu_settings_are_chosen_without_a_gpu(tmp_path: Path) -> None:
-    policy = Policy(name="p", path=str(tmp_path), round=0)
-    on_cpu, on_gpu = (engine_settings(policy, EngineSection(), gpu=gpu) for gpu in (False, True))
+    on_cpu, on_gpu = (engine_settings("p", str(tmp_path), EngineSection(), gpu=gpu) for gpu in (False, True))
     assert (on_cpu["accelerator_config"]["kind"], on_gpu["accelerator_config"]["kind"]) == ("cpu", "gpu")
     assert "VLLM_CPU_KVCACHE_SPACE" in on_cpu["runtime_env"]["env_vars"]
     assert "VLLM_CPU_KVCACHE_SPACE" not in on_gpu["runtime_env"]["env_vars"]
     assert on_cpu["engine_kwargs"]["enforce_eager"] and not on_gpu["engine_kwargs"]["enforce_eager"]
 
 
-class ChatBody(BaseModel):
-    """The fields of an OpenAI chat request that the policy's defaults touch."""
-
-    messages: list[dict[str, Any]]
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-
-
 def test_policy_defaults_yield_to_the_client() -> None:
     policy = Policy(name="p", path="p", round=1, system="Be kind.", temperature=0.5, top_p=0.9, max_tokens=7)
-    bare = with_defaults(ChatBody(messages=[CLIENT]), policy)
-    assert bare.messages[0] == {"role": "system", "content": "Be kind."}
-    assert (bare.temperature, bare.top_p, bare.max_completion_tokens) == (0.5, 0.9, 7)
+    bare = with_defaults({"messages": [CLIENT]}, policy)
+    assert bare["messages"][0] == {"role": "system", "content": "Be kind."} and "stop" not in bare
+    assert (bare["temperature"], bare["top_p"], bare["max_completion_tokens"]) == (0.5, 0.9, 7)
     own = {"role": "system", "content": "Answer in one word."}
-    full = with_defaults(ChatBody(messages=[own, CLIENT], temperature=0.0, max_tokens=3), policy)
-    assert [m["role"] for m in full.messages] == ["system", "user"] and full.messages[0]["content"] == own["content"]
-    assert (full.temperature, full.max_tokens, full.max_completion_tokens) == (0.0, 3, None)
+    full = with_defaults({"messages": [own, CLIENT], "temperature": 0.0, "max_tokens": 3}, policy)
+    assert full["messages"] == [own, CLIENT] and (full["temperature"], full["max_tokens"]) == (0.0, 3)
+    assert "max_completion_tokens" not in full
+    stopped = policy.model_copy(update={"stop": ["."]})
+    assert with_defaults({"messages": [CLIENT]}, stopped)["stop"] == ["."]
+    assert with_defaults({"messages": [CLIENT], "stop": "!"}, stopped)["stop"] == "!"
 
 
 def test_only_the_clients_words_raise_the_crisis_header() -> None:

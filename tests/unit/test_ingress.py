@@ -1,0 +1,166 @@
+"""The port without Ray: who is asked, what becomes of odd requests, and of parts that fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayError
+from starlette.testclient import TestClient
+
+from serve.access import Limits, parse_keys
+from serve.champion import Policy
+from serve.chat import Refusal
+from serve.guard import read_replies
+from serve.ingress import Ingress, description, http_app
+from serve.lineup import BASE, Lineup, Scoring, Served
+from serve.reward import Score
+
+CLIENT = {"role": "user", "content": "The flat is too quiet."}
+TOKENS = {"ann": "ann-" + "a" * 20, "bob": "bob-" + "b" * 20}
+
+
+class MadeEngine:
+    """A stand-in for an engine's handle: says what it was asked, as an engine would."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.says: list[str | Refusal | Exception] | None = None
+        self.answer = SimpleNamespace(remote=self.reply)
+
+    async def reply(self, tree: dict[str, Any], name: str) -> AsyncIterator[str | Refusal]:
+        self.asked.append(tree)
+        message = {"role": "assistant", "content": "I see."}
+        whole = {"model": name, "choices": [{"index": i, "message": message} for i in range(tree.get("n", 1))]}
+        for piece in self.says or [json.dumps(whole)]:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+
+class MadeReward:
+    """A stand-in for the reward model's handle: scores by length."""
+
+    def __init__(self) -> None:
+        self.score = SimpleNamespace(remote=self.reply)
+
+    async def reply(self, items: list[Any]) -> list[Score]:
+        return [Score(score=float(len(item.response)), spread=0.5) for item in items]
+
+
+@pytest.fixture
+def engine() -> MadeEngine:
+    return MadeEngine()
+
+
+@pytest.fixture
+def port(engine: MadeEngine) -> TestClient:
+    """The application over a champion of one engine and an adapter on it."""
+    routes = object.__new__(Ingress)
+    policy = Policy(name="psyray-round-2", path="p", round=2, system="Be kind.", temperature=0.5)
+    warm = policy.model_copy(update={"name": "warm"})
+    models = (Served(policy, "export2", "app.policy.x", BASE), Served(warm, "stage7", "app.policy.x", "warm"))
+    routes.lineup = Lineup(models, Scoring("scorer", "export1", "app.reward.y"), ())
+    routes.replies, routes.timeout_s = read_replies(None), 5.0
+    routes.crises = SimpleNamespace(inc=lambda tags: None)  # type: ignore[assignment]
+    routes._handles = {("app.policy.x", True): engine, ("app.reward.y", False): MadeReward()}  # type: ignore[dict-item]
+    keys = parse_keys([f"{name} chat,score {token}" for name, token in TOKENS.items()], "keys")
+    # What is raised past the application would be a 500.
+    return TestClient(http_app(routes, keys, Limits()), headers=bearer("ann"), raise_server_exceptions=False)
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {TOKENS[name]}"}
+
+
+def chat(port: TestClient, **body: Any) -> Any:
+    return port.post("/v1/chat/completions", json={"messages": [CLIENT], **body})
+
+
+def test_the_model_of_a_request_says_who_answers(port: TestClient, engine: MadeEngine) -> None:
+    for asked, name, called, export in (
+        (None, "psyray-round-2", BASE, "export2"),
+        ("champion", "psyray-round-2", BASE, "export2"),
+        ("warm", "warm", "warm", "stage7"),
+    ):
+        reply = chat(port, model=asked)
+        assert (reply.status_code, reply.json()["model"], reply.headers["X-Psyray-Id"]) == (200, name, export)
+        assert engine.asked[-1]["model"] == called and engine.asked[-1]["messages"][0]["content"] == "Be kind."
+    missing = chat(port, model="somebody's words")
+    assert missing.status_code == 404 and "somebody" not in missing.text and "warm" in missing.text
+    assert [m["id"] for m in port.get("/v1/models").json()["data"]] == ["champion", "psyray-round-2", "warm"]
+
+
+def test_what_one_key_asks_leaves_no_trace_for_another(port: TestClient, engine: MadeEngine) -> None:
+    same = {"X-Request-Id": "one-and-the-same"}
+    for name in ("ann", "bob"):
+        port.post("/v1/chat/completions", json={"messages": [CLIENT]}, headers=bearer(name) | same)
+    first, second = engine.asked
+    assert first["request_id"] != second["request_id"] and "one-and-the-same" not in str(engine.asked)
+    assert (first["cache_salt"], second["cache_salt"]) == ("ann", "bob")
+    assert TOKENS["ann"] not in str(engine.asked)
+
+
+def test_streams_are_passed_on_as_they_come(port: TestClient, engine: MadeEngine) -> None:
+    engine.says = ['data: {"a": 1}\n\n', "data: [DONE]\n\n"]
+    reply = chat(port, stream=True)
+    assert reply.text == 'data: {"a": 1}\n\ndata: [DONE]\n\n'
+    assert reply.headers["content-type"].startswith("text/event-stream")
+
+
+def test_a_part_that_fails_is_a_503_to_come_back_after(port: TestClient, engine: MadeEngine) -> None:
+    engine.says = [RayError("died")]
+    lost = chat(port)
+    assert (lost.status_code, lost.headers["Retry-After"]) == (503, "1") and "died" not in lost.text
+    engine.says = [Refusal(400, "longer than the context")]
+    refused = chat(port)
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, "longer than the context")
+
+
+def test_the_best_is_picked_by_the_reward_model(port: TestClient) -> None:
+    reply = port.post("/v1/chat/best", json={"messages": [CLIENT], "of": 3, "stream": True})
+    assert reply.status_code == 200 and len(reply.json()["choices"]) == 1
+    assert len(reply.json()["best_of"]["considered"]) == 3 and reply.json()["best_of"]["by"] == "scorer"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/chat/best", "/reward/score"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"n": ' + b"9" * 5000 + b"}",
+        b'{"\\ud800": 1}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"items": [{"messages": [{"role": "user", "content": "\\ud800"}], "response": "x"}]}',
+        b'{"messages": NaN, "items": Infinity}',
+    ],
+    ids=range(10),
+)
+def test_odd_bodies_are_refused(port: TestClient, path: str, body: bytes) -> None:
+    reply = port.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert 400 <= reply.status_code < 500, reply.text
+
+
+@pytest.mark.parametrize("value", [b"de;q=\xb2", b"en;q=" + b"9" * 5000, b",;" * 2000, b"\xff", b"de;q=0.5;x"])
+def test_odd_languages_get_some_reply(port: TestClient, value: bytes) -> None:
+    crisis = {"messages": [{"role": "user", "content": "I want to kill myself."}]}
+    reply = port.post("/v1/chat/completions", json=crisis, headers={b"accept-language": value})  # type: ignore[arg-type]
+    assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
+
+
+def test_names_in_refusals_are_short_and_ascii(port: TestClient) -> None:
+    reply = chat(port, **{"é" * 5000: 1})
+    assert reply.status_code == 422 and len(reply.text) < 400
+
+
+def test_the_description_names_every_route_and_every_field() -> None:
+    known = description()
+    assert {"/v1/chat/completions", "/v1/chat/best", "/reward/score", "/v1/models", "/healthz"} < set(known["paths"])
+    assert "caution" in known["components"]["schemas"]["BestRequest"]["properties"]
