@@ -170,7 +170,8 @@ Check = tuple[bool, str]
 
 def _surely_better(name: str, stats: Mapping[str, Any], least: float) -> Check:
     interval = f"(interval {stats['low']:.2f} to {stats['high']:.2f})"
-    return stats["low"] > least, f"{name} {stats['win_rate']:.2f} is not surely above {least:.2f} {interval}"
+    passed = stats["low"] > least or least == 0  # 0 holds the gate open, also for one that never wins
+    return passed, f"{name} {stats['win_rate']:.2f} is not surely above {least:.2f} {interval}"
 
 
 def _lost(probe: Mapping[str, Any], section: EvaluateSection) -> list[Check]:

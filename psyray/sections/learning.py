@@ -234,7 +234,7 @@ class EvaluateSection(Section):
     """The gate: a policy that fails it is kept, marked and not promoted."""
 
     speeches: int | None = Field(None, ge=1, description="held-out speeches answered; none: all")
-    min_win_rate: float = Field(0.5, ge=0, le=1, description="the interval's lower end must lie above it")
+    min_win_rate: float = Field(0.5, ge=0, le=1, description="the interval's lower end must lie above it; 0: any")
     max_length_change: float = Field(0.2, ge=0, description="share by which the mean length may differ from the start")
     max_repeat_rise: float = Field(0.05, ge=0, description="how far the share of looping replies may rise")
     dev_share: float = Field(

@@ -82,6 +82,7 @@ def test_a_good_policy_passes_and_each_fault_is_named():
     section = EvaluateSection()
     assert failures(GOOD, START, section) == []
     assert "not surely above 0.50" in failures(GOOD | {"low": 0.5}, START, section)[0]
+    assert failures(GOOD | {"low": 0.0}, START, section.model_copy(update={"min_win_rate": 0.0})) == []
     assert "mean length changed by -25%" in failures(GOOD | {"length_change": -0.25}, START, section)[0]
     assert "looping replies rose by 8%" in failures(GOOD | {"repeated_share": 0.10}, START, section)[0]
     assert len(failures(GOOD | {"low": 0.1, "length_change": 1.0, "repeated_share": 1.0}, START, section)) == 3
