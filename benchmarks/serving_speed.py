@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from made_run import ENGINE, MAX_LENGTH, SYSTEM, bearer, conversation, made_run, up
+from made_champion import ENGINE, MAX_LENGTH, SYSTEM, bearer, conversation, made_run, up
 
 from psyray.engines.vllm import cpu_environment
 from psyray.models import embedded_model

@@ -33,7 +33,7 @@ from typing import Any
 
 import aiohttp
 import psutil
-from made_run import bearer, conversation, made_run, up
+from made_champion import bearer, conversation, made_run, up
 from ray.serve.context import _get_global_client
 from resources import GIB, sample
 

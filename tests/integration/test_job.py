@@ -25,10 +25,15 @@ SPEECHES, K, LIMIT_S = 30, 2, 180
 
 
 HOLD = """
+import socket
 import sys
 from ray.cluster_utils import Cluster
 
+with socket.socket() as free:  # the agent's usual port is taken where another Ray runs on the machine
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
 head = {"num_cpus": 4, "include_dashboard": True, "object_store_memory": 100 * 2**20}
+head["dashboard_agent_listen_port"] = port
 cluster = Cluster(initialize_head=True, head_node_args=head)
 print("dashboard", cluster.head_node.webui_url, flush=True)
 sys.stdin.read()  # until the test is over
@@ -65,7 +70,14 @@ def submit(client: Any, home: Path, model: Path, endpoint: Slow) -> str:
     words = [sys.executable, "-m", "psyray", "run", "configs/demo.yaml", *settings, "--until", "responses"]
     environment = yaml.safe_load((ROOT / "jobs/runtime-env.yaml").read_text())
     environment |= {"working_dir": str(ROOT), "env_vars": {"PSYRAY_HOME": str(home)}}
-    return str(client.submit_job(entrypoint=shlex.join(words), runtime_env=environment))
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=shlex.join(words), runtime_env=environment))
+        except RuntimeError as error:  # the dashboard answers before the agent that starts jobs is there
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def wait(client: Any, job: str, until: Callable[[], bool]) -> None:
