@@ -20,20 +20,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from psyray.active.database import LedgerError
 from psyray.active.ledger import Ledger
 from psyray.active.place import place_of
 from psyray.active.queue import Answered, ExpertQueue, Gone, Lease, NoTicket, QueueError
 from psyray.active.votes import Choice
 from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
-from serve.access import VARIABLE, Gate, Key, Limits, read_keys
+from serve.access import VARIABLE, Key, Limits, read_keys
 from serve.champion import Words
-from serve.pages import Private, asker, open_paths, page_router, refuse, unavailable
+from serve.pages import asker, page_app
 
 MAX_BODY = 64 * 1024  # bytes; an answer is a note of MAX_NOTE characters and a few ratings
 MAX_NOTE = 4_000
@@ -112,18 +110,11 @@ class Given(Strict):
 
 
 def http_app(desk: Desk) -> FastAPI:
-    """The application: no CORS, so that no page of another origin may read what clients said."""
-    app = FastAPI(title="psyray experts", docs_url=None, redoc_url=None)
-    app.state.desk, app.state.queue = desk, ExpertQueue(Ledger(desk.ledger).database, desk.runs)
-    app.include_router(experts)
-    app.include_router(health)
-    app.include_router(page_router("annotate"))
+    """The application around the run's queue."""
     limits = Limits(body_bytes=MAX_BODY, per_minute=desk.per_minute)
-    app.add_middleware(Gate, keys=desk.keys, limits=limits, free=open_paths("annotate"))
-    app.add_middleware(Private)
-    app.add_exception_handler(RequestValidationError, refuse)
+    app = page_app("psyray experts", "annotate", (experts, health), desk.keys, limits)
+    app.state.desk, app.state.queue = desk, ExpertQueue(Ledger(desk.ledger).database, desk.runs)
     app.add_exception_handler(QueueError, _cannot)
-    app.add_exception_handler(LedgerError, unavailable)
     return app
 
 

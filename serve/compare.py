@@ -26,21 +26,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import JSONResponse, StreamingResponse
 
 from psyray.active.conversations import Chosen, keep
-from psyray.active.database import LedgerError
 from psyray.active.ledger import Ledger
 from psyray.active.place import place_of
 from psyray.active.votes import Choice
 from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
-from serve.access import VARIABLE, Gate, Key, Limits, read_keys
+from serve.access import VARIABLE, Key, Limits, read_keys
 from serve.champion import Words
 from serve.endpoint import Endpoint, NoAnswer
-from serve.pages import Private, asker, open_paths, page_router, refuse, unavailable
+from serve.pages import asker, page_app
 from serve.turn import SIDES, Turn
 
 TOKEN = "PSYRAY_POLICY_KEY"
@@ -157,18 +155,11 @@ class Given(OfTurn):
 
 
 def http_app(room: Room) -> FastAPI:
-    """The application: no CORS, so that no page of another origin may read what is said here."""
-    app = FastAPI(title="psyray conversations", docs_url=None, redoc_url=None)
+    """The application around the room."""
+    limits = Limits(body_bytes=MAX_BODY, per_minute=room.per_minute)
+    app = page_app("psyray conversations", "compare", (turns, health), room.keys, limits)
     app.state.room, app.state.open = room, dict[str, Turn]()  # each person's latest turn
     app.state.ledger = Ledger(room.ledger) if room.ledger else None
-    app.include_router(turns)
-    app.include_router(health)
-    app.include_router(page_router("compare"))
-    limits = Limits(body_bytes=MAX_BODY, per_minute=room.per_minute)
-    app.add_middleware(Gate, keys=room.keys, limits=limits, free=open_paths("compare"))
-    app.add_middleware(Private)
-    app.add_exception_handler(RequestValidationError, refuse)
-    app.add_exception_handler(LedgerError, unavailable)
     app.add_exception_handler(NoAnswer, _no_answer)
     return app
 

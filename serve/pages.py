@@ -6,13 +6,17 @@ A page is NAME.html and NAME.js in serve/assets, beside page.js, page.css and ic
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from psyray.active.database import LedgerError
+from serve.access import Gate, Key, Limits
 
 ASSETS = Path(__file__).parent / "assets"
 SHARED = ("page.js", "page.css", "icon.svg")
@@ -38,6 +42,18 @@ def page_router(name: str) -> APIRouter:
         return FileResponse(ASSETS / file)
 
     return router
+
+
+def page_app(title: str, name: str, routers: Sequence[APIRouter], keys: tuple[Key, ...], limits: Limits) -> FastAPI:
+    """A page and its routes behind the gate: no CORS, so that no page of another origin may read what is said here."""
+    app = FastAPI(title=title, docs_url=None, redoc_url=None)
+    for router in (*routers, page_router(name)):  # the page's own last: it takes every name that is left
+        app.include_router(router)
+    app.add_middleware(Gate, keys=keys, limits=limits, free=open_paths(name))
+    app.add_middleware(Private)
+    app.add_exception_handler(RequestValidationError, refuse)
+    app.add_exception_handler(LedgerError, unavailable)
+    return app
 
 
 def asker(request: Request) -> str:

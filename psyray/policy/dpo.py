@@ -8,13 +8,12 @@ from typing import Any
 
 from psyray.config import Config
 from psyray.data.generate import with_system
+from psyray.data.layout import SIDES
 from psyray.lora import adapter_config
 from psyray.records import Row
 from psyray.run import Folder
 from psyray.sections.learning import DpoSection
 from psyray.train import fit_and_save, freeze, prepare_worker, run_training, trainer_arguments
-
-SIDES = ("chosen", "rejected")
 
 
 def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, reference: str, *, title: str) -> Any:
