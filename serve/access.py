@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from psyray.errors import PsyrayError
+from serve.refusals import openai_error
 
 VARIABLE = "PSYRAY_KEYS"
 ROLES = ("chat", "score", "annotate", "compare", "admin")
@@ -196,9 +197,3 @@ def _length(header: bytes) -> int:
 def refuse(status: int, words: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """A refusal in OpenAI's format, which every client of these routes can read."""
     return openai_error(status, words, "access", headers)
-
-
-def openai_error(code: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An error as OpenAI's clients expect it."""
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": error}, code, headers=dict(headers or {}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 from uuid import uuid4
 
@@ -18,18 +18,18 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from serve.access import Gate, Key, Limits, openai_error
+from serve.access import Gate, Key, Limits
 from serve.best import BestRequest, answer
 from serve.chat import ChatRequest, Refusal
 from serve.guard import Replies, crisis_kinds, safe_reply
 from serve.keeper import ASK_S, Keeper
 from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
 from serve.policy import with_defaults
+from serve.refusals import invalid, openai_error
 from serve.reward import ScoreReply, ScoreRequest
 
 HEALTH_TIMEOUT_S = 5.0
 ID, CRISIS = "X-Psyray-Id", "X-Psyray-Crisis"
-MOST_ERRORS = 20  # told of one request
 MAX_ONGOING = 1000  # Serve's default of 5 would keep requests waiting before the port counts them
 
 
@@ -206,7 +206,7 @@ def http_app(routes: Ingress, keys: tuple[Key, ...], limits: Limits) -> FastAPI:
     app.post("/reward/score")(routes.score_answers)
     app.get("/healthz")(routes.healthz)
     app.add_middleware(Gate, keys=keys, limits=limits)
-    app.add_exception_handler(RequestValidationError, _refuse)
+    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, _fail)
     return app
 
@@ -214,22 +214,6 @@ def http_app(routes: Ingress, keys: tuple[Key, ...], limits: Limits) -> FastAPI:
 def description() -> dict[str, Any]:
     """The port's OpenAPI description."""
     return http_app(object.__new__(Ingress), (), Limits()).openapi()
-
-
-async def _refuse(request: Request, error: Exception) -> JSONResponse:
-    """422 that says where and what is wrong, without repeating the client's words."""
-    assert isinstance(error, RequestValidationError)
-    detail = [{"loc": _place(e["loc"]), "msg": e["msg"].removeprefix("Value error, ")} for e in error.errors()]
-    if request.url.path.startswith("/v1/"):
-        first = detail[0]
-        message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        return openai_error(422, message, "invalid_request_error")
-    return JSONResponse({"detail": detail[:MOST_ERRORS]}, 422)
-
-
-def _place(names: Iterable[int | str]) -> list[int | str]:
-    """Where an error is; names are the client's own, and may be of any length and of letters that JSON cannot hold."""
-    return [n if isinstance(n, int) else n.encode("ascii", "backslashreplace").decode()[:64] for n in names]
 
 
 async def _fail(request: Request, error: Exception) -> JSONResponse:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from psyray.active.database import LedgerError
 from serve.access import Gate, Key, Limits
+from serve.refusals import invalid
 
 ASSETS = Path(__file__).parent / "assets"
 SHARED = ("page.js", "page.css", "icon.svg")
@@ -51,7 +52,7 @@ def page_app(title: str, name: str, routers: Sequence[APIRouter], keys: tuple[Ke
         app.include_router(router)
     app.add_middleware(Gate, keys=keys, limits=limits, free=open_paths(name))
     app.add_middleware(Private)
-    app.add_exception_handler(RequestValidationError, refuse)
+    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(LedgerError, unavailable)
     return app
 
@@ -59,13 +60,6 @@ def page_app(title: str, name: str, routers: Sequence[APIRouter], keys: tuple[Ke
 def asker(request: Request) -> str:
     """The name of the key that asks, as the gate found it."""
     return str(request.scope["psyray.key"])
-
-
-async def refuse(request: Request, error: Exception) -> JSONResponse:
-    """422 that says where and what is wrong, without repeating what was sent."""
-    assert isinstance(error, RequestValidationError)
-    detail = [{"loc": list(e["loc"]), "msg": e["msg"].removeprefix("Value error, ")} for e in error.errors()]
-    return JSONResponse({"detail": detail}, 422)
 
 
 async def unavailable(request: Request, error: Exception) -> JSONResponse:

@@ -145,6 +145,14 @@ def test_what_cannot_be_an_answer_is_refused_and_not_repeated(client, url, body,
     assert client.get("/experts/progress", headers=by("anna")).json()["answered"] == 0
 
 
+@pytest.mark.parametrize(
+    "body", [b'{"\\ud800": 1}', b'{"%s": 1}' % (b"n" * 5000), b"{%s}" % b",".join(b'"k%d": 1' % i for i in range(500))]
+)
+def test_names_that_are_no_names_are_refused_in_a_few_words(client, body):
+    reply = client.post("/experts/answer", content=body, headers={**by("anna"), "Content-Type": "application/json"})
+    assert reply.status_code == 422 and len(reply.content) < 3000
+
+
 def test_a_body_without_a_length_is_counted(client, url):
     put(url, 1)
     chunks = (b"x" * 1024 for _ in range(MAX_BODY // 1024 + 2))

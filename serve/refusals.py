@@ -1,0 +1,34 @@
+"""What a refused request is told: where and what is wrong, bounded, and without repeating the client's words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from starlette.responses import JSONResponse
+
+MOST_ERRORS = 20  # told of one request
+
+
+def openai_error(code: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error as OpenAI's clients expect it."""
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": error}, code, headers=dict(headers or {}))
+
+
+async def invalid(request: Request, error: Exception) -> JSONResponse:
+    """422 for a request that is not as a route takes it; in OpenAI's format where the route is one of theirs."""
+    assert isinstance(error, RequestValidationError)
+    said = error.errors()[:MOST_ERRORS]
+    detail = [{"loc": _place(e["loc"]), "msg": e["msg"].removeprefix("Value error, ")} for e in said]
+    if request.url.path.startswith("/v1/"):
+        first = detail[0]
+        message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return openai_error(422, message, "invalid_request_error")
+    return JSONResponse({"detail": detail}, 422)
+
+
+def _place(names: Iterable[int | str]) -> list[int | str]:
+    """Where an error is; names are the client's own, and may be of any length and of letters that JSON cannot hold."""
+    return [n if isinstance(n, int) else n.encode("ascii", "backslashreplace").decode()[:64] for n in names]
