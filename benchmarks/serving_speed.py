@@ -213,30 +213,35 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=40, help="prompts in a repeat")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clients", type=int, default=64, help="that ask for scores at once")
+    parser.add_argument("--only", choices=("chat", "reward"), help="one of the two")
     parser.add_argument("--tiny", action="store_true", help="tiny random models: what remains is the servers' own cost")
     parser.add_argument("--offline", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.offline:
         print(offline(given.offline, prompts(given.offline, given.rows)))
         return
+    told: dict[str, Any] = {"clients": given.clients, "rows": given.rows}
     with tempfile.TemporaryDirectory() as place:
         run = made_run(Path(place), tiny=given.tiny)
         policy = run / "policy" if given.tiny else embedded_model()
         with up(run) as ours:
-            with vllm_server(policy) as theirs:
-                chat = asyncio.run(chat_latency(ours, theirs, given.chats, given.repeats))
-            print(chat, file=sys.stderr)
-            texts = prompts(run / "reward", given.rows * (given.repeats + 1))
-            with vllm_server(run / "reward", "--runner", "pooling") as theirs:
-                reward = asyncio.run(reward_speed(ours, theirs, texts, given.clients, given.repeats))
-            print(reward, file=sys.stderr)
-        alone = [offline_in_a_process(run / "reward", given.rows) for _ in range(min(given.repeats, 3))]
-    reward |= {
-        "offline_rows_s": round(statistics.median(alone), 2),
-        "offline_range": [round(min(alone), 2), round(max(alone), 2)],
-        "ratio_to_offline": round(reward["served_rows_s"] / statistics.median(alone), 3),
-    }
-    print(json.dumps({"clients": given.clients, "rows": given.rows, "chat": chat, "reward": reward}))
+            if given.only != "reward":
+                with vllm_server(policy) as theirs:
+                    told["chat"] = asyncio.run(chat_latency(ours, theirs, given.chats, given.repeats))
+                print(told["chat"], file=sys.stderr)
+            if given.only != "chat":
+                texts = prompts(run / "reward", given.rows * (given.repeats + 1))
+                with vllm_server(run / "reward", "--runner", "pooling") as theirs:
+                    told["reward"] = asyncio.run(reward_speed(ours, theirs, texts, given.clients, given.repeats))
+                print(told["reward"], file=sys.stderr)
+        if given.only != "chat":
+            alone = [offline_in_a_process(run / "reward", given.rows) for _ in range(min(given.repeats, 3))]
+            told["reward"] |= {
+                "offline_rows_s": round(statistics.median(alone), 2),
+                "offline_range": [round(min(alone), 2), round(max(alone), 2)],
+                "ratio_to_offline": round(told["reward"]["served_rows_s"] / statistics.median(alone), 3),
+            }
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def labels_stage(
         ensemble, listed = Heads.load(heads.path / "heads.npz"), list(groups.values())
         known = load_features([features])
         scores_PKH = score_matrix(ensemble, known, groups, loop.k)
-        candidates = Candidates(scores_PKH, prompts_PE=prompt_matrix(known, groups))
+        asked_PKH = scores_PKH if loop.mixed_ends else alike_ends(scores_PKH, listed)
+        candidates = Candidates(asked_PKH, prompts_PE=prompt_matrix(known, groups))
         rng = np.random.default_rng([config.run.seed, number])
         picks = acquire(loop.acquisition, candidates, budget, rng, loop.apart)
         asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], p.value) for p in picks]
@@ -59,9 +60,22 @@ def labels_stage(
 
     ruled = ("acquisition", "apart", "reward_margin", "reward_confidence", "length_penalty", "reward_pairs", "k")
     settings = oracle.identity | {key: getattr(loop, key) for key in ruled}
-    settings |= {} if loop.mixed_ends else {"mixed_ends": False}
+    settings |= {} if loop.mixed_ends else {"mixed_ends": "never asked"}
     settings |= {"budget": budget, "veto": veto, "seed": config.run.seed}
     return run.stage(f"round-{number}/labels", settings, [heads, features, samples], make)
+
+
+def alike_ends(scores_PKH: FloatArray, groups: Sequence[Sequence[Row]]) -> FloatArray:
+    """The scores of each speech's responses of one kind, cut off by their limit or whole, whichever are more.
+
+    The others, and as many of either kind the cut-off ones, become NaN: no acquisition asks about those.
+    """
+    kept_PKH = np.full_like(scores_PKH, np.nan)
+    for p, responses in enumerate(groups):
+        cut = np.array([bool(row["truncated"]) for row in responses])
+        kept = np.flatnonzero(cut if 2 * cut.sum() > len(cut) else ~cut)
+        kept_PKH[p, kept] = scores_PKH[p, kept]
+    return kept_PKH
 
 
 def penalised(scores_PKH: FloatArray, groups: Sequence[Sequence[Row]], per_100_words: float) -> FloatArray:

@@ -166,7 +166,8 @@ class LoopSection(Section):
     reward_pairs: int = Field(1, ge=0, description="pairs per speech that the reward model may label, widest first")
     replay: int = Field(0, ge=0, description="older judge- or oracle-labelled pairs added to each round's training")
     mixed_ends: bool = Field(
-        True, description="whether pairs of the reward model and older ones may have one side that its limit cut off"
+        True,
+        description="whether a pair may have one side that its limit cut off beside a whole one; else none is asked",
     )
     rate_decay: float = Field(1.0, gt=0, le=1, description="each round's DPO learning rate, as a share of the last's")
     replay_balance: bool = Field(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from psyray.active.acquisition import ACQUISITIONS, Candidates, acquire
-from psyray.active.labelling import Gap, oracle_pairs, penalised, reward_pairs
+from psyray.active.labelling import Gap, alike_ends, oracle_pairs, penalised, reward_pairs
 from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.records import Verdict
@@ -126,3 +126,14 @@ def test_a_limit_that_cut_one_side_off_decides_no_pair_where_ends_may_not_be_mix
     [pair], _ = reward_pairs([cut], scores_PKH, set(), apart)
     assert (pair["chosen_id"], pair["rejected_id"]) == ("s1", "s2")
     assert pair["chosen_truncated"] and pair["rejected_truncated"]
+
+
+@pytest.mark.parametrize(
+    ("cut", "asked"),
+    [("1110", "111."), ("1100", "..11"), ("1000", ".111"), ("1111", "1111"), ("0000", "1111"), ("10", ".1")],
+)
+def test_where_ends_may_not_be_mixed_a_question_is_about_answers_of_one_kind(cut, asked):
+    rows = [{"truncated": end == "1"} for end in cut]
+    scores_PKH = np.ones((1, len(cut), 3))
+    kept_PKH = alike_ends(scores_PKH, [rows])
+    assert "".join("." if np.isnan(row).all() else "1" for row in kept_PKH[0]) == asked
