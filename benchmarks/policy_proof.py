@@ -72,7 +72,7 @@ class Gold:
         from psyray.evaluate.label_efficiency import featured
         from psyray.evaluate.labelled import load_labelled
         from psyray.models import resolve_model
-        from psyray.reward.frozen import FrozenBody
+        from psyray.reward.body import Body, Reading
         from psyray.sections.learning import EfficiencySection
 
         section = EfficiencySection()
@@ -91,7 +91,8 @@ class Gold:
         self.weights_R, self.set = belief.weights_D, declared.name
         scores_PK = z_PKR @ self.weights_R
         self.middle, self.spread = float(np.nanmean(scores_PK)), float(np.nanstd(scores_PK))
-        self.body = FrozenBody(resolve_model(section.model), layer=section.layer, max_length=1024, batch_size=1)
+        reading = Reading(section.layer, section.pooling)
+        self.body = Body(resolve_model(section.model), [reading], max_length=1024, batch_size=1)
         self.known: dict[str, int] = {}
         self.lock = threading.Lock()
         self.read: Any = None
@@ -102,8 +103,7 @@ class Gold:
         key = json.dumps(chat)
         with self.lock:  # one at a time: the machine has work to do beside it
             if key not in self.known:
-                [[features_D]] = [part.values() for part in self.body.means({"": chat})]
-                score = float(self.project(np.asarray(features_D)[None])[0] @ self.weights_R)
+                score = float(self.project(self.body.features([chat]))[0] @ self.weights_R)
                 place = (score - self.middle) / (SPREADS * self.spread)
                 self.known[key] = min(999, max(0, round(500 + 500 * place)))
         return self.known[key]

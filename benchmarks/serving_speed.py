@@ -33,7 +33,7 @@ from made_champion import ENGINE, MAX_LENGTH, SYSTEM, bearer, conversation, made
 
 from psyray.engines.vllm import cpu_environment
 from psyray.models import embedded_model
-from psyray.reward.score import chat_tokens
+from psyray.reward.body import chat_tokens
 from serve.request import free_port
 
 TOKENS = 16

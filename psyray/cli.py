@@ -284,6 +284,38 @@ def label_efficiency(
 
 
 @app.command()
+def layers(
+    labelled: Annotated[Path, typer.Argument(help="YAML file of a human-labelled set, as in configs/agreement")],
+    settings: Settings = None,
+    config: Annotated[Path | None, typer.Option(help="a YAML file with an `efficiency` section")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the set's files; none: the YAML file's own")] = None,
+    model: Annotated[str | None, typer.Option(help="a model's folder or hub id; none: efficiency.model")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="where table, plot and JSON go")] = Path("layers"),
+) -> None:
+    """Measure which layer of a model, and which pooling, tells what people prefer; ends with the settings to copy.
+
+    Works on the prompts kept for choosing settings (efficiency.dev_share), each read by a head that did not see it.
+    Features are kept: the same command again computes only what is missing.
+
+    Examples:  psyray layers configs/agreement/tiers.yaml --data data/pair
+               psyray layers configs/agreement/tiers.yaml --data data/pair --model RUN/stages/reward/ID/model
+    """
+    from psyray.cluster import use_gpu
+    from psyray.config import load_config
+    from psyray.evaluate.layers import Request, measure
+    from psyray.evaluate.layers_report import show
+
+    loaded = load_config(config, settings)
+    section = loaded.efficiency.model_copy(update={"model": model} if model else {})
+    request = Request(labelled, folder, section, loaded.track, data, use_gpu(loaded.engine.device))
+    try:
+        show(measure(request, say), out)
+    except KeyboardInterrupt:
+        say("stopped; features are kept: the same command goes on from here")
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def prepare() -> None:
     """Unpack the embedded model and compile DeepSpeed's extension, so that the first run need not."""
     from psyray.models import embedded_model

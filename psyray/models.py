@@ -66,6 +66,13 @@ def model_identity(name: str) -> str:
     return f"{folder.absolute()}#{content_id(files)}"
 
 
+def layer_count(model: str) -> int:
+    """The blocks of a model that `resolve_model` found."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model).num_hidden_layers)
+
+
 def embedded_model() -> Path:
     """The Hugging Face folder of SmolLM2-135M-Instruct, unpacked on first use (about 30 s) from the installed package.
 

@@ -29,6 +29,7 @@ from psyray.models import local_models, resolve_model
 from psyray.needs import TASK, serving
 from psyray.records import Row
 from psyray.report import write_report
+from psyray.reward.body import reading_of
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
 from psyray.rubric import Rubric, load_rubric
@@ -193,6 +194,7 @@ def check(config: Config) -> None:
     names = local_models(config) | {judge.model or "" for judge in judges if judge.engine == "vllm"}
     for name in sorted(names):
         resolve_model(name)
+    reading_of(config.reward.heads, resolve_model(config.reward.model))
 
 
 def check_settings(config: Config) -> None:

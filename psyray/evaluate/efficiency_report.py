@@ -10,38 +10,30 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 from psyray.active.efficiency import BASELINE
+from psyray.evaluate.publish import Rows, bare, markdown, percent, points_of, print_tables
 
 SHOWN = (8, 16, 32, 64, 96, 128, 256, 384, 512)  # budgets in the table; the JSON has all
 
 
 def page(found: Mapping[str, Any]) -> str:
     """The tables as Markdown, accuracies with their intervals."""
-    return "\n\n".join(_markdown(head, rows) for head, rows in tables(found, _percent)) + "\n"
+    return markdown(tables(found, percent))
 
 
 def show(found: Mapping[str, Any], out: Console) -> None:
     """The tables on a terminal, accuracies bare."""
-    for head, rows in tables(found, lambda interval: f"{100 * interval[1]:.1f}"):
-        table = Table(*head, box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*row)
-        out.print(table)
-        out.print()
+    print_tables(tables(found, bare), out)
 
 
-Rows = tuple[list[str], list[list[str]]]  # head, lines
-
-
-def tables(found: Mapping[str, Any], percent: Callable[[Sequence[float]], str]) -> list[Rows]:
+def tables(found: Mapping[str, Any], share: Callable[[Sequence[float]], str]) -> list[Rows]:
     """Accuracy at some budgets; then what each strategy needs to reach random's level, and where it falls below."""
     told = found["strategies"]
     all_budgets = [row["labels"] for row in next(iter(told.values()))["budgets"]]
     shown = [b for b in SHOWN if b in all_budgets] or all_budgets
     accuracy = [
-        [name, *(percent(row["accuracy"]) for row in entry["budgets"] if row["labels"] in shown)]
+        [name, *(share(row["accuracy"]) for row in entry["budgets"] if row["labels"] in shown)]
         for name, entry in told.items()
     ]
     aim = found["settings"]["aim"]
@@ -51,9 +43,9 @@ def tables(found: Mapping[str, Any], percent: Callable[[Sequence[float]], str]) 
             name,
             _labels(entry["labels_to_reach"]),
             " to ".join(map(_labels, entry["labels_to_reach_interval"])),
-            _points(entry["quarter"]["ahead_of_aim"]),
+            points_of(entry["quarter"]["ahead_of_aim"]),
             spans(entry["below"], all_budgets) or "nowhere",
-            " ".join(f"{share:.0%}" for share in entry["asked"].values()),
+            " ".join(f"{asked:.0%}" for asked in entry["asked"].values()),
         ]
         for name, entry in told.items()
     ]
@@ -68,11 +60,6 @@ def tables(found: Mapping[str, Any], percent: Callable[[Sequence[float]], str]) 
     return [(["strategy", *map(str, shown)], accuracy), (head, needs)]
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def spans(some: Sequence[int], every: Sequence[int]) -> str:
     """The budgets as "32, 88-256": runs without a gap in `every` drawn together."""
     runs: list[list[int]] = []
@@ -83,16 +70,6 @@ def spans(some: Sequence[int], every: Sequence[int]) -> str:
             else:
                 runs.append([budget])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _percent(interval: Sequence[float]) -> str:
-    low, value, high = (100 * x for x in interval)
-    return f"{value:.1f} ({low:.1f}, {high:.1f})"
-
-
-def _points(interval: Sequence[float]) -> str:
-    low, value, high = (100 * x for x in interval)
-    return f"{value:+.1f} ({low:+.1f}, {high:+.1f})"
 
 
 def _labels(count: int | None) -> str:

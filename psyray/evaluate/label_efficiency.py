@@ -7,8 +7,6 @@ fitted to all labels so far. `psyray/active/replay.py` is the replay, `psyray/ac
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,14 @@ from psyray.active.replay import Bank, Learner
 from psyray.errors import PsyrayError
 from psyray.evaluate.efficiency_report import page, plot
 from psyray.evaluate.labelled import Labelled, load_labelled
+from psyray.evaluate.publish import publish
+from psyray.models import cache_folder, resolve_model
 from psyray.records import Message, Verdict
-from psyray.reward.frozen import cached_features, chat_id
-from psyray.run import write_atomic
+from psyray.reward.body import Reading
+from psyray.reward.frozen import Chats, FeatureCache, chat_id
 from psyray.sections.learning import EfficiencySection
 from psyray.sections.place import TrackSection
+from psyray.track import Point
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,27 @@ def measure(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
         "strata": list(bank.strata),
         "strategies": figures(curves, bank.strata, aim=section.aim),
     }
-    _write(found, request, say)
+    publish(
+        found, request.out, "efficiency", page=page(found), plot=lambda path: plot(found, path),
+        points=curve_points(found), track=request.track, say=say,
+    )  # fmt: skip
     return found
 
 
 def featured(items: Sequence[Labelled], section: EfficiencySection) -> tuple[list[str], Bank]:
     """(prompt ids, their bank): features of every response, read from the cache or computed."""
-    from psyray.models import cache_folder, resolve_model
-
-    chats = {chat_id(chat): chat for item in items for chat in _chats(item)}
+    chats, reading = chats_of(items), Reading(section.layer, section.pooling)
+    cache = FeatureCache(resolve_model(section.model), cache_folder() / "features")
     try:
-        model = resolve_model(section.model)
-        known = cached_features(chats, model, layer=section.layer, cache=cache_folder() / "features")
+        cache.fill(chats, [reading])
     except ValueError as error:  # a layer that the model does not have
         raise PsyrayError(f"efficiency.layer: {error}") from None
-    return bank_of(items, known)
+    return bank_of(items, cache.features(chats, reading))
+
+
+def chats_of(items: Sequence[Labelled]) -> Chats:
+    """The conversations of a set with each of their replies, by content id."""
+    return {chat_id(chat): chat for item in items for chat in _chats(item)}
 
 
 def _chats(item: Labelled) -> tuple[list[Message], list[Message]]:
@@ -134,23 +141,11 @@ def bank_of(items: Sequence[Labelled], features: Mapping[str, Any]) -> tuple[lis
     return prompts, Bank(features_PKD, labels_PKK, strata_PKK, strata)
 
 
-def _write(found: Mapping[str, Any], request: Request, say: Callable[[str], None]) -> None:
-    from psyray.track import Tracker
-
-    out = request.out
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "efficiency.json", json.dumps(found, indent=1) + "\n")
-    write_atomic(out / "efficiency.md", page(found))
-    plot(found, out / "efficiency.png")
-    now = int(1000 * time.time())
-    points = [
+def curve_points(found: Mapping[str, Any]) -> list[Point]:
+    """Each strategy's accuracy and lead over random as curves over the labels."""
+    return [
         (f"{key}/{name}", row[key][1], row["labels"])
         for name, told in found["strategies"].items()
         for row in told["budgets"]
         for key in ("accuracy", "ahead")
     ]
-    with Tracker(request.track, out, {**found["settings"], "set": found["set"]}, say) as tracker:
-        tracker.points(points, now)
-        for kind in ("json", "md", "png"):
-            tracker.artifact(out / f"efficiency.{kind}")
-    say(f"figures: {out / 'efficiency.json'}, table: {out / 'efficiency.md'}, plot: {out / 'efficiency.png'}")

@@ -12,7 +12,7 @@ from psyray.config import Config
 from psyray.errors import from_workers
 from psyray.needs import forward
 from psyray.records import Message
-from psyray.reward.score import padded
+from psyray.reward.body import padded
 
 TOKENS_AT_ONCE = 2048  # in one pass: the logits of more would be most of the memory
 

@@ -213,6 +213,6 @@ def _scores(
     def keep(results: list[Row]) -> None:
         scores.update({row["key"]: row["score"] for row in results})
 
-    pipeline = partial(on_actors, ScoreActor, config=config, model=model, heads=heads)
+    pipeline = partial(on_actors, ScoreActor, config=config, model=model, read=heads)
     stream(folder, todo.values(), pipeline, keep, title=title, schema=ASKED, total=len(todo))
     return scores

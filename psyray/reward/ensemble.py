@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Row, Status
+from psyray.reward.body import Reading, reading_of
 from psyray.reward.heads import Heads, fit_heads, standardisation
 from psyray.reward.laplace import fit_laplace
 from psyray.reward.metrics import calibration, reward_metrics
@@ -43,8 +45,9 @@ SCORES = pa.schema(
 def features_stage(
     run: Run, name: str, config: Config, reward: Artifact, responses: Sequence[Row], source: Artifact
 ) -> Artifact:
-    """Features of the usable responses under the reward model's body."""
+    """Features of the usable responses under the reward model's body, read where `reward.heads` says."""
     max_length = config.reward.train.max_length
+    reading = reading_of(config.reward.heads, reward.model)
 
     def make(folder: Folder) -> Mapping[str, Any]:
         parts = folder.parts(FEATURES, "response_id")
@@ -52,7 +55,7 @@ def features_stage(
         stream(
             folder,
             parts.todo(usable),
-            partial(on_actors, FeatureActor, config=config, model=reward.model),
+            partial(on_actors, FeatureActor, config=config, model=reward.model, read=reading),
             parts.append,
             title=name,
             schema=ANSWERS,
@@ -63,7 +66,7 @@ def features_stage(
         return {"responses": len(usable)}
 
     ids = sorted(r["response_id"] for r in responses)
-    return run.stage(name, {"max_length": max_length, "of": ids}, [reward, source], make)
+    return run.stage(name, {"max_length": max_length, "of": ids, **reading.identity}, [reward, source], make)
 
 
 def load_features(artifacts: Iterable[Artifact]) -> Features:
@@ -83,6 +86,7 @@ def heads_stage(
     Beside them rating heads, which explain a score by principle, from the responses that were rated.
     """
     section = config.reward.heads
+    reading = reading_of(section, reward.model)
 
     def make(folder: Folder) -> Mapping[str, Any]:
         known = load_features(features)
@@ -96,15 +100,17 @@ def heads_stage(
             raise PsyrayError(f"{name}: no labelled pair to fit the reward heads on")
         chosen_ND, rejected_ND = sides(train, known)
         speech_ids = [r["speech_id"] for r in train]
-        heads = fitted(section, chosen_ND, rejected_ND, speech_ids, own_head(reward.model), config.run.seed)
-        heads.save(folder.path / "heads.npz")
+        prior_D = own_head(reward.model) if reading == Reading() else None  # it knows no other features
+        heads = fitted(section, chosen_ND, rejected_ND, speech_ids, prior_D, config.run.seed)
+        replace(heads, reading=reading).save(folder.path / "heads.npz")
         ratings, principles = fit_rated(labelled, known, load_rubric(config.rubric))
         if ratings:
             ratings.save(folder.path / RATINGS)
         counts = {"train_pairs": len(train), "test_pairs": len(test)}
         return counts | measure(heads, test, known) | {"principles": principles}
 
-    return run.stage(name, section.model_dump() | {"seed": config.run.seed}, [reward, *features, *pairs], make)
+    settings = section.model_dump(exclude={"layer", "pooling"}) | reading.identity | {"seed": config.run.seed}
+    return run.stage(name, settings, [reward, *features, *pairs], make)
 
 
 def fitted(
@@ -112,12 +118,12 @@ def fitted(
     chosen_ND: FloatArray,
     rejected_ND: FloatArray,
     speech_ids: Sequence[str],
-    own_head_D: FloatArray,
+    own_head_D: FloatArray | None,
     seed: int,
 ) -> Heads:
-    """Heads of the configured kind around the reward model's own head, on standardised features."""
+    """Heads of the configured kind around the reward model's own head (none: around 0), on standardised features."""
     mean_D, scale_D = standardisation(chosen_ND, rejected_ND)
-    prior_D = own_head_D * scale_D
+    prior_D = None if own_head_D is None else own_head_D * scale_D
     if section.kind in ("ensemble", "mlp"):
         fit = fit_heads if section.kind == "ensemble" else partial(fit_mlp_heads, hidden=section.hidden)
         return fit(

@@ -19,7 +19,7 @@ from typing import Any
 
 from psyray.errors import PsyrayError
 from psyray.records import Row
-from psyray.reward.score import chat_tokens, padded
+from psyray.reward.body import chat_tokens, padded
 
 
 def group_example(pairs: Sequence[Row], use_margin: bool) -> Row:

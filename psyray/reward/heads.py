@@ -11,10 +11,11 @@ Shapes: N pairs, D features, H heads, R = min(N, D).
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
+from psyray.reward.body import Reading
 from psyray.reward.uncertainty import Belief
 
 FloatArray = npt.NDArray[np.float64]
@@ -29,11 +31,15 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Heads:
-    """Linear heads on standardised features: score = weights . (feature - mean) / scale."""
+    """Linear heads on standardised features: score = weights . (feature - mean) / scale.
+
+    `reading` says which states of the model the features are; what scores by the heads reads those.
+    """
 
     weights_HD: FloatArray
     mean_D: FloatArray
     scale_D: FloatArray
+    reading: Reading = field(default=Reading(), kw_only=True)
 
     def scores(self, features_ND: npt.ArrayLike) -> FloatArray:
         """[N, H] scores in logits; a NaN feature gives NaN scores, which acquisition never picks."""
@@ -51,7 +57,8 @@ class Heads:
         """Write an .npz whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            np.savez(file, allow_pickle=False, **{name.split("_")[0]: array for name, array in vars(self).items()})
+            arrays = {name.split("_")[0]: array for name, array in vars(self).items() if name != "reading"}
+            np.savez(file, allow_pickle=False, **arrays, reading=json.dumps(asdict(self.reading)))
         os.replace(file.name, path)
 
     @classmethod
@@ -60,7 +67,10 @@ class Heads:
         from psyray.reward.mlp import MlpHeads
 
         with np.load(path, allow_pickle=False) as saved:
-            return (MlpHeads if "hidden" in saved else Heads)(*saved.values())
+            arrays = dict(saved)
+        told = arrays.pop("reading", None)  # absent in files written before there was a choice
+        reading = Reading(**json.loads(str(told))) if told is not None else Reading()
+        return (MlpHeads if "hidden" in arrays else Heads)(*arrays.values(), reading=reading)
 
 
 def drawn_priors(
@@ -99,8 +109,19 @@ def fit_heads(
     times_HN = bootstraps(speech_ids, count, rng)
     prior_HD = drawn_priors(prior_D, prior_spread, count, len(mean_D), rng)
     x_ND = (chosen - rejected) / scale_D
-    moves_HD = _fit(x_ND, x_ND @ prior_HD.T, times_HN, ridge)
+    moves_HD = _fit(np.linalg.svd(x_ND, full_matrices=False), x_ND @ prior_HD.T, times_HN, ridge)
     return Heads(prior_HD + moves_HD, mean_D, scale_D)
+
+
+def fit_plain(
+    chosen_ND: npt.ArrayLike, rejected_ND: npt.ArrayLike, speech_ids: Sequence[str], *, ridges: Sequence[float]
+) -> list[Heads]:
+    """For each ridge one head about 0 on the pairs as they are, no bootstrap; errors as of `fit_heads`."""
+    chosen, rejected = checked_pairs(chosen_ND, rejected_ND, speech_ids, 1, min(ridges))
+    mean_D, scale_D = standardisation(chosen, rejected)
+    axes = np.linalg.svd((chosen - rejected) / scale_D, full_matrices=False)
+    offset_N1, times_1N = np.zeros((len(chosen), 1)), np.ones((1, len(chosen)))
+    return [Heads(_fit(axes, offset_N1, times_1N, ridge), mean_D, scale_D) for ridge in ridges]
 
 
 def standardisation(chosen_ND: FloatArray, rejected_ND: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -144,13 +165,16 @@ def bootstraps(speech_ids: Sequence[str], count: int, rng: np.random.Generator) 
     return np.asarray(times_HS[:, speech_N], dtype=np.float64)
 
 
-def _fit(x_ND: FloatArray, offset_NH: FloatArray, times_HN: FloatArray, ridge: float) -> FloatArray:
+Axes = tuple[FloatArray, FloatArray, FloatArray]  # the singular value decomposition of standardised differences
+
+
+def _fit(axes: Axes, offset_NH: FloatArray, times_HN: FloatArray, ridge: float) -> FloatArray:
     """[H, D]: how far each head moves from its prior, whose margins are the offsets.
 
     The move lies in the span of the differences, so R = min(N, D) coordinates do. Along the singular vectors,
     each scaled by the root of its curvature, the loss is nearly round and a head takes some dozens of steps.
     """
-    left_NR, singular_R, basis_RD = np.linalg.svd(x_ND, full_matrices=False)
+    left_NR, singular_R, basis_RD = axes
     unit_R = 1 / np.sqrt(singular_R**2 / 8 + ridge)  # 1/8: an even pair curves by 1/4, a sure one by 0
     x_NR, ridge_R = left_NR * (singular_R * unit_R), ridge * unit_R**2
     moves_HR = [_settle(x_NR, o_N, m_N, ridge_R) for o_N, m_N in zip(offset_NH.T, times_HN, strict=True)]

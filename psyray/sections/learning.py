@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from psyray.sections.data import EMBEDDED, JudgeSection, Section
 
+Pooling = Literal["last", "mean", "response"]
+
 
 class LoraSection(Section):
     """Low-rank adapters (arXiv 2106.09685) that learn beside frozen weights and are merged into them at the end."""
@@ -68,6 +70,12 @@ class HeadsSection(Section):
         0.05, ge=0, description="ensemble, mlp: spread of the heads' priors about the trained head"
     )
     hidden: int = Field(32, ge=1, description="mlp: units of the hidden layer")
+    layer: int | None = Field(
+        None,
+        ge=0,
+        description="whose states the heads read, 0 the embeddings; none: the last; `psyray layers` compares",
+    )
+    pooling: Pooling = Field("last", description="the last token's state, or the mean over the chat or the response")
 
 
 class RewardSection(Section):
@@ -278,7 +286,8 @@ class EfficiencySection(Section):
     dev_share: float = Field(0.4, ge=0, le=0.9, description="share of the prompts for choosing settings (--dev)")
     pool_share: float = Field(0.6, ge=0.1, le=0.9, description="share of the prompts asked about; the rest is held out")
     model: str = Field(EMBEDDED, description="the frozen language model that features come from")
-    layer: int = Field(20, ge=0, description="whose mean over the chat is the feature")
+    layer: int = Field(20, ge=0, description="whose states the features are, 0 the embeddings")
+    pooling: Pooling = Field("mean", description="the mean over the chat or the response, or the last token's state")
     start: int = Field(8, ge=0, description="labels that every strategy begins with, asked at random")
     components: int = Field(96, ge=1, description="principal axes that the head reads")
     whiten: float = Field(0.25, ge=0, le=1, description="0: the axes as wide as they are; 1: all alike")

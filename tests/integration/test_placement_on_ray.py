@@ -16,6 +16,7 @@ from psyray.engines import vllm
 from psyray.errors import PsyrayError
 from psyray.evaluate.likelihood import likelihoods
 from psyray.pipeline import served_stage
+from psyray.reward.body import Reading
 from psyray.reward.score import FeatureActor, ScoreActor, on_actors
 from psyray.run import Artifact, Folder, Run
 from psyray.train import run_training
@@ -36,8 +37,8 @@ def serve(path: Path) -> Any:
 
 STAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "engine": (lambda path: vllm.generate(None, "m", CONFIG.engine, WAIT_S), "the engine for m"),
-    "features": (lambda path: on_actors(FeatureActor, None, CONFIG, path), "the reward model in"),
-    "scoring": (lambda path: on_actors(ScoreActor, None, CONFIG, path), "the reward model in"),
+    "features": (lambda path: on_actors(FeatureActor, None, CONFIG, path, Reading()), "the reward model in"),
+    "scoring": (lambda path: on_actors(ScoreActor, None, CONFIG, path, None), "the reward model in"),
     "trainer": (train, "the policy"),
     "probe": (lambda path: likelihoods([("m", [])], CONFIG, title="the probe"), "the probe"),
     "serve": (serve, "the served result"),

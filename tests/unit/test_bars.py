@@ -7,7 +7,8 @@ import numpy as np
 from tqdm import tqdm
 
 from psyray import stream
-from psyray.reward import frozen
+from psyray.reward import body, frozen
+from psyray.reward.body import Reading
 from psyray.run import Folder
 
 OFF = partial(tqdm, disable=True)
@@ -24,10 +25,10 @@ def test_progress_is_noted_without_a_bar(tmp_path, monkeypatch):
 
 def test_every_chat_has_features_without_a_bar(monkeypatch):
     monkeypatch.setattr("tqdm.tqdm", OFF)
-    monkeypatch.setattr(frozen, "chat_tokens", lambda tokenizer, chat, max_length: [1] * len(chat))
-    body = object.__new__(frozen.FrozenBody)  # its model is not needed here
-    body.tokenizer, body.layer, body.max_length, body.batch_size = None, 0, 8, 2
-    body._mean_states = lambda tokens: np.ones((len(tokens), 3))
-    chats = {str(number): [{"role": "user", "content": "hello"}] for number in range(5)}
-    found = [key for part in body.means(chats) for key in part]
-    assert sorted(found) == sorted(chats)
+    monkeypatch.setattr(body, "chat_tokens", lambda tokenizer, chat, max_length: [1] * len(chat))
+    made = object.__new__(body.Body)  # its model is not needed here
+    made.tokenizer, made.layers, made.max_length, made.batch_size = None, {Reading(): 0}, 8, 2
+    made._read = lambda tokens: {Reading(): np.ones((len(tokens), 3))}
+    ids = [str(number) for number in range(5)]
+    chats = [[{"role": "user", "content": "hello"}]] * 5
+    assert sorted(key for part in frozen.parts(made, ids, chats) for key in part[Reading()]) == ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from psyray.evaluate.efficiency_report import page, spans, tables
 from psyray.evaluate.label_efficiency import Request, bank_of, measure
 from psyray.evaluate.labelled import Labelled, load_labelled
 from psyray.records import Verdict
-from psyray.reward.frozen import cached_features, chat_id
-from psyray.sections.learning import EfficiencySection
+from psyray.reward import frozen
+from psyray.reward.body import Reading
+from psyray.reward.frozen import FeatureCache, chat_id
+from psyray.sections.learning import EfficiencySection, Pooling
 from psyray.sections.place import TrackSection
 
 DECLARED = """
@@ -52,8 +55,11 @@ def test_features_are_the_mean_of_a_layer_and_are_kept(tiny_model: Path, tmp_pat
     chats = {chat_id(c): c for c in (chat("Hello", "I hear you."), chat("A longer word to begin with", "Go on."))}
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    cache = FeatureCache(str(tiny_model), tmp_path, batch_size=2)
     for layer in (0, 1):
-        found = cached_features(chats, str(tiny_model), layer=layer, cache=tmp_path, batch_size=2)
+        reading = Reading(layer, "mean")
+        cache.fill(chats, [reading])
+        found = cache.features(chats, reading)
         for key, one in chats.items():
             text = tokenizer.apply_chat_template(one, tokenize=False).rstrip("\n")
             ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -61,11 +67,36 @@ def test_features_are_the_mean_of_a_layer_and_are_kept(tiny_model: Path, tmp_pat
                 states = model(ids, output_hidden_states=True).hidden_states[layer]
             assert found[key] == pytest.approx(states[0].float().mean(0).numpy(), abs=0.02)
         files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
-        again = cached_features(chats, str(tiny_model), layer=layer, cache=tmp_path)
-        assert all((again[key] == found[key]).all() for key in chats)
+        cache.fill(chats, [reading])
+        assert all((cache.features(chats, reading)[key] == found[key]).all() for key in chats)
         assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
     with pytest.raises(ValueError, match="layers 0"):
-        cached_features({"new": chat("a", "b")}, str(tiny_model), layer=3, cache=tmp_path)
+        cache.fill({"new": chat("a", "b")}, [Reading(3, "mean")])
+
+
+def test_a_pass_that_was_stopped_goes_on(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "PART", 2)
+    chats = {chat_id(c): c for c in (chat("Hello", "Go on." * n) for n in range(1, 8))}
+    readings = [Reading(layer, pooling) for layer in (0, 2) for pooling in get_args(Pooling)]
+    whole, parted = (FeatureCache(str(tiny_model), tmp_path / name, batch_size=1) for name in ("whole", "parted"))
+    whole.fill(chats, readings)
+    counted, write = [0], frozen._write
+
+    def stopped(folder: Path, part: Any) -> None:
+        if counted[0] == 8:  # in the middle of the second part's six files
+            raise KeyboardInterrupt
+        counted[0] += 1
+        write(folder, part)
+
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr(frozen, "_write", stopped)
+        parted.fill(chats, readings)
+    read: list[int] = []
+    monkeypatch.setattr(frozen, "_write", lambda folder, part: (read.append(len(part)), write(folder, part)))
+    parted.fill(chats, readings)
+    assert read == [2] * 12 + [1] * 6  # all but the first part's two chats
+    for reading in readings:
+        assert all((whole.features(chats, reading)[k] == parted.features(chats, reading)[k]).all() for k in chats)
 
 
 def test_a_bank_holds_each_label_both_ways_and_no_tie(declaration: Path) -> None:

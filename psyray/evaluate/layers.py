@@ -1,0 +1,181 @@
+"""The command `psyray layers`: which layer of a model, pooled how, tells what people prefer.
+
+On the dev prompts of a labelled set (as `psyray agreement` reads it) every layer and pooling gets the same head: a
+logistic regression on standardised features, about 0, tried on prompts that it was not fitted on. One pass over the
+texts computes all features. The report prompts are left alone: `psyray label-efficiency` may use what is chosen.
+
+Shapes: P prompts, N pairs that people decided, M readings, S strata, G ridges, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from psyray.active.efficiency import RESAMPLES, part_of
+from psyray.active.replay import Bank
+from psyray.errors import PsyrayError
+from psyray.evaluate.label_efficiency import bank_of, chats_of
+from psyray.evaluate.labelled import Labelled, load_labelled
+from psyray.evaluate.layers_report import page, plot
+from psyray.evaluate.publish import publish
+from psyray.models import cache_folder, layer_count, resolve_model
+from psyray.reward.body import Reading
+from psyray.reward.frozen import Chats, FeatureCache
+from psyray.reward.heads import bootstraps, fit_plain
+from psyray.reward.metrics import log_likelihood
+from psyray.sections.learning import EfficiencySection, Pooling
+from psyray.sections.place import TrackSection
+
+FloatArray = npt.NDArray[np.float64]
+FOLDS = 5
+RIDGES = (1.0, 10.0, 100.0, 1000.0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is compared on what, and where the figures go."""
+
+    declaration: Path
+    out: Path
+    section: EfficiencySection  # its model and dev_share count
+    track: TrackSection
+    data: Path | None = None
+    gpu: bool = False
+
+
+def measure(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
+    """Compare all readings; writes layers.json, .md and .png into `request.out` and an MLflow run; returns the figures.
+
+    PsyrayError for a set without decided labels or with too few prompts in its dev part.
+    """
+    section = request.section
+    declared, items, dropped = load_labelled(request.declaration, request.data)
+    dev = [item for item in items if part_of(item.speech_id, section.dev_share) == "dev"]
+    if (prompts := len({item.speech_id for item in dev})) < 2 * FOLDS:
+        raise PsyrayError(
+            f"{declared.name}: {prompts} prompts in the dev part are too few for {FOLDS} folds; raise "
+            "efficiency.dev_share or give a larger set"
+        )
+    model = resolve_model(section.model)
+    layers = layer_count(model)
+    readings = [Reading(layer, pooling) for pooling in get_args(Pooling) for layer in range(layers + 1)]
+    chats, cache = chats_of(dev), FeatureCache(model, cache_folder() / "features")
+    cache.fill(chats, readings, gpu=request.gpu)
+    margins_MN, ridges, bank = compared(dev, chats, readings, cache)
+    found = {
+        "set": declared.name,
+        "prompts": prompts,
+        "pairs": margins_MN.shape[1],
+        "dropped": dropped,
+        "settings": {"model": section.model, "dev_share": section.dev_share, "folds": FOLDS, "ridges": list(RIDGES)},
+        "layers": layers,
+    } | figures(margins_MN, length_margins(dev), readings, ridges, bank)
+    found["configuration"] = configuration(found["readings"][0], layers)
+    points = [(f"accuracy/{row['pooling']}", row["accuracy"][1], row["layer"]) for row in found["readings"]]
+    publish(
+        found, request.out, "layers", page=page(found), plot=lambda path: plot(found, path),
+        points=sorted(points, key=lambda point: point[2]), track=request.track, say=say,
+    )  # fmt: skip
+    return found
+
+
+def compared(
+    items: Sequence[Labelled], chats: Chats, readings: Sequence[Reading], cache: FeatureCache
+) -> tuple[FloatArray, list[float], Bank]:
+    """(margins [M, N] on prompts left out, each reading's ridge, a bank that says which pairs these are), with a bar.
+
+    Of `RIDGES` each reading has the one under which the margins are most likely.
+    """
+    from tqdm import tqdm
+
+    margins, ridges = [], []
+    for reading in tqdm(readings, desc="heads", unit="reading"):
+        _, bank = bank_of(items, cache.features(chats, reading))
+        margins_GN = held_out_margins(bank)
+        best = int(np.argmax([log_likelihood(margins_N) for margins_N in margins_GN]))
+        margins.append(margins_GN[best])
+        ridges.append(RIDGES[best])
+    return np.stack(margins), ridges, bank
+
+
+def held_out_margins(bank: Bank) -> FloatArray:
+    """[G, N] logits of better over worse for every decided pair, from a head fitted on other prompts' pairs."""
+    prompt_N, better_N, worse_N = bank.pairs()
+    better_ND, worse_ND = bank.features_PKD[prompt_N, better_N], bank.features_PKD[prompt_N, worse_N]
+    folds_P = np.random.default_rng(0).permutation(len(bank.labels_PKK)) % FOLDS
+    margins_GN = np.zeros((len(RIDGES), len(prompt_N)))
+    for fold in range(FOLDS):
+        held_N = folds_P[prompt_N] == fold
+        heads = fit_plain(better_ND[~held_N], worse_ND[~held_N], [str(p) for p in prompt_N[~held_N]], ridges=RIDGES)
+        margins_GN[:, held_N] = [head.difference(better_ND[held_N], worse_ND[held_N]).mean_N for head in heads]
+    return margins_GN
+
+
+def length_margins(items: Sequence[Labelled]) -> FloatArray:
+    """[N]: by how many characters the better reply is the longer one, pairs in the order of `Bank.pairs`."""
+    lengths = {key: np.array([float(len(chat[-1]["content"]))]) for key, chat in chats_of(items).items()}
+    _, bank = bank_of(items, lengths)
+    prompt_N, better_N, worse_N = bank.pairs()
+    return np.asarray((bank.features_PKD[prompt_N, better_N] - bank.features_PKD[prompt_N, worse_N])[:, 0])
+
+
+def figures(
+    margins_MN: FloatArray, length_N: FloatArray, readings: Sequence[Reading], ridges: Sequence[float], bank: Bank
+) -> dict[str, Any]:
+    """Every reading's figures, the most accurate first, and those of "the longer one wins".
+
+    Accuracy is the mean over strata of the share of pairs ranked right, a tie half; `behind` is the best one's less
+    this one's, and a reading is `as_good` where that interval does not lie above 0. Intervals are 95 % bootstraps over
+    prompts, the same draws for all.
+    """
+    prompt_N, better_N, worse_N = bank.pairs()
+    stratum_N = bank.strata_PKK[prompt_N, better_N, worse_N]
+    all_MN = np.concatenate([margins_MN, length_N[None]])
+    right_MN = (all_MN > 0) + 0.5 * (all_MN == 0)
+    times_RN = bootstraps([str(p) for p in prompt_N], RESAMPLES, np.random.default_rng(0))
+    weights_RN = np.concatenate([np.ones((1, len(prompt_N))), times_RN])  # row 0: the pairs as they are
+    every_RM = _shares(right_MN, weights_RN)
+    strata_SRM = np.stack(
+        [_shares(right_MN[:, stratum_N == s], weights_RN[:, stratum_N == s]) for s in np.unique(stratum_N)]
+    )
+    names = [bank.strata[s] for s in np.unique(stratum_N)]
+    mean_RM = np.nanmean(strata_SRM, axis=0)
+    best = int(np.argmax(mean_RM[0, :-1]))
+
+    def told(m: int) -> dict[str, Any]:
+        strata = {name: _around(share_RM[:, m]) for name, share_RM in zip(names, strata_SRM, strict=True)}
+        return {"accuracy": _around(mean_RM[:, m]), "all": _around(every_RM[:, m]), "strata": strata}
+
+    rows = []
+    for m in np.argsort(-mean_RM[0, :-1], kind="stable"):
+        behind = _around(mean_RM[:, best] - mean_RM[:, m])
+        reading = {"layer": readings[m].layer, "pooling": readings[m].pooling, "ridge": ridges[m]}
+        rows.append(reading | told(m) | {"behind": behind, "as_good": behind[0] <= 0})
+    return {"strata": names, "readings": rows, "longer_wins": told(len(readings))}
+
+
+def _shares(right_MN: FloatArray, weights_RN: FloatArray) -> FloatArray:
+    """[R, M]: weighted shares; NaN where a resample has none of the pairs."""
+    total_R1 = weights_RN.sum(axis=1, keepdims=True)
+    return np.asarray(np.where(total_R1 > 0, weights_RN @ right_MN.T / np.maximum(total_R1, 1), np.nan))
+
+
+def _around(values_R: FloatArray) -> list[float]:
+    """[low, value, high]: the value comes first, its resamples follow."""
+    low, high = np.nanpercentile(values_R[1:], [2.5, 97.5])
+    return [float(low), float(values_R[0]), float(high)]
+
+
+def configuration(best: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The settings that choose a reading, as they stand in a file; a run calls its model's last layer none."""
+    run = {"layer": None if best["layer"] == layers else best["layer"], "pooling": best["pooling"]}
+    return {
+        "reward": {"heads": run | {"ridge": best["ridge"]}},
+        "efficiency": {key: best[key] for key in ("layer", "pooling")},
+    }
