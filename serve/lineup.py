@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from psyray.cluster import QUIET
 from psyray.engines.vllm import adapter_base, is_adapter
 from psyray.errors import PsyrayError
 from psyray.models import model_identity, resolve_model
 from psyray.records import content_id
+from psyray.reward.engine_body import environment
 from psyray.reward.ratings import RATINGS
 from psyray.run import read_stages
 from psyray.sections.data import EngineSection
@@ -143,9 +145,13 @@ def _engine(path: str, policies: list[Policy], asked: Args, engine: EngineSectio
 
 def _reward(reward: Reward, asked: Args, owner: str) -> Part:
     heads = str(reward.heads) if reward.heads else None
-    made_of = {"path": reward.path, "heads": heads, "max_length": reward.max_length, "gpu": asked.reward_gpus > 0}
+    made_of = {"path": reward.path, "heads": heads, "max_length": reward.max_length, "gpus": asked.reward_gpus}
     options = {
-        "ray_actor_options": {"num_cpus": 0.5, "num_gpus": asked.reward_gpus},
+        "ray_actor_options": {
+            "num_cpus": 0.5,
+            "num_gpus": asked.reward_gpus,
+            "runtime_env": {"env_vars": QUIET | environment(asked.reward_gpus)},
+        },
         "graceful_shutdown_timeout_s": asked.timeout_s,
         **asked.reward_replicas.options(asked.reward_ongoing),
     }

@@ -11,7 +11,6 @@ judge is expected to give, null where the run's judge gave none to learn from.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -27,7 +26,7 @@ MAX_ITEMS = 256
 MAX_MESSAGES = 64
 MAX_CHARS = 16_000  # of one text
 MAX_TOTAL_CHARS = 2_000_000  # of one request
-MAX_TOGETHER = 64  # requests that share a pass; the scorer sorts them by length
+MAX_TOGETHER = 64  # requests that share a pass
 
 
 class Strict(BaseModel):
@@ -96,14 +95,17 @@ def score_together(scorer: Scorer, requests: Sequence[Sequence[ScoreItem]]) -> l
 class RewardServer:
     """The deployment: holds the reward model; `score` may be called by many requests at once."""
 
-    def __init__(self, path: str, heads: str | None, max_length: int, *, gpu: bool = False) -> None:
-        import torch
+    def __init__(self, path: str, heads: str | None, max_length: int, *, gpus: float = 0.0) -> None:
+        from psyray.reward.body import Body, Reading
+        from psyray.reward.engine_body import EngineBody
+        from psyray.reward.score import FeatureBody, RewardScorer
 
-        from psyray.reward.score import RewardScorer
+        def body_of(reading: Reading) -> FeatureBody:
+            if reading == Reading():
+                return EngineBody(path, max_length=max_length, max_num_seqs=MAX_TOGETHER, gpus=gpus)
+            return Body(path, [reading], max_length=max_length, gpu=gpus > 0)  # vLLM does not give what those read
 
-        # Ray gives a replica one thread, for the share of a CPU that it asks for.
-        torch.set_num_threads(os.cpu_count() or 1)
-        self.scorer: Scorer = RewardScorer(Path(path), Path(heads) if heads else None, max_length=max_length, gpu=gpu)
+        self.scorer: Scorer = RewardScorer(path, Path(heads) if heads else None, body_of=body_of)
 
     @serve.batch(max_batch_size=MAX_TOGETHER, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
     async def score(self, requests: list[list[ScoreItem]]) -> list[list[Score]]:

@@ -108,11 +108,10 @@ class Body:
         max_length: int,
         batch_size: int = 16,
         gpu: bool = False,
-        scored: bool = False,
     ) -> None:
-        """`scored`: a reward model whose own head is wanted as well. ValueError for a layer that is not there."""
+        """ValueError for a layer that is not there."""
         import torch
-        from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(str(model), truncation_side="left")
         config = AutoConfig.from_pretrained(str(model))
@@ -123,10 +122,9 @@ class Body:
         # One block more than is read: the last one's output would pass the final norm, the others' do not.
         blocks = min(max(self.layers.values()) + 1, total)
         kept = {} if blocks == total else {"config": _shortened(config, blocks)}
-        kind = AutoModelForSequenceClassification if scored else AutoModel
         self.device = "cuda" if gpu else "cpu"
         with _quiet():  # weights are left out on purpose; the loader would list them all
-            found = kind.from_pretrained(str(model), **kept, dtype=torch.bfloat16)
+            found = AutoModel.from_pretrained(str(model), **kept, dtype=torch.bfloat16)
         self.model = found.eval().to(self.device)
         self.total, self.max_length, self.batch_size = total, max_length, batch_size
 
@@ -160,7 +158,7 @@ class Body:
         before = torch.tensor([t.before for t in tokens], device=self.device)
         inner = any(layer < self.total for layer in self.layers.values())
         with torch.inference_mode():
-            out = self.model.base_model(input_ids=ids, attention_mask=mask, output_hidden_states=inner)
+            out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=inner)
             return {
                 reading: pooled(
                     out.last_hidden_state if layer == self.total else out.hidden_states[layer],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Row, Status
 from psyray.reward.body import Reading, reading_of
-from psyray.reward.heads import Heads, fit_heads, standardisation
+from psyray.reward.heads import Heads, fit_heads, own_head, standardisation
 from psyray.reward.laplace import fit_laplace
 from psyray.reward.metrics import calibration, reward_metrics
 from psyray.reward.mlp import fit_mlp_heads
@@ -141,17 +140,6 @@ def sides(pairs: Sequence[Row], features: Features) -> tuple[FloatArray, FloatAr
     """(chosen [N, D], rejected [N, D]) of the pairs."""
     chosen_ND = np.stack([features[p["chosen_id"]] for p in pairs])
     return chosen_ND, np.stack([features[p["rejected_id"]] for p in pairs])
-
-
-def own_head(model: Path) -> FloatArray:
-    """[D] weights of the reward model's own score head, read without loading its body."""
-    from safetensors import safe_open
-
-    for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            if "score.weight" in tensors.keys():  # noqa: SIM118 (not a dict)
-                return np.asarray(tensors.get_tensor("score.weight").float().numpy()[0], dtype=np.float64)
-    raise PsyrayError(f"{model} holds no score head; is it a reward model?")
 
 
 def measure(heads: Heads, test: Sequence[Row], features: Features) -> dict[str, Any]:

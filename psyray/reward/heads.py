@@ -23,6 +23,7 @@ import numpy.typing as npt
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
+from psyray.errors import PsyrayError
 from psyray.reward.body import Reading
 from psyray.reward.uncertainty import Belief
 
@@ -201,3 +202,14 @@ def _settle(x_NR: FloatArray, offset_N: FloatArray, times_N: FloatArray, ridge_R
     if not slope < 1e-3:
         raise ValueError(f"a head did not settle (slope {slope:.2g}): give a larger ridge")
     return np.asarray(found.x)
+
+
+def own_head(model: Path) -> FloatArray:
+    """[D] weights of the reward model's own score head, read without loading its body."""
+    from safetensors import safe_open
+
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if "score.weight" in tensors.keys():  # noqa: SIM118 (not a dict)
+                return np.asarray(tensors.get_tensor("score.weight").float().numpy()[0], dtype=np.float64)
+    raise PsyrayError(f"{model} holds no score head; is it a reward model?")

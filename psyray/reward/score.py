@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from psyray.config import Config
 from psyray.needs import scoring
 from psyray.records import Message, Row
 from psyray.reward.body import Body, Reading
-from psyray.reward.heads import Heads
+from psyray.reward.heads import Heads, own_head
 from psyray.reward.ratings import RATINGS, RatingHeads
 
 FloatArray = npt.NDArray[np.float64]
@@ -27,6 +27,12 @@ def chats(conversations: Sequence[Sequence[Message]], responses: Sequence[str]) 
         [*messages, {"role": "assistant", "content": response}]
         for messages, response in zip(conversations, responses, strict=True)
     ]
+
+
+class FeatureBody(Protocol):
+    """What gives the features of chats, [N, D]."""
+
+    def features(self, chats: Sequence[Sequence[Message]]) -> FloatArray: ...
 
 
 class RewardScorer:
@@ -44,15 +50,18 @@ class RewardScorer:
         max_length: int = 512,
         batch_size: int = 16,
         gpu: bool = False,
+        body_of: Callable[[Reading], FeatureBody] | None = None,
     ) -> None:
-        self.heads = Heads.load(heads) if heads else None
+        """`body_of`: another body than transformers', for what the heads read."""
+        self.heads = Heads.load(heads) if heads else own_head(Path(model))
         ratings = heads.with_name(RATINGS) if heads else None
         self.ratings = RatingHeads.load(ratings) if ratings and ratings.exists() else None
-        reading = self.heads.reading if self.heads else Reading()
-        self.body = Body(
-            model, [reading], max_length=max_length, batch_size=batch_size, gpu=gpu, scored=self.heads is None
+        reading = self.heads.reading if isinstance(self.heads, Heads) else Reading()
+        self.body: FeatureBody = (
+            body_of(reading)
+            if body_of
+            else Body(model, [reading], max_length=max_length, batch_size=batch_size, gpu=gpu)
         )
-        self.tokenizer = self.body.tokenizer
 
     def scores(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> FloatArray:
         """[N, H] scores in logits: one column per head, or the model's own score without heads."""
@@ -67,10 +76,9 @@ class RewardScorer:
         return self._scores(features_ND), ratings
 
     def _scores(self, features_ND: FloatArray) -> FloatArray:
-        if self.heads:
+        if isinstance(self.heads, Heads):
             return self.heads.scores(features_ND)
-        own_D = self.body.model.score.weight.detach().float().cpu().numpy()[0].astype(np.float64)
-        return np.asarray(features_ND @ own_D).reshape(-1, 1)
+        return (features_ND @ self.heads)[:, None]
 
     def features(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> FloatArray:
         """[N, D] features; a chat longer than `max_length` tokens loses its beginning, never the response."""

@@ -241,18 +241,21 @@ if __name__ == "__main__":
 
 
 def test_vllm_loads_the_reward_model_and_scores_as_we_do(tmp_path, tiny_model, ray_cluster):
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "reward/model"
     trained(tmp_path / "reward", tiny_model, micro_batch=4, workers=1, zero_stage=2, epochs=1)
-    scorer = RewardScorer(tmp_path / "reward/model")
+    scorer, tokenizer = RewardScorer(model), AutoTokenizer.from_pretrained(model)
     chats, texts = [p["messages"] for p in PAIRS[:4]], [p["chosen"] for p in PAIRS[:4]]
     ours = scorer.scores(chats, texts)[:, 0]
     prompts = [
-        scorer.tokenizer.apply_chat_template([*c, {"role": "assistant", "content": t}], tokenize=False).rstrip("\n")
+        tokenizer.apply_chat_template([*c, {"role": "assistant", "content": t}], tokenize=False).rstrip("\n")
         for c, t in zip(chats, texts, strict=True)
     ]
     environment = os.environ | cpu_environment(1) | {"VLLM_NO_USAGE_STATS": "1"}
     script = tmp_path / "classify.py"
     script.write_text(CLASSIFY)
-    command = [sys.executable, str(script), str(tmp_path / "reward/model"), json.dumps(prompts)]
+    command = [sys.executable, str(script), str(model), json.dumps(prompts)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = json.loads(done.stdout.split("SCORES", 1)[1])

@@ -16,8 +16,8 @@ from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.records import PAIRS, pair_row
 from psyray.reward.body import Body, Reading, before_response, chat_tokens, reading_of
-from psyray.reward.ensemble import FEATURES, features_stage, heads_stage, own_head
-from psyray.reward.heads import Heads
+from psyray.reward.ensemble import FEATURES, features_stage, heads_stage
+from psyray.reward.heads import Heads, own_head
 from psyray.reward.mlp import fit_mlp_heads
 from psyray.reward.score import RewardScorer, chats
 from psyray.run import Artifact, Folder, Run
