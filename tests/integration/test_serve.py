@@ -210,12 +210,13 @@ def test_scores_spread_and_principles_equal_offline_scoring(server: str, home: P
     scorer = RewardScorer(home / "first/reward", home / "first/heads.npz", max_length=256)
     direct_NH, ratings = scorer.explained(conversations, answers)
     served = np.array([[s["score"], s["spread"]] for s in reply["scores"]])
-    np.testing.assert_allclose(served, np.stack([direct_NH.mean(axis=1), direct_NH.std(axis=1)], axis=1), rtol=1e-6)
+    direct = np.stack([direct_NH.mean(axis=1), direct_NH.std(axis=1)], axis=1)
+    np.testing.assert_allclose(served, direct, atol=0.06)  # bfloat16 by vLLM and by transformers
     assert (status, reply["model"], len(set(served[:, 0].round(6)))) == (200, "psyray-reward", 3)
     assert min(served[:, 1]) > 0 and headers["X-Psyray-Id"] == FIRST
     for score, rating in zip(reply["scores"], ratings or [], strict=True):
         assert list(score["principles"]) == load_rubric("counselling").keys and len(rating) == 7
-        assert score["principles"] == pytest.approx(rating, rel=1e-6)
+        assert score["principles"] == pytest.approx(rating, abs=0.06)
 
 
 def test_requests_at_once_get_their_own_scores(server: str) -> None:
