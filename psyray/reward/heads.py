@@ -110,19 +110,8 @@ def fit_heads(
     times_HN = bootstraps(speech_ids, count, rng)
     prior_HD = drawn_priors(prior_D, prior_spread, count, len(mean_D), rng)
     x_ND = (chosen - rejected) / scale_D
-    moves_HD = _fit(np.linalg.svd(x_ND, full_matrices=False), x_ND @ prior_HD.T, times_HN, ridge)
+    moves_HD = _fit(x_ND, x_ND @ prior_HD.T, times_HN, ridge)
     return Heads(prior_HD + moves_HD, mean_D, scale_D)
-
-
-def fit_plain(
-    chosen_ND: npt.ArrayLike, rejected_ND: npt.ArrayLike, speech_ids: Sequence[str], *, ridges: Sequence[float]
-) -> list[Heads]:
-    """For each ridge one head about 0 on the pairs as they are, no bootstrap; errors as of `fit_heads`."""
-    chosen, rejected = checked_pairs(chosen_ND, rejected_ND, speech_ids, 1, min(ridges))
-    mean_D, scale_D = standardisation(chosen, rejected)
-    axes = np.linalg.svd((chosen - rejected) / scale_D, full_matrices=False)
-    offset_N1, times_1N = np.zeros((len(chosen), 1)), np.ones((1, len(chosen)))
-    return [Heads(_fit(axes, offset_N1, times_1N, ridge), mean_D, scale_D) for ridge in ridges]
 
 
 def standardisation(chosen_ND: FloatArray, rejected_ND: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -166,16 +155,13 @@ def bootstraps(speech_ids: Sequence[str], count: int, rng: np.random.Generator) 
     return np.asarray(times_HS[:, speech_N], dtype=np.float64)
 
 
-Axes = tuple[FloatArray, FloatArray, FloatArray]  # the singular value decomposition of standardised differences
-
-
-def _fit(axes: Axes, offset_NH: FloatArray, times_HN: FloatArray, ridge: float) -> FloatArray:
+def _fit(x_ND: FloatArray, offset_NH: FloatArray, times_HN: FloatArray, ridge: float) -> FloatArray:
     """[H, D]: how far each head moves from its prior, whose margins are the offsets.
 
     The move lies in the span of the differences, so R = min(N, D) coordinates do. Along the singular vectors,
     each scaled by the root of its curvature, the loss is nearly round and a head takes some dozens of steps.
     """
-    left_NR, singular_R, basis_RD = axes
+    left_NR, singular_R, basis_RD = np.linalg.svd(x_ND, full_matrices=False)
     unit_R = 1 / np.sqrt(singular_R**2 / 8 + ridge)  # 1/8: an even pair curves by 1/4, a sure one by 0
     x_NR, ridge_R = left_NR * (singular_R * unit_R), ridge * unit_R**2
     moves_HR = [_settle(x_NR, o_N, m_N, ridge_R) for o_N, m_N in zip(offset_NH.T, times_HN, strict=True)]
