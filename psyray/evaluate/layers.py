@@ -4,7 +4,7 @@ On the dev prompts of a labelled set (as `psyray agreement` reads it) every laye
 logistic regression on standardised features, about 0, tried on prompts that it was not fitted on. One pass over the
 texts computes all features. The report prompts are left alone: `psyray label-efficiency` may use what is chosen.
 
-Shapes: P prompts, N pairs that people decided, M readings, S strata, G ridges, R resamples (or axes of a reading).
+Shapes: P prompts, N pairs that people decided, M readings, S strata, G ridges, R resamples or axes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from psyray.evaluate.publish import publish
 from psyray.models import cache_folder, layer_count, resolve_model
 from psyray.reward.body import Reading
 from psyray.reward.frozen import Chats, FeatureCache
-from psyray.reward.heads import bootstraps, standardisation
-from psyray.reward.laplace import Laplace, fit_laplace
+from psyray.reward.heads import bootstraps, settle, standardisation
 from psyray.reward.metrics import log_likelihood
 from psyray.sections.learning import EfficiencySection, Pooling
 from psyray.sections.place import TrackSection
 
 FloatArray = npt.NDArray[np.float64]
 FOLDS = 5
+SLOPE = 5e-4  # at which a fit ends; far below what turns a pair
 RIDGES = (1000.0, 100.0, 10.0, 1.0)  # the strongest first: the next fit begins where the last one ended
 
 
@@ -108,25 +108,26 @@ def compared(
 def held_out_margins(bank: Bank) -> FloatArray:
     """[G, N] logits of better over worse for every decided pair, from a head fitted on other prompts' pairs."""
     prompt_N, better_N, worse_N = bank.pairs()
-    x_NR = _coordinates(bank.features_PKD[prompt_N, better_N], bank.features_PKD[prompt_N, worse_N])
+    better_ND, worse_ND = bank.features_PKD[prompt_N, better_N], bank.features_PKD[prompt_N, worse_N]
+    _, scale_D = standardisation(better_ND, worse_ND)
+    # On the differences' own axes a ridge is the same, and the loss nearly round; there are no more axes than pairs.
+    left_NR, singular_R, _ = np.linalg.svd((better_ND - worse_ND) / scale_D, full_matrices=False)
     folds_P = np.random.default_rng(0).permutation(len(bank.labels_PKK)) % FOLDS
     margins_GN = np.zeros((len(RIDGES), len(prompt_N)))
     for fold in range(FOLDS):
         held_N = folds_P[prompt_N] == fold
-        seen_NR = x_NR[~held_N]
-        belief: Laplace | None = None
+        seen_NR, rest_NR = left_NR[~held_N], left_NR[held_N]
+        offset_N, times_N = np.zeros(len(seen_NR)), np.ones(len(seen_NR))
+        weights_R = np.zeros(len(singular_R))  # of the axes as they are
         for g, ridge in enumerate(RIDGES):
-            belief = fit_laplace(seen_NR, np.zeros_like(seen_NR), ridge=ridge, start=belief)
-            margins_GN[g, held_N] = x_NR[held_N] @ belief.weights_D
+            unit_R = 1 / np.sqrt(singular_R**2 / 8 + ridge)
+            wide_R = singular_R * unit_R
+            found_R = settle(
+                seen_NR * wide_R, offset_N, times_N, ridge * unit_R**2, start_R=weights_R / unit_R, slope=SLOPE
+            )
+            weights_R = found_R * unit_R
+            margins_GN[g, held_N] = rest_NR @ (wide_R * found_R)
     return margins_GN
-
-
-def _coordinates(better_ND: FloatArray, worse_ND: FloatArray) -> FloatArray:
-    """[N, R] the standardised differences on their own axes: as many as they have, and to a ridge the same."""
-    _, scale_D = standardisation(better_ND, worse_ND)
-    left_NR, singular_R, _ = np.linalg.svd((better_ND - worse_ND) / scale_D, full_matrices=False)
-    kept = max(1, int((singular_R > 1e-10 * singular_R[0]).sum()))
-    return np.asarray(left_NR[:, :kept] * singular_R[:kept])
 
 
 def length_margins(items: Sequence[Labelled]) -> FloatArray:

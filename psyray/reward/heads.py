@@ -164,12 +164,23 @@ def _fit(x_ND: FloatArray, offset_NH: FloatArray, times_HN: FloatArray, ridge: f
     left_NR, singular_R, basis_RD = np.linalg.svd(x_ND, full_matrices=False)
     unit_R = 1 / np.sqrt(singular_R**2 / 8 + ridge)  # 1/8: an even pair curves by 1/4, a sure one by 0
     x_NR, ridge_R = left_NR * (singular_R * unit_R), ridge * unit_R**2
-    moves_HR = [_settle(x_NR, o_N, m_N, ridge_R) for o_N, m_N in zip(offset_NH.T, times_HN, strict=True)]
+    moves_HR = [settle(x_NR, o_N, m_N, ridge_R) for o_N, m_N in zip(offset_NH.T, times_HN, strict=True)]
     return np.asarray((np.stack(moves_HR) * unit_R) @ basis_RD)
 
 
-def _settle(x_NR: FloatArray, offset_N: FloatArray, times_N: FloatArray, ridge_R: FloatArray) -> FloatArray:
-    """The weights of least loss for one head."""
+def settle(
+    x_NR: FloatArray,
+    offset_N: FloatArray,
+    times_N: FloatArray,
+    ridge_R: FloatArray,
+    *,
+    start_R: FloatArray | None = None,
+    slope: float = 1e-7,
+) -> FloatArray:
+    """The weights of least loss for one head, sought from `start_R` (none: 0) until no slope is steeper than `slope`.
+
+    ValueError where one above 0.001 is left.
+    """
 
     def loss(w_R: FloatArray) -> tuple[float, FloatArray]:
         margin_N = x_NR @ w_R + offset_N
@@ -178,15 +189,15 @@ def _settle(x_NR: FloatArray, offset_N: FloatArray, times_N: FloatArray, ridge_R
 
     found = minimize(
         loss,
-        np.zeros(len(ridge_R)),
+        np.zeros(len(ridge_R)) if start_R is None else start_R,
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": 5000, "maxfun": 10000, "ftol": 1e-15, "gtol": 1e-7},
+        options={"maxiter": 5000, "maxfun": 10000, "ftol": 1e-15, "gtol": slope},
     )
     # The line search may end at the last digits of the loss, which is as good; a slope that is left is not.
-    slope = float(np.abs(found.jac).max())
-    if not slope < 1e-3:
-        raise ValueError(f"a head did not settle (slope {slope:.2g}): give a larger ridge")
+    left = float(np.abs(found.jac).max())
+    if not left < 1e-3:
+        raise ValueError(f"a head did not settle (slope {left:.2g}): give a larger ridge")
     return np.asarray(found.x)
 
 
