@@ -198,9 +198,10 @@ def test_ratings_come_back_with_undo_keys_can_be_switched_off_and_a_break_frees_
     page.keyboard.press("t")
     page.get_by_role("button", name="Tie").click()
     until(lambda: page.inner_text("#progress").startswith("1 "))  # by the button alone
-    assert queue.progress("anna")["leased"] == 1
+    until(lambda: queue.progress("anna")["leased"] == 1)  # the next question
+    until(lambda: page.is_enabled("#undo"))
     page.get_by_role("button", name="Stop for now").click()
-    until(lambda: queue.progress("anna")["leased"] == 0)
-    assert page.is_visible("#sign-in") and page.is_hidden("#work")
+    until(lambda: page.is_visible("#sign-in") and page.is_hidden("#work"))
+    assert queue.progress("anna")["leased"] == 0
     assert page.evaluate("() => sessionStorage.length + document.cookie.length") == 0
     assert {url.split("/")[2] for url in anna.requests if "invalid" not in url} == {f"127.0.0.1:{server.port}"}
