@@ -163,3 +163,9 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         fit_heads(GOOD, -GOOD, ["a", "b", "c"], count=1, ridge=0.0, seed=0)
     with pytest.raises(ValueError, match="prior must have 2 weights"):
         fit_heads(GOOD, -GOOD, ["a", "b", "c"], count=1, ridge=1.0, seed=0, prior_D=np.zeros(3))
+
+
+def test_four_heads_on_two_thousand_pairs() -> None:
+    chosen, rejected, _, speeches = pairs(2000, 576, noise=5.0)
+    heads = fit_heads(chosen, rejected, speeches, count=4, ridge=1.0, seed=0)
+    assert heads.weights_HD.shape == (4, 576)

@@ -70,3 +70,9 @@ def test_a_nan_feature_gives_nan_scores_and_bad_pairs_are_refused():
     assert np.isnan(scores[0]).all() and np.isfinite(scores[1:]).all()
     with pytest.raises(ValueError, match="NaN or infinite feature"):
         fit_mlp_heads(chosen, rejected, speeches, **SETTINGS)
+
+
+def test_a_thousand_pairs_of_a_small_model():
+    chosen, rejected = np.random.default_rng(0).normal(size=(2, 1000, 576))
+    heads = fit_mlp_heads(chosen, rejected, [str(i) for i in range(1000)], count=10, ridge=10.0, seed=0)
+    assert heads.hidden_HRM.shape == (10, 96, 32)
