@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def up(run: Path, **words: str) -> Iterator[str]:
         yield url
 
 
+@cache
 def speeches() -> list[str]:
     """The shipped client speeches."""
     return [json.loads(line)["text"] for line in SHIPPED.read_text().splitlines()]

@@ -3,7 +3,7 @@
     {"items": [{"messages": [{"role": "user", "content": "..."}], "response": "..."}]}
     -> {"model": "psyray-reward", "scores": [{"score": 0.41, "spread": 0.08, "principles": {"empathy": 3.9, ...}}]}
 
-Requests that arrive together share a forward pass. A score is the mean over the ensemble's heads, in the reward
+Requests that arrive together share the engine's steps. A score is the mean over the ensemble's heads, in the reward
 model's own unit; `spread` is their standard deviation, 0 where there is one head; `principles` are the ratings that a
 judge is expected to give, null where the run's judge gave none to learn from.
 """
@@ -13,20 +13,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
-from psyray.records import Message
+if TYPE_CHECKING:
+    from psyray.reward.body import Body, Chat
+    from psyray.reward.engine_body import EngineBody
 
+FloatArray = npt.NDArray[np.float64]
 MAX_ITEMS = 256
 MAX_MESSAGES = 64
 MAX_CHARS = 16_000  # of one text
 MAX_TOTAL_CHARS = 2_000_000  # of one request
-MAX_TOGETHER = 64  # requests that share a pass
+MAX_TOGETHER = 64  # texts that are read at once
 
 
 class Strict(BaseModel):
@@ -73,23 +76,44 @@ class ScoreReply(BaseModel):
     scores: list[Score]
 
 
-class Scorer(Protocol):
-    def explained(
-        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]
-    ) -> tuple[npt.NDArray[np.floating[Any]], Sequence[dict[str, float]] | None]: ...
+class ReadsFeatures(Protocol):
+    """The heads of a reward model."""
+
+    def scores(self, features_ND: FloatArray) -> FloatArray: ...
+
+    def ratings(self, features_ND: FloatArray) -> Sequence[dict[str, float]] | None: ...
 
 
-def score_together(scorer: Scorer, requests: Sequence[Sequence[ScoreItem]]) -> list[list[Score]]:
-    """The scores of several requests from one call to the scorer, each request's in its own order."""
-    items = [item for request in requests for item in request]
-    conversations = [[turn.model_dump() for turn in item.messages] for item in items]
-    scores_NH, ratings = scorer.explained(conversations, [item.response for item in items])
-    together = [Score(score=float(row.mean()), spread=float(row.std())) for row in scores_NH]
-    if ratings is not None:
-        for score, said in zip(together, ratings, strict=True):
-            score.principles = said
-    ends = np.cumsum([len(request) for request in requests])
-    return [together[end - len(request) : end] for end, request in zip(ends, requests, strict=True)]
+def judged(heads: ReadsFeatures, features_ND: FloatArray) -> list[Score]:
+    """What the heads say of answers by their features."""
+    scores_NH = heads.scores(features_ND)
+    ratings: Sequence[dict[str, float] | None] = heads.ratings(features_ND) or [None] * len(scores_NH)
+    found = zip(scores_NH, ratings, strict=True)
+    return [Score(score=float(row.mean()), spread=float(row.std()), principles=said) for row, said in found]
+
+
+def features_together(body: Body, requests: Sequence[Sequence[Chat]]) -> list[FloatArray]:
+    """The features of several requests from one call to the body, each request's in its own order."""
+    features_ND = body.features([chat for request in requests for chat in request])
+    return np.split(features_ND, np.cumsum([len(request) for request in requests])[:-1])
+
+
+class Gathered:
+    """A body of this process, for what vLLM does not give; requests that come together share its batches."""
+
+    def __init__(self, body: Body) -> None:
+        self.body = body
+
+    async def features(self, chats: Sequence[Chat]) -> FloatArray:
+        """[N, D], by a thread: meanwhile the next requests gather."""
+        return np.asarray(await self._together(chats))
+
+    async def check_health(self) -> None:
+        """It lives as long as its process."""
+
+    @serve.batch(max_batch_size=MAX_TOGETHER, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
+    async def _together(self, requests: list[Sequence[Chat]]) -> list[FloatArray]:
+        return await asyncio.to_thread(features_together, self.body, requests)
 
 
 class RewardServer:
@@ -98,16 +122,22 @@ class RewardServer:
     def __init__(self, path: str, heads: str | None, max_length: int, *, gpus: float = 0.0) -> None:
         from psyray.reward.body import Body, Reading
         from psyray.reward.engine_body import EngineBody
-        from psyray.reward.score import FeatureBody, RewardScorer
+        from psyray.reward.score import ScoreHeads
 
-        def body_of(reading: Reading) -> FeatureBody:
-            if reading == Reading():
-                return EngineBody(path, max_length=max_length, max_num_seqs=MAX_TOGETHER, gpus=gpus)
-            return Body(path, [reading], max_length=max_length, gpu=gpus > 0)  # vLLM does not give what those read
+        self.heads = ScoreHeads(path, Path(heads) if heads else None)
+        self.body: EngineBody | Gathered = (
+            EngineBody(path, max_length=max_length, max_num_seqs=MAX_TOGETHER, gpus=gpus)
+            if self.heads.reading == Reading()
+            else Gathered(Body(path, [self.heads.reading], max_length=max_length, gpu=gpus > 0))
+        )
 
-        self.scorer: Scorer = RewardScorer(path, Path(heads) if heads else None, body_of=body_of)
+    async def score(self, items: Sequence[ScoreItem]) -> list[Score]:
+        """One score for each item."""
+        from psyray.reward.score import chats
 
-    @serve.batch(max_batch_size=MAX_TOGETHER, batch_wait_timeout_s=0.005)  # type: ignore[untyped-decorator]
-    async def score(self, requests: list[list[ScoreItem]]) -> list[list[Score]]:
-        """One list of scores for each request; off the event loop, so that the next batch can gather meanwhile."""
-        return await asyncio.to_thread(score_together, self.scorer, requests)
+        conversations = [[turn.model_dump() for turn in item.messages] for item in items]
+        return judged(self.heads, await self.body.features(chats(conversations, [item.response for item in items])))
+
+    async def check_health(self) -> None:
+        """Serve asks this, and replaces a replica that raises."""
+        await self.body.check_health()

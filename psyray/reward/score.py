@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,18 +29,32 @@ def chats(conversations: Sequence[Sequence[Message]], responses: Sequence[str]) 
     ]
 
 
-class FeatureBody(Protocol):
-    """What gives the features of chats, [N, D]."""
-
-    def features(self, chats: Sequence[Sequence[Message]]) -> FloatArray: ...
-
-
-class RewardScorer:
-    """The reward model's frozen body, and the ensemble of heads on it.
+class ScoreHeads:
+    """What makes scores of features: the ensemble of heads or the model's own, and the ratings beside it.
 
     A feature is what the heads were fitted on, as their file says. Without heads it is the last layer's state at the
     response's last token: what the model's own score head reads.
     """
+
+    def __init__(self, model: Path | str, heads: Path | None = None) -> None:
+        self.heads = Heads.load(heads) if heads else own_head(Path(model))
+        ratings = heads.with_name(RATINGS) if heads else None
+        self._ratings = RatingHeads.load(ratings) if ratings and ratings.exists() else None
+        self.reading = self.heads.reading if isinstance(self.heads, Heads) else Reading()
+
+    def scores(self, features_ND: FloatArray) -> FloatArray:
+        """[N, H] scores in logits: one column per head, or the model's own score without heads."""
+        if isinstance(self.heads, Heads):
+            return self.heads.scores(features_ND)
+        return (features_ND @ self.heads)[:, None]
+
+    def ratings(self, features_ND: FloatArray) -> list[dict[str, float]] | None:
+        """Each response's ratings by principle, where the heads' folder has heads for them."""
+        return [self._ratings.explain(row) for row in features_ND] if self._ratings else None
+
+
+class RewardScorer:
+    """The reward model's frozen body, and its heads."""
 
     def __init__(
         self,
@@ -50,35 +64,13 @@ class RewardScorer:
         max_length: int = 512,
         batch_size: int = 16,
         gpu: bool = False,
-        body_of: Callable[[Reading], FeatureBody] | None = None,
     ) -> None:
-        """`body_of`: another body than transformers', for what the heads read."""
-        self.heads = Heads.load(heads) if heads else own_head(Path(model))
-        ratings = heads.with_name(RATINGS) if heads else None
-        self.ratings = RatingHeads.load(ratings) if ratings and ratings.exists() else None
-        reading = self.heads.reading if isinstance(self.heads, Heads) else Reading()
-        self.body: FeatureBody = (
-            body_of(reading)
-            if body_of
-            else Body(model, [reading], max_length=max_length, batch_size=batch_size, gpu=gpu)
-        )
+        self.heads = ScoreHeads(model, heads)
+        self.body = Body(model, [self.heads.reading], max_length=max_length, batch_size=batch_size, gpu=gpu)
 
     def scores(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> FloatArray:
-        """[N, H] scores in logits: one column per head, or the model's own score without heads."""
-        return self._scores(self.features(conversations, responses))
-
-    def explained(
-        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]
-    ) -> tuple[FloatArray, list[dict[str, float]] | None]:
-        """The scores, and beside them each response's ratings by principle where the heads' folder has such heads."""
-        features_ND = self.features(conversations, responses)
-        ratings = [self.ratings.explain(row) for row in features_ND] if self.ratings else None
-        return self._scores(features_ND), ratings
-
-    def _scores(self, features_ND: FloatArray) -> FloatArray:
-        if isinstance(self.heads, Heads):
-            return self.heads.scores(features_ND)
-        return (features_ND @ self.heads)[:, None]
+        """[N, H] scores in logits."""
+        return self.heads.scores(self.features(conversations, responses))
 
     def features(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> FloatArray:
         """[N, D] features; a chat longer than `max_length` tokens loses its beginning, never the response."""

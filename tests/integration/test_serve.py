@@ -208,7 +208,8 @@ def test_scores_spread_and_principles_equal_offline_scoring(server: str, home: P
     status, headers, text = call(f"{server}/reward/score", {"items": items})
     reply = json.loads(text)
     scorer = RewardScorer(home / "first/reward", home / "first/heads.npz", max_length=256)
-    direct_NH, ratings = scorer.explained(conversations, answers)
+    features_ND = scorer.features(conversations, answers)
+    direct_NH, ratings = scorer.heads.scores(features_ND), scorer.heads.ratings(features_ND)
     served = np.array([[s["score"], s["spread"]] for s in reply["scores"]])
     direct = np.stack([direct_NH.mean(axis=1), direct_NH.std(axis=1)], axis=1)
     np.testing.assert_allclose(served, direct, atol=0.06)  # bfloat16 by vLLM and by transformers

@@ -18,7 +18,7 @@ from serve.champion import Args, Policy, Replicas, read_champion, read_engine
 from serve.guard import crisis_kinds
 from serve.policy import engine_settings, with_defaults
 from serve.request import serve_once
-from serve.reward import MAX_ITEMS, ScoreItem, ScoreRequest, score_together
+from serve.reward import MAX_ITEMS, ScoreRequest, features_together, judged
 
 CLIENT = {"role": "user", "content": "I keep putting off the phone call to my sister."}
 
@@ -149,29 +149,47 @@ def test_only_the_clients_words_raise_the_crisis_header() -> None:
     assert not crisis_kinds([{"role": "system", "content": crisis}, CLIENT])
 
 
-class CountingScorer:
-    """A scorer of two heads that tells calls apart: head 0 is the answer's length, head 1 is twice that."""
+class TwoHeads:
+    """Stands in for a reward model's: head 0 is the first feature, head 1 is twice that."""
+
+    def scores(self, features_ND: np.ndarray) -> np.ndarray:
+        return features_ND[:, :1] * np.array([1.0, 2.0])
+
+    def ratings(self, features_ND: np.ndarray) -> list[dict[str, float]]:
+        return [{"empathy": n} for n in features_ND[:, 0].tolist()]
+
+
+class NoRatings(TwoHeads):
+    """The same where no judge rated."""
+
+    def ratings(self, features_ND: np.ndarray) -> None:  # type: ignore[override]
+        return None
+
+
+def test_a_score_is_the_heads_mean_and_its_spread_their_deviation() -> None:
+    features_ND = np.array([[2.0, 9.0], [4.0, 9.0]])
+    first, second = judged(TwoHeads(), features_ND)
+    assert (first.score, first.spread, first.principles) == (3.0, 1.0, {"empathy": 2.0})
+    assert (second.score, second.spread) == (6.0, 2.0)
+    assert [s.principles for s in judged(NoRatings(), features_ND)] == [None, None]
+
+
+class CountingBody:
+    """Stands in for a model's body: a chat's feature is its answer's length; counts the calls."""
 
     def __init__(self) -> None:
         self.calls = 0
 
-    def explained(self, conversations: Any, responses: Any) -> tuple[np.ndarray, list[dict[str, float]]]:
+    def features(self, chats: Any) -> np.ndarray:
         self.calls += 1
-        lengths = np.array([len(r) for r in responses], float)
-        return np.stack([lengths, 2 * lengths], axis=1), [{"empathy": n} for n in lengths.tolist()]
+        return np.array([[float(len(chat[-1]["content"]))] for chat in chats])
 
 
-def test_requests_share_one_pass_and_keep_their_order() -> None:
-    scorer = CountingScorer()
-    requests = [[_item("a"), _item("bb")], [_item("cccc")], [_item("dd")]]
-    scores = score_together(scorer, requests)
-    assert scorer.calls == 1
-    assert [[s.score for s in request] for request in scores] == [[1.5, 3.0], [6.0], [3.0]]
-    assert scores[1][0].spread == 2.0 and scores[1][0].principles == {"empathy": 4.0}
-
-
-def _item(response: str) -> ScoreItem:
-    return ScoreItem.model_validate({"messages": [CLIENT], "response": response})
+def test_requests_that_come_together_share_one_pass_and_keep_their_order() -> None:
+    body, requests = CountingBody(), [["a", "bb"], ["cccc"], ["dd"]]
+    said = [[[{"role": "assistant", "content": text}] for text in request] for request in requests]
+    found = features_together(body, said)  # type: ignore[arg-type]
+    assert [rows[:, 0].tolist() for rows in found] == [[1.0, 2.0], [4.0], [2.0]] and body.calls == 1
 
 
 @pytest.mark.parametrize(
