@@ -18,6 +18,7 @@ from typing import Any
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -303,6 +304,34 @@ def test_hostile_requests_break_nothing_and_learn_nothing(server: str, monkeypat
     assert not report.wrong, report.wrong[:10]
     assert report.statuses.total() > 350 and report.statuses[422] > 100 and report.statuses[200] > 5
     assert call(f"{server}/healthz")[0] == 200
+
+
+def engines() -> dict[str, psutil.Process]:
+    """The engines' own processes by the title of the replica that each belongs to; fails where one has a worker."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+            assert not title.startswith("VLLM::Worker"), "an engine that hands its work to another process"
+            if title.startswith("VLLM::EngineCore"):
+                found[" ".join(process.parent().cmdline())] = process
+        except psutil.NoSuchProcess:  # it ended meanwhile
+            continue
+    return found
+
+
+def test_a_reward_engine_that_dies_is_replaced(server: str) -> None:
+    [mine] = [title for title in engines() if "RewardServer" in title]
+    assert len(engines()) == 2  # the adapters share the policy's
+    body = {"items": [{"messages": CLIENT, "response": "That sounds lonely."}]}
+    _, _, before = call(f"{server}/reward/score", body)
+    engines()[mine].kill()
+    seen, deadline = [0], time.monotonic() + 240
+    while seen[-1] != 200 and time.monotonic() < deadline:
+        status, _, after = call(f"{server}/reward/score", body)
+        seen.append(status)
+        time.sleep(0.5)
+    assert seen[-1] == 200 and set(seen[1:-1]) == {503} and json.loads(after) == json.loads(before)
 
 
 class Asking(threading.Thread):
