@@ -20,7 +20,7 @@ from psyray.reward.score import RewardScorer
 from psyray.run import Artifact, Folder, Run
 
 TEXTS = ("You feel worn out and you wonder when it will end.", "Just sleep more and stop thinking.")
-TRAIN = {"learning_rate": 0.02, "batch_size": 4, "micro_batch": 4, "max_length": 128, "epochs": 2}
+TRAIN = {"learning_rate": 0.005, "batch_size": 4, "micro_batch": 4, "max_length": 128, "epochs": 4}
 SPEECHES = 14
 
 
@@ -55,8 +55,9 @@ def by_peft(model: Path, chat: list[dict], number: int) -> tuple[np.ndarray, flo
     worn = PeftModel.from_pretrained(whole, model / "adapters" / str(number)).eval()
     ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False).rstrip("\n"))["input_ids"]
     with torch.inference_mode():
-        out = worn(input_ids=torch.tensor([ids]), output_hidden_states=True)
-    return out.hidden_states[-1][0, -1].float().numpy(), float(out.logits[0, 0])
+        states = worn(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+        score = worn.base_model.model.score(states[-1][0, -1])  # the tiny model's end of a chat is its padding
+    return states[-1][0, -1].float().numpy(), float(score)
 
 
 def test_adapters_are_trained_once_each_and_read_as_peft_reads_them(tmp_path, tiny_model, ray_cluster, monkeypatch):
@@ -92,7 +93,7 @@ def test_adapters_are_trained_once_each_and_read_as_peft_reads_them(tmp_path, ti
     assert trained == [0, 1, 1] and first.stat().st_mtime_ns == written
     assert {f.name for f in adapted.path.iterdir()} == {"manifest.json", "model", "progress.json"}
     steps = adapted.stats["steps"]
-    assert [entry["step"] for entry in steps] == list(range(1, 7))  # 12 speeches, twice, four a step
+    assert [entry["step"] for entry in steps] == list(range(1, 13))  # 12 speeches, four times, four a step
     losses = np.array([[entry[f"adapter-{n}"]["loss"] for n in range(2)] for entry in steps])
     assert (losses[-1] < losses[0]).all() and (losses[:, 0] != losses[:, 1]).any()
 
@@ -110,6 +111,6 @@ def test_adapters_are_trained_once_each_and_read_as_peft_reads_them(tmp_path, ti
     scores_NH = scorer.scores([r["messages"] for r in responses[:4]], [r["text"] for r in responses[:4]])
     own_NM = np.array([[score for _, score in members] for members in expected])
     gaps_NM = own_NM[::2] - own_NM[1::2]
-    assert gaps_NM.min() > 0.3 and np.abs(gaps_NM[:, 0] - gaps_NM[:, 1]).min() > 0.01
+    assert gaps_NM.min() > 0.1 and np.abs(gaps_NM[:, 0] - gaps_NM[:, 1]).min() > 0.01
     assert scores_NH[::2] - scores_NH[1::2] == pytest.approx(np.repeat(gaps_NM, 2, axis=1), abs=0.1)
     assert scores_NH.std(axis=1).min() > 0

@@ -64,8 +64,9 @@ def by_peft(model: Path, chat: list[dict[str, str]], number: int, layer: int = -
     worn = PeftModel.from_pretrained(whole, model / "adapters" / str(number)).eval()
     ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False).rstrip("\n"))["input_ids"]
     with torch.inference_mode():
-        out = worn(input_ids=torch.tensor([ids]), output_hidden_states=True)
-    return out.hidden_states[layer][0, -1].float().numpy(), float(out.logits[0, 0])
+        states = worn(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+        score = worn.base_model.model.score(states[-1][0, -1])  # the tiny model's end of a chat is its padding
+    return states[layer][0, -1].float().numpy(), float(score)
 
 
 @pytest.mark.parametrize("layer", [None, 1])
@@ -76,7 +77,7 @@ def test_a_feature_is_the_states_under_each_adapter_one_after_another(adapted: P
     for number, block_ND in enumerate(blocks):
         for chat, found_D in zip(CHATS, block_ND, strict=True):
             expected_D, _ = by_peft(adapted, chat, number, -1 if layer is None else layer)
-            assert found_D == pytest.approx(expected_D, abs=0.03)
+            assert np.abs(found_D - expected_D).max() < 0.02 * np.abs(expected_D).max()  # bfloat16
     assert np.abs(blocks[0] - blocks[1]).max() > 0.3
     plain_ND = Body(adapted, [Reading(layer)], max_length=128).features(CHATS)
     assert min(np.abs(plain_ND - block_ND).max() for block_ND in blocks) > 0.3  # the model itself is as it was
