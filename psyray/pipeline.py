@@ -29,6 +29,7 @@ from psyray.models import local_models, resolve_model
 from psyray.needs import TASK, serving
 from psyray.records import Row
 from psyray.report import write_report
+from psyray.reward.adapters import adapters_stage
 from psyray.reward.body import reading_of
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
@@ -82,7 +83,7 @@ def run_stages(run: Run, config: Config, desk: Desk, second: Desk | None = None)
     responses = responses_stage(run, config, speeches)
     judgements = judgements_stage(run, desk, responses)
     pairs = pairs_stage(run, config.pairs, desk.rubric, responses, judgements, ready)
-    reward = reward_stage(run, config, pairs)
+    reward = adapters_stage(run, config, reward_stage(run, config, pairs), pairs)
     features = features_stage(run, "reward-features", config, reward, in_pairs(responses, pairs, ready), pairs)
     heads = heads_stage(run, "reward-heads", config, reward, [features], [pairs])
     outcome = online_loop(run, config, desk, speeches, reward, heads, Seen((features,), (pairs,)), second)
@@ -194,7 +195,7 @@ def check(config: Config) -> None:
     names = local_models(config) | {judge.model or "" for judge in judges if judge.engine == "vllm"}
     for name in sorted(names):
         resolve_model(name)
-    reading_of(config.reward.heads, resolve_model(config.reward.model))
+    reading_of(config.reward, resolve_model(config.reward.model))
 
 
 def check_settings(config: Config) -> None:

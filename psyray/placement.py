@@ -47,6 +47,9 @@ def places(config: Config, gpu: bool) -> Iterator[Place]:
     yield from judged("judgements", judges)
     yield Place("pairs", DRIVER)
     yield put("reward", times(config.reward.train.workers, "training worker"), training(config.reward.train, gpu))
+    if config.reward.adapters.count:
+        section = config.reward.adapters.train
+        yield put("reward-adapters", times(section.workers, "training worker"), training(section, gpu))
     yield put("reward-features", scorers, scoring(config.engine, gpu))
     yield Place("reward-heads", DRIVER)
     yield put("round-N/samples", times(config.engine.replicas, "engine"), engine(config.engine, gpu))

@@ -68,6 +68,8 @@ def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:
     yield "judgements", ratings, judge
     yield "pairs", f"rule {config.pairs.rule}, gap {config.pairs.gap} on the {config.pairs.gap_on}", ""
     yield "reward", training(config.reward.train), config.reward.model
+    if count := config.reward.adapters.count:
+        yield "reward-adapters", f"{count} adapters, each: {training(config.reward.adapters.train)}", ""
     yield "reward-heads", f"{config.reward.heads.count} heads ({config.reward.heads.kind})", ""
     sampled = prompts * loop.k + held_out
     yield "round 0", f"{sampled} samples ({held_out} held out)", config.policy.model

@@ -63,7 +63,9 @@ def expected_stages(config: Mapping[str, Any]) -> list[str]:
     speeches = config.get("speeches") or {}
     brings = any(source.get("use", "speeches") != "speeches" for source in speeches.get("sources") or [])
     names = ["speeches", *(["topics"] if config.get("topics") else []), *(["ready"] if brings else [])]
-    names += ["responses", "judgements", "pairs", "reward", "reward-features", "reward-heads"]
+    adapted = ((config.get("reward") or {}).get("adapters") or {}).get("count")
+    names += ["responses", "judgements", "pairs", "reward", *(["reward-adapters"] if adapted else [])]
+    names += ["reward-features", "reward-heads"]
     evaluate = config.get("evaluate") or {}
     measured = [name for name in ("probe", "second") if evaluate.get(name)]
     names += [f"round-0/{step}" for step in ("samples", "features", "scores", "gate")]
@@ -190,6 +192,12 @@ def _last_loss(stats: Mapping[str, Any]) -> str:
     return f"loss {number(losses[0], 3)} → {number(losses[-1], 3)}" if losses else f"loss {DASH}"
 
 
+def _adapters(stats: Mapping[str, Any]) -> str:
+    names = [f"adapter-{at}" for at in range(stats.get("adapters") or 0)]
+    steps = ([entry[name] for entry in stats["steps"] if name in entry] for name in names)
+    return f"{len(names)} adapters, " + "; ".join(_last_loss({"steps": one}) for one in steps)
+
+
 def _heads(stats: Mapping[str, Any]) -> str:
     metrics = stats.get("metrics") or {}
     return f"accuracy {share(metrics.get('accuracy'))} (length alone {share(metrics.get('length_accuracy'))})"
@@ -234,6 +242,7 @@ KEY_NUMBERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "judgements": lambda s: f"mean {number(s.get('mean_score'))}, invalid {share(s.get('invalid_share'))}",
     "pairs": lambda s: _counts(s, "train", "test"),
     "reward": _last_loss,
+    "reward-adapters": _adapters,
     "policy": lambda s: f"{_last_loss(s)}, {_counts(s, 'pairs')}",
     "reward-heads": _heads,
     "heads": _heads,

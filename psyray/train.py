@@ -33,6 +33,7 @@ from psyray.sections.place import ClusterSection
 from psyray.stream import Progress
 
 COMPLETE = "psyray-complete"
+STEPS = "steps.jsonl"  # what a job logged, a line a step
 WORKER_RESTARTS = 2
 # glibc gives a step's large buffers back and faults them in anew, a third of the step's time. Ray Train works in a
 # thread, where it keeps them only if all threads share one arena. The price is memory: 6.3 GiB, not 3, in the demo.
@@ -55,7 +56,7 @@ def run_training(
     *,
     title: str,
 ) -> list[dict[str, float]]:
-    """Run `loop` in Ray Train workers over `examples` until `folder/model` holds the trained model.
+    """Run `loop` in Ray Train workers over `examples` until `folder/model`, or `adapter`, holds what was trained.
 
     Returns the logged steps. `loop` gets `settings` plus {train, examples, folder, gpu, seed}.
     """
@@ -150,7 +151,7 @@ def watched(folder: Folder, title: str, total: int) -> Iterator[None]:
 
 def read_steps(path: Path) -> list[dict[str, float]]:
     """The logged steps in order; a step that was done again after a restart counts once, as it was last."""
-    log = path / "steps.jsonl"
+    log = path / STEPS
     if not log.exists():
         return []
     by_step = {}
@@ -251,7 +252,7 @@ def freeze(model: Any, layers: int) -> None:
 def fit_and_save(trainer: Any, config: Mapping[str, Any]) -> None:
     """Train from the last complete checkpoint, if there is one, and write the model to `folder/model.draft`.
 
-    What LoRA learned is merged into its base there, and kept apart in `folder/adapter`.
+    What LoRA learned is kept apart in `folder/adapter`, and merged into its base there unless `merge` is off.
     """
     import torch.distributed as dist
 
@@ -260,7 +261,7 @@ def fit_and_save(trainer: Any, config: Mapping[str, Any]) -> None:
     trainer.add_callback(_reporter(folder))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     trainer.save_model(str(adapter if config["train"]["lora"] else draft))
-    if config["train"]["lora"] and trainer.is_world_process_zero():
+    if config["train"]["lora"] and config.get("merge", True) and trainer.is_world_process_zero():
         merge_adapter(trainer, config["model"], adapter, draft)
     dist.barrier()
 
@@ -285,7 +286,7 @@ def _reporter(folder: Path) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if state.is_world_process_zero and logs and "loss" in logs:
                 entry = {"step": state.global_step} | {k: v for k, v in logs.items() if isinstance(v, int | float)}
-                with (folder / "steps.jsonl").open("a") as log:
+                with (folder / STEPS).open("a") as log:
                     log.write(json.dumps(entry) + "\n")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

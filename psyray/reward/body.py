@@ -5,7 +5,8 @@
         found[Reading(20, "mean")]  # [len(rows), D]
 
 Layer 0 is the embeddings, layer n what block n leaves. The last one is read behind the final norm, as heads read it.
-Poolings: the last token; the mean over the chat; the mean over the response, its end of turn included.
+Poolings: the last token; the mean over the chat; the mean over the response, its end of turn included. Of a model with
+adapters (`reward/adapters.py`) the states under each of them stand one after another.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from psyray.engines.vllm import is_adapter
 from psyray.errors import PsyrayError
 from psyray.models import layer_count
 from psyray.records import Message
-from psyray.sections.learning import HeadsSection, Pooling
+from psyray.sections.learning import Pooling, RewardSection
 
 FloatArray = npt.NDArray[np.float64]
 Chat = Sequence[Message]
+ADAPTERS = "adapters"  # in a reward model's folder: theirs, named by their numbers
 
 
 @dataclass(frozen=True)
@@ -35,23 +38,31 @@ class Reading:
 
     layer: int | None = None  # none: the last
     pooling: Pooling = "last"
+    adapters: int = 0  # the first so many of the model's; 0: the model as it is
+
+    @property
+    def at_the_score_head(self) -> bool:
+        """Whether the state is the one that a score head was trained on."""
+        return (self.layer, self.pooling) == (None, "last")
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a fingerprint must hold of it: nothing for the default."""
-        return {} if self == Reading() else {"layer": self.layer, "pooling": self.pooling}
+        place = {} if self.at_the_score_head else {"layer": self.layer, "pooling": self.pooling}
+        return place | ({"adapters": self.adapters} if self.adapters else {})
 
 
-def reading_of(section: HeadsSection, model: Path | str) -> Reading:
+def reading_of(section: RewardSection, model: Path | str) -> Reading:
     """What a run's heads read of a reward model; the last layer by its number is the last layer.
 
     PsyrayError for a layer that the model does not have.
     """
-    if section.layer is None:
-        return Reading(None, section.pooling)
-    if section.layer > (total := layer_count(str(model))):
-        raise PsyrayError(f"reward.heads.layer is {section.layer}; the model has the layers 0 (embeddings) to {total}")
-    return Reading(None if section.layer == total else section.layer, section.pooling)
+    layer, pooling, adapters = section.heads.layer, section.heads.pooling, section.adapters.count
+    if layer is None:
+        return Reading(None, pooling, adapters)
+    if layer > (total := layer_count(str(model))):
+        raise PsyrayError(f"reward.heads.layer is {layer}; the model has the layers 0 (embeddings) to {total}")
+    return Reading(None if layer == total else layer, pooling, adapters)
 
 
 def chat_text(tokenizer: Any, chat: Chat) -> str:
@@ -109,9 +120,9 @@ class Body:
         batch_size: int = 16,
         gpu: bool = False,
     ) -> None:
-        """ValueError for a layer that is not there."""
+        """ValueError for a layer that is not there, PsyrayError for an adapter; all readings are of the same ones."""
         import torch
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(str(model), truncation_side="left")
         config = AutoConfig.from_pretrained(str(model))
@@ -123,8 +134,12 @@ class Body:
         blocks = min(max(self.layers.values()) + 1, total)
         kept = {} if blocks == total else {"config": _shortened(config, blocks)}
         self.device = "cuda" if gpu else "cpu"
+        [adapters] = {reading.adapters for reading in readings}
+        # An adapter names the layers as they stand below a score head.
+        kind = AutoModelForSequenceClassification if adapters else AutoModel
         with _quiet():  # weights are left out on purpose; the loader would list them all
-            found = AutoModel.from_pretrained(str(model), **kept, dtype=torch.bfloat16)
+            found = kind.from_pretrained(str(model), **kept, dtype=torch.bfloat16)
+        self.adapted = _with_adapters(found, Path(model) / ADAPTERS, adapters) if adapters else None
         self.model = found.eval().to(self.device)
         self.total, self.max_length, self.batch_size = total, max_length, batch_size
 
@@ -146,7 +161,7 @@ class Body:
     def features(self, chats: Sequence[Chat]) -> FloatArray:
         """[N, D] in the chats' order, of a body with one reading."""
         [reading] = self.layers
-        features_ND = np.empty((len(chats), int(self.model.config.hidden_size)))
+        features_ND = np.empty((len(chats), int(self.model.config.hidden_size) * max(1, reading.adapters)))
         for rows, found in self.batches(chats):
             features_ND[rows] = found[reading]
         return features_ND
@@ -157,15 +172,23 @@ class Body:
         ids, mask = (filled.to(self.device) for filled in padded([t.ids for t in tokens], 0))
         before = torch.tensor([t.before for t in tokens], device=self.device)
         inner = any(layer < self.total for layer in self.layers.values())
+        read: dict[Reading, list[Any]] = {reading: [] for reading in self.layers}
         with torch.inference_mode():
-            out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=inner)
-            return {
-                reading: pooled(
-                    out.last_hidden_state if layer == self.total else out.hidden_states[layer],
-                    mask, before, reading.pooling,
-                ).cpu().numpy()
-                for reading, layer in self.layers.items()
-            }  # fmt: skip
+            for model in self._members():
+                out = model(input_ids=ids, attention_mask=mask, output_hidden_states=inner)
+                for reading, layer in self.layers.items():
+                    states = out.last_hidden_state if layer == self.total else out.hidden_states[layer]
+                    read[reading].append(pooled(states, mask, before, reading.pooling))
+        return {reading: torch.cat(blocks, dim=1).cpu().numpy() for reading, blocks in read.items()}
+
+    def _members(self) -> Iterator[Any]:
+        """The model under each of its adapters in turn; the model where it has none."""
+        if not self.adapted:
+            yield self.model
+            return
+        for name in self.adapted.peft_config:
+            self.adapted.set_adapter(name, inference_mode=True)
+            yield self.model.base_model  # without the score head
 
 
 def pooled(states: Any, mask: Any, before: Any, pooling: Pooling) -> Any:
@@ -185,6 +208,19 @@ def _shortened(config: Any, blocks: int) -> Any:
     if kinds := getattr(config, "layer_types", None):  # of models whose blocks differ
         config.layer_types = kinds[:blocks]
     return config
+
+
+def _with_adapters(model: Any, folder: Path, count: int) -> Any:
+    """peft's wrapper of the model, whose layers it changes in place; PsyrayError where there are fewer adapters."""
+    from peft import PeftModel
+
+    if missing := [number for number in range(count) if not is_adapter(folder / str(number))]:
+        raise PsyrayError(f"no adapter {missing[0]} in {folder}, but {count} are read: the heads are another model's")
+    first, *others = ((folder / str(number), f"member_{number}") for number in range(count))
+    adapted = PeftModel.from_pretrained(model, first[0], adapter_name=first[1], torch_device="cpu")
+    for path, name in others:
+        adapted.load_adapter(path, adapter_name=name, torch_device="cpu")
+    return adapted
 
 
 @contextmanager

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Row, Status
-from psyray.reward.body import Reading, reading_of
+from psyray.reward.body import ADAPTERS, Reading, reading_of
 from psyray.reward.heads import Heads, fit_heads, own_head, standardisation
 from psyray.reward.laplace import fit_laplace
 from psyray.reward.metrics import calibration, reward_metrics
@@ -22,7 +25,7 @@ from psyray.reward.mlp import fit_mlp_heads
 from psyray.reward.ratings import RATINGS, fit_rated
 from psyray.reward.score import FeatureActor, on_actors
 from psyray.rubric import load_rubric
-from psyray.run import Artifact, Folder, Run
+from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Run
 from psyray.sections.learning import HeadsSection
 from psyray.stream import stream
 
@@ -46,7 +49,7 @@ def features_stage(
 ) -> Artifact:
     """Features of the usable responses under the reward model's body, read where `reward.heads` says."""
     max_length = config.reward.train.max_length
-    reading = reading_of(config.reward.heads, reward.model)
+    reading = reading_of(config.reward, reward.model)
 
     def make(folder: Folder) -> Mapping[str, Any]:
         parts = folder.parts(FEATURES, "response_id")
@@ -70,11 +73,13 @@ def features_stage(
 
 def load_features(artifacts: Iterable[Artifact]) -> Features:
     """Features by response id."""
-    return {
-        row["response_id"]: np.asarray(row["features"], dtype=np.float64)
-        for artifact in artifacts
-        for row in artifact.rows()
-    }
+    found: dict[str, FloatArray] = {}
+    for path in chain.from_iterable(artifact.files for artifact in artifacts):
+        with pq.ParquetFile(path) as file:
+            for batch in filter(len, file.iter_batches(ROWS_IN_MEMORY)):
+                values_ND = batch["features"].flatten().to_numpy().reshape(len(batch), -1)
+                found |= zip(batch["response_id"].to_pylist(), values_ND.astype(np.float64), strict=True)
+    return found
 
 
 def heads_stage(
@@ -85,7 +90,8 @@ def heads_stage(
     Beside them rating heads, which explain a score by principle, from the responses that were rated.
     """
     section = config.reward.heads
-    reading = reading_of(section, reward.model)
+    reading = reading_of(config.reward, reward.model)
+    members = max(1, reading.adapters)
 
     def make(folder: Folder) -> Mapping[str, Any]:
         known = load_features(features)
@@ -99,17 +105,48 @@ def heads_stage(
             raise PsyrayError(f"{name}: no labelled pair to fit the reward heads on")
         chosen_ND, rejected_ND = sides(train, known)
         speech_ids = [r["speech_id"] for r in train]
-        prior_D = own_head(reward.model) if reading == Reading() else None  # it knows no other features
-        heads = fitted(section, chosen_ND, rejected_ND, speech_ids, prior_D, config.run.seed)
+        priors = own_heads(reward.model, reading)
+        heads = fitted_by_member(section, chosen_ND, rejected_ND, speech_ids, priors, config.run.seed)
         replace(heads, reading=reading).save(folder.path / "heads.npz")
-        ratings, principles = fit_rated(labelled, known, load_rubric(config.rubric))
+        ratings, principles = fit_rated(labelled, mean_of(known, members), load_rubric(config.rubric))
         if ratings:
-            ratings.save(folder.path / RATINGS)
+            ratings.over(members).save(folder.path / RATINGS)
         counts = {"train_pairs": len(train), "test_pairs": len(test)}
         return counts | measure(heads, test, known) | {"principles": principles}
 
     settings = section.model_dump(exclude={"layer", "pooling"}) | reading.identity | {"seed": config.run.seed}
     return run.stage(name, settings, [reward, *features, *pairs], make)
+
+
+def own_heads(model: Path, reading: Reading) -> list[FloatArray | None]:
+    """The score head that was trained with the model, or with each adapter; none where it knows no such features."""
+    folders = [model / ADAPTERS / str(number) for number in range(reading.adapters)] or [model]
+    return [own_head(folder) if reading.at_the_score_head else None for folder in folders]
+
+
+def mean_of(features: Features, members: int) -> Features:
+    """[D] by response: the mean over the members of what a response's features hold one after another."""
+    if members == 1:
+        return features
+    return {key: feature.reshape(members, -1).mean(axis=0) for key, feature in features.items()}
+
+
+def fitted_by_member(
+    section: HeadsSection,
+    chosen_ND: FloatArray,
+    rejected_ND: FloatArray,
+    speech_ids: Sequence[str],
+    priors: Sequence[FloatArray | None],
+    seed: int,
+) -> Heads:
+    """The configured heads, an equal share of them on each member's part of the features, around its prior."""
+    share = section.model_copy(update={"count": section.count // len(priors)})
+    parts = zip(*(np.split(side_ND, len(priors), axis=1) for side_ND in (chosen_ND, rejected_ND)), strict=True)
+    members = [
+        fitted(share, chosen, rejected, speech_ids, prior, seed + number)
+        for number, ((chosen, rejected), prior) in enumerate(zip(parts, priors, strict=True))
+    ]
+    return type(members[0]).joined(members)
 
 
 def fitted(

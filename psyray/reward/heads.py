@@ -17,9 +17,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import block_diag
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
@@ -53,6 +55,12 @@ class Heads:
         """Mean and standard deviation over the heads of score(first) - score(second), in logits."""
         margins_NH = self.scores(first_ND) - self.scores(second_ND)
         return Belief(margins_NH.mean(axis=1), margins_NH.std(axis=1))
+
+    @classmethod
+    def joined(cls, members: Sequence[Self]) -> Self:
+        """The heads of all members on their features one after another; a head reads nothing of the others'."""
+        mean_D, scale_D = (np.concatenate([getattr(m, name) for m in members]) for name in ("mean_D", "scale_D"))
+        return cls(block_diag(*(member.weights_HD for member in members)), mean_D, scale_D)
 
     def save(self, path: Path) -> None:
         """Write an .npz whole or not at all."""
@@ -202,11 +210,11 @@ def settle(
 
 
 def own_head(model: Path) -> FloatArray:
-    """[D] weights of the reward model's own score head, read without loading its body."""
+    """[D] weights of a reward model's own score head, or of an adapter's, read without loading its body."""
     from safetensors import safe_open
 
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            if "score.weight" in tensors.keys():  # noqa: SIM118 (not a dict)
-                return np.asarray(tensors.get_tensor("score.weight").float().numpy()[0], dtype=np.float64)
+            for name in {"score.weight", "base_model.model.score.weight"} & set(tensors.keys()):
+                return np.asarray(tensors.get_tensor(name).float().numpy()[0], dtype=np.float64)
     raise PsyrayError(f"{model} holds no score head; is it a reward model?")

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import block_diag
 
 from psyray.reward.heads import Heads, bootstraps, checked_pairs, drawn_priors, standardisation
 from psyray.reward.projection import fit_projection
@@ -48,6 +49,21 @@ class MlpHeads(Heads):
             for hidden_RM, bias_M, out_M in zip(self.hidden_HRM, self.bias_HM, self.out_HM, strict=True)
         ]
         return np.asarray(linear_NH + np.stack(curved, axis=1))
+
+    @classmethod
+    def joined(cls, members: Sequence[Self]) -> Self:
+        """As of `Heads`: each network sees its own member's axes."""
+        linear = Heads.joined(members)
+        heads, axes = (sum(member.hidden_HRM.shape[at] for member in members) for at in (0, 1))
+        hidden_HRM = np.zeros((heads, axes, members[0].hidden_HRM.shape[2]))
+        h = r = 0
+        for member in members:
+            count, own, _ = member.hidden_HRM.shape
+            hidden_HRM[h : h + count, r : r + own] = member.hidden_HRM
+            h, r = h + count, r + own
+        bias_HM, out_HM = (np.concatenate([getattr(m, name) for m in members]) for name in ("bias_HM", "out_HM"))
+        basis_DR = block_diag(*(member.basis_DR for member in members))
+        return cls(linear.weights_HD, linear.mean_D, linear.scale_D, basis_DR, hidden_HRM, bias_HM, out_HM)
 
 
 def fit_mlp_heads(

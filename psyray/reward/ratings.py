@@ -13,7 +13,7 @@ Shapes: N responses, D features, P principles.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,12 @@ class RatingHeads:
         """The principles' ratings of one response."""
         [ratings_P] = self.predict(np.asarray(features_D, dtype=np.float64)[None])
         return dict(zip(self.keys, ratings_P.tolist(), strict=True))
+
+    def over(self, members: int) -> RatingHeads:
+        """The same for features that stand `members` times one after another: read off their mean."""
+        mean_D, scale_D = np.tile(self.mean_D, members), np.tile(self.scale_D, members)
+        coefficients_PD = np.tile(self.coefficients_PD, members) / members
+        return replace(self, coefficients_PD=coefficients_PD, mean_D=mean_D, scale_D=scale_D)
 
     def held_out(self, features_ND: npt.ArrayLike, ratings_NP: npt.ArrayLike) -> dict[str, dict[str, float | None]]:
         """For each principle, and for their weighted mean as `score`, R^2 and Spearman's correlation on new responses.

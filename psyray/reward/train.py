@@ -7,7 +7,7 @@ Saved as a Hugging Face sequence-classification model with one label, which vLLM
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Any
 
 import pyarrow as pa
@@ -27,18 +27,18 @@ from psyray.train import fit_and_save, freeze, prepare_worker, run_training, tra
 def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
     """The stage `reward`: a sequence-classification model trained on the training pairs."""
     section = config.reward
-    settings = section.model_dump(exclude={"heads"}) | {"model": model_identity(section.model), "seed": config.run.seed}
+    more = {"model": model_identity(section.model), "seed": config.run.seed}
+    settings = section.model_dump(exclude={"adapters", "heads"}) | more
 
     def make(folder: Folder) -> Mapping[str, Any]:
         train_pairs = sum(row["split"] == "train" for row in pairs.each(["split"]))
         if not train_pairs:
             raise PsyrayError("no training pair is left for the reward model; lower pairs.gap or give more speeches")
-        losses = {"smoothing": section.label_smoothing, "center": section.center}
         steps = run_training(
             folder,
             train_loop,
             examples(folder, section, pairs),
-            {"model": resolve_model(section.model), **losses, "seed": config.run.seed},
+            {"model": resolve_model(section.model), **losses(section), "seed": config.run.seed},
             section.train,
             config.engine,
             config.cluster,
@@ -49,21 +49,38 @@ def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
     return run.stage("reward", settings, [pairs], make)
 
 
-def examples(folder: Folder, section: RewardSection, pairs: Artifact) -> Iterator[Row]:
-    """The training pairs as groups: each alone, or those of a speech together."""
+def losses(section: RewardSection) -> dict[str, float]:
+    """What `train_loop` is told of the loss."""
+    return {"smoothing": section.label_smoothing, "center": section.center}
+
+
+def examples(
+    folder: Folder, section: RewardSection, pairs: Artifact, times: Mapping[str, int] | None = None
+) -> Iterator[Row]:
+    """The training pairs as groups: each alone, or those of a speech together.
+
+    `times`: how often those of each speech come; none: once.
+    """
+    for group in grouped(folder, section, pairs):
+        once = group_example(group, section.use_margin)
+        yield from repeat(once, 1 if times is None else times[group[0]["speech_id"]])
+
+
+def grouped(folder: Folder, section: RewardSection, pairs: Artifact) -> Iterator[list[Row]]:
+    """The training pairs that stand in one step together."""
     if not section.groups:
-        yield from (group_example([row], section.use_margin) for row in pairs.each() if row["split"] == "train")
+        yield from ([row] for row in pairs.each() if row["split"] == "train")
         return
     with connect(folder.path) as database:
         view(database, "pairs", pairs.files)
         found = in_order(database, "SELECT * FROM pairs WHERE split = 'train'", ["speech_id", "pair_id"])
         ordered = (row for batch in found for row in rows(pa.Table.from_batches([batch])))
         for _, group in groupby(ordered, key=lambda row: row["speech_id"]):
-            yield group_example(list(group), section.use_margin)
+            yield list(group)
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """The worker: `config` holds {model, smoothing, center, seed} and what `run_training` adds."""
+    """The worker: `config` holds {model, smoothing, center, seed}, may hold {merge}, and what `run_training` adds."""
     prepare_worker(config)
     fit_and_save(make_trainer(config, trainer_arguments(config)), config)
 

@@ -59,6 +59,31 @@ class TrainSection(Section):
         return self
 
 
+class SmallLoraSection(LoraSection):
+    rank: int = Field(8, ge=1)
+
+
+class AdapterTrainSection(TrainSection):
+    learning_rate: float = Field(1e-4, gt=0)
+    lora: SmallLoraSection = SmallLoraSection()
+
+
+class AdaptersSection(Section):
+    """LoRA adapters of the trained reward model, an ensemble whose bodies differ; docs/training.md."""
+
+    count: int = Field(
+        0, ge=0, description="adapters of the trained reward model, each on its own draw of the speeches; 0: off"
+    )
+    train: AdapterTrainSection = AdapterTrainSection()
+
+    @field_validator("count")
+    @classmethod
+    def one_is_no_ensemble(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one adapter disagrees with nobody: give 0 (off), or 2 and more")
+        return value
+
+
 class HeadsSection(Section):
     kind: Literal["ensemble", "laplace", "mlp"] = Field(
         "ensemble",
@@ -88,7 +113,24 @@ class RewardSection(Section):
         description="all pairs of a speech in one step, each response read once; batch sizes are then in speeches",
     )
     train: TrainSection = TrainSection()
+    adapters: AdaptersSection = AdaptersSection()
     heads: HeadsSection = HeadsSection()
+
+    @model_validator(mode="after")
+    def adapters_fit_model_and_heads(self) -> Self:
+        if not (count := self.adapters.count):
+            return self
+        if self.heads.count % count:
+            raise ValueError(
+                f"reward.heads.count {self.heads.count} is no multiple of reward.adapters.count {count}: each adapter "
+                "gets the same number of heads"
+            )
+        if (length := self.adapters.train.max_length) != self.train.max_length:
+            raise ValueError(
+                f"reward.adapters.train.max_length {length} must be reward.train.max_length {self.train.max_length}: "
+                "responses are scored at that length under both"
+            )
+        return self
 
 
 DPO_LOSSES = (

@@ -21,7 +21,7 @@ from psyray.reward.heads import Heads, own_head
 from psyray.reward.mlp import fit_mlp_heads
 from psyray.reward.score import RewardScorer, chats
 from psyray.run import Artifact, Folder, Run
-from psyray.sections.learning import HeadsSection, Pooling
+from psyray.sections.learning import HeadsSection, Pooling, RewardSection
 
 MESSAGES = [[{"role": "user", "content": text}] for text in ("I cannot sleep.", "My sister left, and I miss her so.")]
 RESPONSES = ["You lie awake.", "It hurts that she is gone, and nobody seems to see it."]
@@ -81,10 +81,13 @@ def test_the_response_begins_where_the_template_says(tiny_model: Path) -> None:
 
 
 def test_what_heads_read_is_checked_and_the_last_layer_has_one_name(reward_model: Path) -> None:
-    assert reading_of(HeadsSection(), "no such folder") == Reading() == reading_of(HeadsSection(layer=2), reward_model)
-    assert reading_of(HeadsSection(layer=1, pooling="mean"), reward_model) == Reading(1, "mean")
+    def read(model: Path, **heads: Any) -> Reading:
+        return reading_of(RewardSection(heads=HeadsSection(**heads)), model)
+
+    assert read(Path("no such folder")) == Reading() == read(reward_model, layer=2)
+    assert read(reward_model, layer=1, pooling="mean") == Reading(1, "mean")
     with pytest.raises(PsyrayError, match=r"reward.heads.layer is 3; the model has the layers 0 \(embeddings\) to 2"):
-        reading_of(HeadsSection(layer=3), reward_model)
+        read(reward_model, layer=3)
 
 
 @pytest.mark.parametrize("reading", [Reading(), Reading(1, "mean"), Reading(None, "response")])
@@ -130,6 +133,8 @@ class Noted:
         (["reward.heads.layer=2"], {}),  # the last layer by its number
         (["reward.heads.pooling=mean"], {"layer": None, "pooling": "mean"}),
         (["reward.heads.layer=1"], {"layer": 1, "pooling": "last"}),
+        (["reward.adapters.count=2"], {"adapters": 2}),
+        (["reward.adapters.count=2", "reward.heads.layer=1"], {"layer": 1, "pooling": "last", "adapters": 2}),
     ],
 )
 def test_stages_are_named_as_before_unless_something_else_is_read(

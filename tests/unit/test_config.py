@@ -36,6 +36,13 @@ def test_words_on_the_command_line_go_over_the_file(tmp_path):
         ("dpo.train.batch_size=6", "no multiple"),
         ("reward.train={lora: {rank: 4}, freeze_layers: 2}", "freeze_layers and lora exclude each other"),
         ("reward.train.lora.rnk=4", "did you mean 'rank'"),
+        ("reward.adapters.count=1", "one adapter disagrees with nobody"),
+        ("reward.adapters.count=3", "reward.heads.count 10 is no multiple of reward.adapters.count 3"),
+        ("reward.adapters.train.lora=", "reward.adapters.train.lora"),
+        (
+            "reward={adapters: {count: 2}, train: {max_length: 256}}",
+            "max_length 512 must be reward.train.max_length 256",
+        ),
         ("dpo.train.lora.targets=[lm_head]", "lm_head"),
         ("dpo.loss_type=[sigmod, sft]", "did you mean 'sigmoid'"),
         ("dpo.label_smoothing=0.1", "label_smoothing does nothing without one of"),

@@ -70,6 +70,7 @@ EVERYTHING = [
     "topics={engine: http, url: http://127.0.0.1:9/v1, model: m}",
     "speeches.sources=[{name: a, path: a.jsonl, use: pairs}]",
     "evaluate.second={engine: vllm, model: m}",
+    "reward.adapters.count=2",
     "loop.rounds=2",
 ]
 
