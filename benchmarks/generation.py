@@ -81,7 +81,7 @@ def stage(count: int, tokens: int) -> float:
         stats = generate.answer_all(
             Folder(Path(place)), lambda: draws(count, config), count, config, title=f"{count} rows"
         )
-        seconds = time.monotonic() - began - stats["engine_start_s"]
+        seconds = time.monotonic() - began - float(stats["engine_start_s"])
     assert stats["ok"] == count, stats
     return seconds
 

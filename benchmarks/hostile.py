@@ -192,7 +192,7 @@ class Attacker:
         from schemathesis.generation import GenerationMode
 
         schema = schemathesis.openapi.from_dict(description())
-        operations = [result.ok() for result in schema.get_all_operations()]
+        operations = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]
         settings = hypothesis.settings(
             max_examples=max(count // 2, 1),
             database=None,
@@ -243,10 +243,10 @@ class Neighbour(threading.Thread):
 
     def ask(self) -> tuple[str, float]:
         """The answer to a chat and the score of a response, both with the canary."""
-        said = [{"role": "user", "content": f"{CANARY} The flat is too quiet."}]
+        said: Any = [{"role": "user", "content": f"{CANARY} The flat is too quiet."}]
         headers = {"X-Request-Id": IDS[self.asked % len(IDS)]}
         self.asked += 1
-        chat = {"messages": said, "temperature": 0, "max_tokens": 12}
+        chat: Any = {"messages": said, "temperature": 0, "max_tokens": 12}
         told = self.session.post(self.url + CHAT, json=chat, headers=headers, timeout=TIMEOUT_S)
         item = {"messages": said, "response": f"{CANARY} That sounds lonely."}
         scored = self.session.post(self.url + SCORE, json={"items": [item]}, headers=headers, timeout=TIMEOUT_S)

@@ -404,8 +404,8 @@ def on_openings(folder: Path, judge: Judge) -> tuple[float, float, float]:
     """CounselChat's votes as `psyray agreement` reads them, asked of the answers' first 80 words alone."""
     items = [item if item.human is Verdict.A else item.swap() for item in load_labelled(VOTES, folder)[1]]
     better, worse = (
-        np.array([judge(client_words(item.messages), opening(text(item))) for item in items])
-        for text in (lambda item: item.a, lambda item: item.b)
+        np.array([judge(client_words(item.messages), opening(getattr(item, side))) for item in items])
+        for side in ("a", "b")
     )
     return clustered(wins(better, worse), np.array([item.speech_id for item in items]))
 

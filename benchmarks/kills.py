@@ -322,7 +322,8 @@ def audit(plain: Path, killed: Path, before: Mapping[str, Any], after: Mapping[s
 def proof(args: argparse.Namespace) -> int:
     import yaml
 
-    dice, wrong = random.Random(args.seed), []
+    dice = random.Random(args.seed)
+    wrong: list[str] = []
     plain, killed = args.path / "undisturbed", args.path / "killed"
     for home in (plain, killed):
         home.mkdir(parents=True)

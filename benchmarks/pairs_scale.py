@@ -110,9 +110,10 @@ def made_up(responses: int) -> Iterator[dict[str, list[Row]]]:
     draw, pool = random.Random(0), sentences(5000)
     for number in range(responses // PER_SPEECH):
         messages = [{"role": "user", "content": " ".join(draw.choices(pool, k=6))}]
-        speech = {"speech_id": speech_id(messages), "messages": messages, "topic": f"topic {number % 42}"}
+        speech: Row = {"speech_id": speech_id(messages), "messages": messages, "topic": f"topic {number % 42}"}
         speech |= {"split": "test" if number % 10 == 0 else "train", "subtopic": "", "crisis": number % 49 == 0}
-        answers, judgements = [], []
+        answers: list[Row] = []
+        judgements: list[Row] = []
         for i in range(PER_SPEECH):
             key = content_id("response", speech["speech_id"], i)
             reply = " ".join(draw.choices(pool, k=draw.randrange(2, 19)))

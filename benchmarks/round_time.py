@@ -67,14 +67,14 @@ def ours(place: Path, pairs: int, batch: int) -> dict[str, Any]:
     import numpy as np
 
     from psyray import loop
+    from psyray.active.labelling import labels_stage
     from psyray.cluster import ray_session
     from psyray.config import load_config
-    from psyray.data import generate
     from psyray.models import model_identity, resolve_model
     from psyray.pipeline import open_desk
     from psyray.records import SPEECHES, speech_id
-    from psyray.reward.ensemble import features_stage, own_head, scores_stage
-    from psyray.reward.heads import Heads
+    from psyray.reward.ensemble import features_stage, scores_stage
+    from psyray.reward.heads import Heads, own_head
     from psyray.run import Folder, Run
 
     train = {"learning_rate": RATE, "batch_size": batch, "micro_batch": batch, "max_length": LENGTH, "save_every": 9999}
@@ -84,15 +84,6 @@ def ours(place: Path, pairs: int, batch: int) -> dict[str, Any]:
         "loop.reward_margin=0.0", f"dpo.beta={BETA}", "dpo.loss_type=[sigmoid]", "dpo.loss_weights=[1.0]",
         f"dpo.train={json.dumps(train)}",
     ])  # fmt: skip
-    first = float("inf")
-    keep = generate.keep
-
-    def clocked(*arguments: Any, **named: Any) -> None:
-        nonlocal first
-        first = min(first, time.monotonic() - max(result["seconds"] for result in arguments[2]))
-        keep(*arguments, **named)
-
-    generate.keep = clocked
 
     def speak(folder: Folder) -> Mapping[str, Any]:
         parts = folder.parts(SPEECHES, "speech_id")
@@ -117,17 +108,17 @@ def ours(place: Path, pairs: int, batch: int) -> dict[str, Any]:
         heads = run.stage("reward-heads", {}, [reward], own)
         start = loop.Policy(0, resolve_model(config.policy.model), model_identity(config.policy.model))
         began = time.monotonic()
-        samples = loop.sample_stage(run, 0, config, speeches, start, prompts_of=1, held_out=False)
-        sampled = time.monotonic()
+        samples = loop.samples_again(run, 0, config, speeches, start)
+        sampled, start_s = time.monotonic(), float(samples.stats["engine_start_s"])
         features = features_stage(run, "features", config, reward, samples.rows(), samples)
         scores_stage(run, "scores", heads, features, samples)
         scored = time.monotonic()
-        labels = loop.labels_stage(run, 1, config, desk, heads, features, samples)
+        labels = labels_stage(run, 1, config, desk, heads, features, samples)
         labelled = time.monotonic()
         loop.policy_stage(run, 1, config, labels, loop.Seen((features,), (labels,)), start, start)
         ended = time.monotonic()
     parts = {
-        "engine start": first - began, "sampling": sampled - first, "scoring": scored - sampled,
+        "engine start": start_s, "sampling": sampled - began - start_s, "scoring": scored - sampled,
         "labels": labelled - scored, "training": ended - labelled,
     }  # fmt: skip
     tokens = sum(row["tokens"] or 0 for row in samples.rows())

@@ -141,6 +141,10 @@ SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}  # those that re
 DIVERGENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
 
+class DpoTrainSection(TrainSection):
+    learning_rate: float = Field(5e-6, gt=0)
+
+
 class DpoSection(Section):
     """TRL's DPO and its variants; docs/training.md says what helps against length."""
 
@@ -156,7 +160,7 @@ class DpoSection(Section):
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     f_alpha: float = Field(0.5, description="of f_divergence alpha_divergence")
     weighting: bool = Field(False, description="pairs count by how likely the policy is to say them (WPO)")
-    train: TrainSection = TrainSection(learning_rate=5e-6)
+    train: DpoTrainSection = DpoTrainSection()
 
     @field_validator("loss_type")
     @classmethod

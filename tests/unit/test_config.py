@@ -57,6 +57,17 @@ def test_a_wrong_setting_is_one_error_that_names_it(word, expected):
     assert expected in message(word)
 
 
+@pytest.mark.parametrize("job", ["dpo.train", "reward.train", "reward.adapters.train"])
+def test_a_training_job_keeps_its_defaults_where_one_key_is_set(job):
+    def section(words):
+        found = load_config(None, words)
+        for name in job.split("."):
+            found = getattr(found, name)
+        return found.model_dump()
+
+    assert section([f"{job}.epochs=3"]) == section([]) | {"epochs": 3.0}
+
+
 def test_a_missing_and_a_broken_file_are_named(tmp_path):
     with pytest.raises(PsyrayError, match=r"no configuration file at .*nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml")
