@@ -37,8 +37,8 @@ class Endpoint:
     timeout_s: float = 300
 
     async def names(self) -> list[str]:
-        """The models that it lists; NoAnswer where it does not."""
-        return await self._json("GET", "/v1/models", None, lambda said: [str(model["id"]) for model in said["data"]])
+        """The models that it lists, without second names such as `champion`; NoAnswer where it does not answer."""
+        return await self._json("GET", "/v1/models", None, _names)
 
     async def answer(self, model: str, messages: Sequence[Message]) -> AsyncGenerator[Piece]:
         """A model's answer to a conversation as it is written; NoAnswer where it breaks off."""
@@ -77,12 +77,17 @@ class Endpoint:
                 return read(await reply.json())
         except (aiohttp.ClientError, TimeoutError) as error:
             raise NoAnswer(type(error).__name__) from error
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise NoAnswer(f"its reply to {path} is not what was expected") from error
 
     def _session(self) -> aiohttp.ClientSession:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         return aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=self.timeout_s))
+
+
+def _names(said: dict[str, Any]) -> list[str]:
+    own = {str(model["id"]): str((model.get("metadata") or {}).get("name", model["id"])) for model in said["data"]}
+    return [name for name, means in own.items() if means == name or means not in own]
 
 
 def _check(reply: aiohttp.ClientResponse) -> None:

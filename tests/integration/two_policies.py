@@ -28,7 +28,8 @@ def stand_in() -> FastAPI:
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"data": [{"id": name} for name in POLICIES]}
+        cards = {"champion": POLICIES[1]} | {name: name for name in POLICIES}  # the first is another name of the last
+        return {"data": [{"id": name, "metadata": {"name": means}} for name, means in cards.items()]}
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
