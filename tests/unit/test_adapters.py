@@ -30,7 +30,7 @@ from psyray.rubric import load_rubric
 from psyray.run import Artifact, Folder, Run
 from psyray.sections.learning import HeadsSection, RewardSection
 from psyray.train import STEPS
-from serve.reward import RewardServer, ScoreItem, score_together
+from serve.reward import Gathered, RewardServer, judged
 
 MESSAGES = [[{"role": "user", "content": text}] for text in ("I cannot sleep.", "My sister left, and I miss her so.")]
 RESPONSES = ["You lie awake.", "It hurts that she is gone, and nobody seems to see it."]
@@ -116,8 +116,8 @@ def test_a_served_score_is_the_offline_one_to_the_last_digit(adapted: Path, tmp_
     reading, size = Reading(adapters=COUNT), COUNT * SIZE
     Heads(rng.normal(size=(4, size)), np.zeros(size), np.ones(size), reading=reading).save(tmp_path / "heads.npz")
     server = RewardServer(str(adapted), str(tmp_path / "heads.npz"), 128)
-    items = [ScoreItem.model_validate({"messages": m, "response": r}) for m, r in zip(MESSAGES, RESPONSES, strict=True)]
-    [served] = score_together(server.scorer, [items])
+    assert isinstance(server.body, Gathered)  # vLLM gives out one body's states
+    served = judged(server.heads, server.body.body.features(CHATS))
     offline_NH = RewardScorer(adapted, tmp_path / "heads.npz", max_length=128).scores(MESSAGES, RESPONSES)
     assert [score.score for score in served] == offline_NH.mean(axis=1).tolist()
     assert [score.spread for score in served] == offline_NH.std(axis=1).tolist()
