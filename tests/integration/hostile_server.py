@@ -112,18 +112,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.came.append((time.monotonic(), word))
             self.server.now += 1
             self.server.most = max(self.server.most, self.server.now)
-        try:
-            self._answer(say)
-        finally:
-            with self.server.lock:
-                self.server.now -= 1
+        self._answer(say)
+
+    def _over(self) -> None:
+        """The call no longer counts as under way: before its client can know, who may send the next at once."""
+        with self.server.lock:
+            self.server.now -= 1
 
     def _answer(self, say: Say) -> None:
         if say.do == "hang":
+            self._over()  # when its client gives it up only the client knows
             self.server.stopped.wait(30)
             self.close_connection = True
             return
         if say.do == "reset":
+            self._over()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True
@@ -131,6 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         while say.do == "last" and self.server.calls.total() < 200 and not self.server.stopped.wait(0.05):
             pass
         self.server.stopped.wait(say.after_s)
+        self._over()
         answer = {"choices": [{"message": {"content": say.text}, "finish_reason": "stop"}]}
         content = say.raw or json.dumps(answer | ({"usage": say.usage} if say.usage else {})).encode()
         self.send_response(say.status)
