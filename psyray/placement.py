@@ -14,6 +14,7 @@ from psyray.data.generate import own_engine
 from psyray.errors import PsyrayError
 from psyray.needs import LIGHT, TASK, Bundle, engine, forward, missing, scoring, serving, spelt, training
 from psyray.sections.data import JudgeSection
+from psyray.sections.learning import TrainSection
 
 DRIVER = "the driver"
 
@@ -33,6 +34,9 @@ def places(config: Config, gpu: bool) -> Iterator[Place]:
     def put(stage: str, who: str, bundles: Sequence[Bundle]) -> Place:
         return Place(stage, who, tuple(bundles))
 
+    def trained(stage: str, section: TrainSection) -> Place:
+        return put(stage, times(section.workers, "training worker"), training(section, gpu))
+
     def judged(stage: str, judges: Sequence[JudgeSection]) -> Iterator[Place]:
         yield from distinct(judge_place(stage, judge, config, gpu) for judge in judges)
 
@@ -46,10 +50,9 @@ def places(config: Config, gpu: bool) -> Iterator[Place]:
     yield from distinct(responders(config, gpu))
     yield from judged("judgements", judges)
     yield Place("pairs", DRIVER)
-    yield put("reward", times(config.reward.train.workers, "training worker"), training(config.reward.train, gpu))
+    yield trained("reward", config.reward.train)
     if config.reward.adapters.count:
-        section = config.reward.adapters.train
-        yield put("reward-adapters", times(section.workers, "training worker"), training(section, gpu))
+        yield trained("reward-adapters", config.reward.adapters.train)
     yield put("reward-features", scorers, scoring(config.engine, gpu))
     yield Place("reward-heads", DRIVER)
     yield put("round-N/samples", times(config.engine.replicas, "engine"), engine(config.engine, gpu))
@@ -58,7 +61,7 @@ def places(config: Config, gpu: bool) -> Iterator[Place]:
     if rounds:
         yield from labelled(config, list(judged("round-N/labels", judges)))
         yield Place("round-N/heads", DRIVER)
-        yield put("round-N/policy", times(config.dpo.train.workers, "training worker"), training(config.dpo.train, gpu))
+        yield trained("round-N/policy", config.dpo.train)
         if config.evaluate.probe:
             yield put("round-N/probe", "1 task", forward(gpu))
         yield from judged("round-N/second", [second] if second else [])

@@ -76,12 +76,17 @@ def write_atomic(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def each(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """The rows of Parquet files as dicts, a few thousand in memory at a time."""
+def batches(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of Parquet files, a few thousand in memory at a time."""
     for path in files:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(ROWS_IN_MEMORY, columns=columns):
-                yield from rows(pa.Table.from_batches([batch]))
+            yield from file.iter_batches(ROWS_IN_MEMORY, columns=columns)
+
+
+def each(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """The rows of Parquet files as dicts, a few thousand in memory at a time."""
+    for batch in batches(files, columns):
+        yield from rows(pa.Table.from_batches([batch]))
 
 
 def write_parquet(path: Path, arrow: pa.Table) -> None:

@@ -60,9 +60,8 @@ def adapters_stage(run: Run, config: Config, reward: Artifact, pairs: Artifact) 
         return {"adapters": section.count, "steps": curves(folder.path / "model" / ADAPTERS, section.count)}
 
     told = {"use_margin": config.reward.use_margin, "groups": config.reward.groups, **losses(config.reward)}
-    return run.stage(
-        "reward-adapters", section.model_dump() | told | {"seed": config.run.seed}, [reward, pairs], make
-    )  # fmt: skip
+    settings = section.model_dump() | told | {"seed": config.run.seed}
+    return run.stage("reward-adapters", settings, [reward, pairs], make)
 
 
 def train_member(member: Member, config: Config, reward: Artifact, pairs: Artifact) -> None:

@@ -41,6 +41,11 @@ class Reading:
     adapters: int = 0  # the first so many of the model's; 0: the model as it is
 
     @property
+    def members(self) -> int:
+        """How many states stand one after another in a feature."""
+        return max(1, self.adapters)
+
+    @property
     def at_the_score_head(self) -> bool:
         """Whether the state is the one that a score head was trained on."""
         return (self.layer, self.pooling) == (None, "last")
@@ -161,7 +166,7 @@ class Body:
     def features(self, chats: Sequence[Chat]) -> FloatArray:
         """[N, D] in the chats' order, of a body with one reading."""
         [reading] = self.layers
-        features_ND = np.empty((len(chats), int(self.model.config.hidden_size) * max(1, reading.adapters)))
+        features_ND = np.empty((len(chats), int(self.model.config.hidden_size) * reading.members))
         for rows, found in self.batches(chats):
             features_ND[rows] = found[reading]
         return features_ND

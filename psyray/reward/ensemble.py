@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from psyray.config import Config
 from psyray.errors import PsyrayError
@@ -25,7 +24,7 @@ from psyray.reward.mlp import fit_mlp_heads
 from psyray.reward.ratings import RATINGS, fit_rated
 from psyray.reward.score import FeatureActor, on_actors
 from psyray.rubric import load_rubric
-from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Run
+from psyray.run import Artifact, Folder, Run, batches
 from psyray.sections.learning import HeadsSection
 from psyray.stream import stream
 
@@ -74,11 +73,9 @@ def features_stage(
 def load_features(artifacts: Iterable[Artifact]) -> Features:
     """Features by response id."""
     found: dict[str, FloatArray] = {}
-    for path in chain.from_iterable(artifact.files for artifact in artifacts):
-        with pq.ParquetFile(path) as file:
-            for batch in filter(len, file.iter_batches(ROWS_IN_MEMORY)):
-                values_ND = batch["features"].flatten().to_numpy().reshape(len(batch), -1)
-                found |= zip(batch["response_id"].to_pylist(), values_ND.astype(np.float64), strict=True)
+    for batch in filter(len, batches(chain.from_iterable(artifact.files for artifact in artifacts))):
+        values_ND = batch["features"].flatten().to_numpy().reshape(len(batch), -1)
+        found |= zip(batch["response_id"].to_pylist(), values_ND.astype(np.float64), strict=True)
     return found
 
 
@@ -91,7 +88,6 @@ def heads_stage(
     """
     section = config.reward.heads
     reading = reading_of(config.reward, reward.model)
-    members = max(1, reading.adapters)
 
     def make(folder: Folder) -> Mapping[str, Any]:
         known = load_features(features)
@@ -108,9 +104,9 @@ def heads_stage(
         priors = own_heads(reward.model, reading)
         heads = fitted_by_member(section, chosen_ND, rejected_ND, speech_ids, priors, config.run.seed)
         replace(heads, reading=reading).save(folder.path / "heads.npz")
-        ratings, principles = fit_rated(labelled, mean_of(known, members), load_rubric(config.rubric))
+        ratings, principles = fit_rated(labelled, mean_of(known, reading.members), load_rubric(config.rubric))
         if ratings:
-            ratings.over(members).save(folder.path / RATINGS)
+            ratings.over(reading.members).save(folder.path / RATINGS)
         counts = {"train_pairs": len(train), "test_pairs": len(test)}
         return counts | measure(heads, test, known) | {"principles": principles}
 

@@ -116,7 +116,7 @@ def test_a_served_score_is_the_offline_one_to_the_last_digit(adapted: Path, tmp_
     reading, size = Reading(adapters=COUNT), COUNT * SIZE
     Heads(rng.normal(size=(4, size)), np.zeros(size), np.ones(size), reading=reading).save(tmp_path / "heads.npz")
     server = RewardServer(str(adapted), str(tmp_path / "heads.npz"), 128)
-    assert isinstance(server.body, Gathered)  # vLLM gives out one body's states
+    assert isinstance(server.body, Gathered)
     served = judged(server.heads, server.body.body.features(CHATS))
     offline_NH = RewardScorer(adapted, tmp_path / "heads.npz", max_length=128).scores(MESSAGES, RESPONSES)
     assert [score.score for score in served] == offline_NH.mean(axis=1).tolist()
