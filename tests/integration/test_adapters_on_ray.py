@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from made_reward import by_peft, save_scored
 
 from psyray.config import load_config
 from psyray.records import PAIRS, RESPONSES, pair_row
@@ -41,23 +39,8 @@ def kept(folder: Folder, schema, key: str, rows: list[dict]) -> dict:
 
 def start(model: Path, path: Path) -> Artifact:
     """A reward stage's folder with an untrained reward model."""
-    torch.manual_seed(0)
-    scored = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.bfloat16)
-    scored.save_pretrained(path / "model")
-    AutoTokenizer.from_pretrained(model).save_pretrained(path / "model")
+    save_scored(model, path / "model")
     return Artifact("reward", path, "1", {})
-
-
-def by_peft(model: Path, chat: list[dict], number: int) -> tuple[np.ndarray, float]:
-    """(state of the last token, score) under one adapter that is loaded alone."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    whole = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.bfloat16)
-    worn = PeftModel.from_pretrained(whole, model / "adapters" / str(number)).eval()
-    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False).rstrip("\n"))["input_ids"]
-    with torch.inference_mode():
-        states = worn(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
-        score = worn.base_model.model.score(states[-1][0, -1])  # the tiny model's end of a chat is its padding
-    return states[-1][0, -1].float().numpy(), float(score)
 
 
 def test_adapters_are_trained_once_each_and_read_as_peft_reads_them(tmp_path, tiny_model, ray_cluster, monkeypatch):

@@ -58,29 +58,25 @@ def test_a_stage_without_room_names_what_is_missing_and_does_not_hang(kind: str,
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_others_hold_is_waited_for() -> None:
     import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
 
     [node] = nodes()
     cpus = int(node["CPU"])
-    release = threading.Event()
-
-    @ray.remote(num_cpus=cpus)
-    class Holder:
-        def ready(self) -> bool:
-            return True
-
-    holder = Holder.remote()
-    ray.get(holder.ready.remote())
+    every = [{"CPU": 1}] * cpus
+    require(every, 60, "a test with every CPU")  # actors of earlier tests may still be ending
+    held = placement_group(every)
+    assert held.wait(60)
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU"):  # what Ray says of its nodes follows a moment later
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     with pytest.raises(PsyrayError, match=rf"lacks 1 CPU \(has {cpus}, {cpus} busy\)"):
         require([{"CPU": 1}], WAIT_S, "a stage")
 
-    def let_go() -> None:
-        release.wait(1)
-        ray.kill(holder)
-
-    thread = threading.Thread(target=let_go)
-    thread.start()
-    require([{"CPU": 1}] * cpus, 60, "a stage")
-    thread.join()
+    letting_go = threading.Timer(1, remove_placement_group, [held])
+    letting_go.start()
+    require(every, 60, "a stage")
+    letting_go.join()
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from made_reward import by_peft, save_scored
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 from psyray import plan, status
 from psyray.config import load_config
@@ -42,10 +43,7 @@ COUNT, SIZE = 2, 128
 def adapted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a score head and two random adapters, each with a head of its own."""
     path = tmp_path_factory.mktemp("adapted") / "model"
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.bfloat16)
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
+    save_scored(tiny_model, path)
     for number in range(COUNT):
         config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear", modules_to_save=["score"])
         base = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.bfloat16)
@@ -55,18 +53,6 @@ def adapted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.normal_(weight, std=0.2)
         worn.save_pretrained(path / "adapters" / str(number))
     return path
-
-
-def by_peft(model: Path, chat: list[dict[str, str]], number: int, layer: int = -1) -> tuple[FloatArray, float]:
-    """(state of the last token, score) under one adapter that is loaded alone, of one chat that is read alone."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    whole = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.bfloat16)
-    worn = PeftModel.from_pretrained(whole, model / "adapters" / str(number)).eval()
-    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False).rstrip("\n"))["input_ids"]
-    with torch.inference_mode():
-        states = worn(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
-        score = worn.base_model.model.score(states[-1][0, -1])  # the tiny model's end of a chat is its padding
-    return states[layer][0, -1].float().numpy(), float(score)
 
 
 @pytest.mark.parametrize("layer", [None, 1])

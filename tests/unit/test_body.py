@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from made_reward import save_scored
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from psyray.config import load_config
@@ -32,10 +33,7 @@ CHATS = chats(MESSAGES, RESPONSES)
 def reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a score head."""
     path = tmp_path_factory.mktemp("reward") / "model"
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.bfloat16)
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
+    save_scored(tiny_model, path)
     return path
 
 
