@@ -1,11 +1,13 @@
 """Serving beside bare vLLM on one machine: reward scores from 64 clients at once, and the latency of a chat answer.
 
-    python benchmarks/serving_speed.py                                     # about 20 minutes on two cores
+    python benchmarks/serving_speed.py                                     # about half an hour on two cores
     python benchmarks/serving_speed.py --tiny --rows 64 --chats 10 --repeats 2
 
 The application (`serve.app:build`, keys and guard on) serves the embedded model, and a reward model of the same body
 with a random head. Chat: `vllm serve` holds the same model; each prompt goes to both, one right after the other and the
-first by turns, 16 greedy tokens; what counts is the difference of the two times, its median in a repeat. Scores:
+first by turns, 16 greedy tokens; what counts is the difference of the two times, its median in a repeat. A start of
+the same engine can be some percent slower than the one before, so each repeat starts both sides anew, ours first by
+turns. Scores:
 `vllm serve --runner pooling` holds the same reward model; --clients clients send one text a request to one side, then
 to the other, and the first by turns; then vLLM's offline `LLM.classify` reads all of them in one call. Both sides'
 scores are compared. The last line is JSON: rows a second and their ratios, added milliseconds, each with its range over
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +93,8 @@ async def post(session: aiohttp.ClientSession, url: str, body: Any) -> Any:
         return await reply.json()
 
 
-async def chat_latency(ours: str, theirs: str, chats: int, repeats: int) -> dict[str, Any]:
-    """Seconds of each side for the same prompts, one request at a time."""
+async def chat_seconds(ours: str, theirs: str, numbers: range) -> list[tuple[float, float, bool]]:
+    """(our seconds, theirs, whether the answers are the same) for each prompt, one request at a time."""
     async with aiohttp.ClientSession() as session:
 
         async def ask(url: str, model: str, number: int) -> tuple[float, str]:
@@ -106,22 +108,29 @@ async def chat_latency(ours: str, theirs: str, chats: int, repeats: int) -> dict
         for url, model in sides:
             for number in range(5):
                 await ask(url, model, 10_000_000 + number)
-        added, alone, same = [], [], []
-        for repeat in range(repeats):
-            differences = []
-            for i in range(chats):
-                number = repeat * chats + i
-                first, second = sides if number % 2 else sides[::-1]
-                told = {url: await ask(url, model, number) for url, model in (first, second)}
-                differences.append(told[ours][0] - told[theirs][0])
-                alone.append(told[theirs][0])
-                same.append(told[ours][1] == told[theirs][1])
-            added.append(1000 * statistics.median(differences))
+        found = []
+        for number in numbers:
+            first, second = sides if number % 2 else sides[::-1]
+            told = {url: await ask(url, model, number) for url, model in (first, second)}
+            found.append((told[ours][0], told[theirs][0], told[ours][1] == told[theirs][1]))
+        return found
+
+
+def chat_latency(run: Path, policy: Path, chats: int, repeats: int) -> dict[str, Any]:
+    """What the application adds to the time of an answer, over `repeats` starts of both sides."""
+    rows = []
+    for repeat in range(repeats):
+        with ExitStack() as stack:
+            started = {}
+            for side in ("ours", "theirs") if repeat % 2 == 0 else ("theirs", "ours"):
+                started[side] = stack.enter_context(up(run) if side == "ours" else vllm_server(policy))
+            rows.append(asyncio.run(chat_seconds(**started, numbers=range(repeat * chats, (repeat + 1) * chats))))
+    added = [1000 * statistics.median(ours - theirs for ours, theirs, _ in repeat) for repeat in rows]
     return {
-        "bare_median_ms": round(1000 * statistics.median(alone), 1),
+        "bare_median_ms": round(1000 * statistics.median(theirs for repeat in rows for _, theirs, _ in repeat), 1),
         "added_median_ms": round(statistics.median(added), 2),
-        "added_range_ms": [round(min(added), 2), round(max(added), 2)],
-        "same_answers": round(statistics.mean(same), 3),
+        "added_ms": [round(ms, 1) for ms in added],
+        "same_answers": round(statistics.mean(same for repeat in rows for *_, same in repeat), 3),
     }
 
 
@@ -224,17 +233,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         run = made_run(Path(place), tiny=given.tiny)
         policy = run / "policy" if given.tiny else embedded_model()
-        with up(run) as ours:
-            if given.only != "reward":
-                with vllm_server(policy) as theirs:
-                    told["chat"] = asyncio.run(chat_latency(ours, theirs, given.chats, given.repeats))
-                print(told["chat"], file=sys.stderr)
-            if given.only != "chat":
-                texts = prompts(run / "reward", given.rows * (given.repeats + 1))
-                with vllm_server(run / "reward", "--runner", "pooling") as theirs:
-                    told["reward"] = asyncio.run(reward_speed(ours, theirs, texts, given.clients, given.repeats))
-                print(told["reward"], file=sys.stderr)
+        if given.only != "reward":
+            told["chat"] = chat_latency(run, policy, given.chats, given.repeats)
+            print(told["chat"], file=sys.stderr)
         if given.only != "chat":
+            texts = prompts(run / "reward", given.rows * (given.repeats + 1))
+            with up(run) as ours, vllm_server(run / "reward", "--runner", "pooling") as theirs:
+                told["reward"] = asyncio.run(reward_speed(ours, theirs, texts, given.clients, given.repeats))
             alone = [offline_in_a_process(run / "reward", given.rows) for _ in range(min(given.repeats, 3))]
             told["reward"] |= {
                 "offline_rows_s": round(statistics.median(alone), 2),
