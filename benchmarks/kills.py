@@ -133,7 +133,7 @@ class Attempt:
     @classmethod
     def start(cls, home: Path, *words: str) -> Attempt:
         """The command in a session of its own, its output in HOME/log."""
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "RAY_AUTH_MODE": "disabled"}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
         began = time.time()
         with (home / "log").open("ab") as log:
             command = [*COMMAND, str(home.parent / "run.yaml"), f"run.path={home}/run", *words]

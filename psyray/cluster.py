@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,8 +65,7 @@ def _start(ray: Any, config: Config, address: str | None) -> None:
         return
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # A private session on this machine: its ports are on loopback and it ends with the run.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    _lock()
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     ray.init(
         address="local",
@@ -74,6 +74,18 @@ def _start(ray: Any, config: Config, address: str | None) -> None:
         include_dashboard=False,
         **common,
     )
+
+
+def _lock() -> None:
+    """Let none into the private session but its own processes: Ray's ports listen beyond loopback, and take code."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # and not in a file of the home folder, as Ray would have it
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    from ray._raylet import Config
+
+    Config.initialize("")  # the mode was read when ray was imported
 
 
 def _quiet_data() -> None:

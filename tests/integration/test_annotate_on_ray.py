@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import urllib.error
 import urllib.request
 from pathlib import Path
-
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported
 
 import pytest
 import yaml

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import threading
 import time
 import urllib.error
@@ -15,17 +14,16 @@ from email.message import Message as Headers
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when ray is imported
-
 import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-import ray
 from made_exports import register, save_adapter, save_run
 from pydantic import SecretStr
 from ray import serve
 
+from psyray.cluster import ray_session
+from psyray.config import load_config
 from psyray.engines.http import HttpRater
 from psyray.engines.journal import read_totals
 from psyray.errors import PsyrayError
@@ -58,18 +56,8 @@ def ray_here() -> Iterator[None]:
 
     An engine takes one logical CPU and a reward model half of one; a champion comes up beside the one before.
     """
-    if ray.is_initialized():
+    with ray_session(load_config(None, ["cluster.logical_cpus=3"])):
         yield
-        return
-    ray.init(
-        address="local",
-        num_cpus=3,
-        include_dashboard=False,
-        object_store_memory=120 * 2**20,
-        log_to_driver=bool(os.environ.get("PSYRAY_WORKER_LOGS")),
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
