@@ -83,7 +83,7 @@ def _lock() -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # and not in a file of the home folder, as Ray would have it
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    from ray._raylet import Config
+    from ray._raylet import Config  # type: ignore[attr-defined]  # of a compiled module
 
     Config.initialize("")  # the mode was read when ray was imported
 
