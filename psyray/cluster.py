@@ -67,13 +67,18 @@ def _start(ray: Any, config: Config, address: str | None) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _lock()
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-    ray.init(
-        address="local",
-        num_cpus=config.cluster.logical_cpus,
-        object_store_memory=config.cluster.object_store_mib * 2**20,
-        include_dashboard=False,
-        **common,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=config.cluster.logical_cpus,
+            object_store_memory=config.cluster.object_store_mib * 2**20,
+            include_dashboard=False,
+            **common,
+        )
+    except Exception as error:  # that and no more is what Ray raises where its node is not up within half a minute
+        raise PsyrayError(
+            f"Ray did not start on this machine: {error}\nNothing is lost: run the same command again"
+        ) from error
 
 
 def _lock() -> None:
