@@ -240,6 +240,7 @@ def main() -> None:
             texts = prompts(run / "reward", given.rows * (given.repeats + 1))
             with up(run) as ours, vllm_server(run / "reward", "--runner", "pooling") as theirs:
                 told["reward"] = asyncio.run(reward_speed(ours, theirs, texts, given.clients, given.repeats))
+            print(told["reward"], file=sys.stderr)
             alone = [offline_in_a_process(run / "reward", given.rows) for _ in range(min(given.repeats, 3))]
             told["reward"] |= {
                 "offline_rows_s": round(statistics.median(alone), 2),
