@@ -1,20 +1,35 @@
 """The one exception that a user is meant to read."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import gc
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class PsyrayError(Exception):
     """A mistake or a limit that the user can mend; the message says what, where and how."""
 
 
-@contextmanager
-def from_workers() -> Iterator[None]:
-    """Raise a PsyrayError of a Ray worker as it was there; Ray's version of it is a traceback around the message."""
-    try:
-        yield
-        return
-    except PsyrayError as error:
-        cause = getattr(error, "cause", None)  # of Ray's; Ray Data adds a line on retries to the message
-        told = PsyrayError(str(cause).partition("\nFailed to ")[0]) if isinstance(cause, PsyrayError) else error
-    raise told  # out here, so that Ray's traceback keeps no actor alive
+def from_workers(work: Callable[P, R]) -> Callable[P, R]:
+    """Raise a PsyrayError of a Ray worker as it was there; Ray's version of it is a traceback around the message.
+
+    Ray's exception is let go before: it and Ray Data's frames hold each other, and with them a stage's actors, which
+    would keep their CPUs and GPUs until Python collects.
+    """
+
+    @wraps(work)
+    def done(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return work(*args, **kwargs)
+        except PsyrayError as error:
+            cause = getattr(error, "cause", None)  # of Ray's; Ray Data adds a line on retries to the message
+            if not isinstance(cause, PsyrayError):
+                raise
+            told = PsyrayError(str(cause).partition("\nFailed to ")[0])
+        gc.collect()
+        raise told
+
+    return done

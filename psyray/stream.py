@@ -59,6 +59,7 @@ def _bar() -> dict[str, Any]:
     return {"mininterval": 0.5 if sys.stderr.isatty() else 15.0, "dynamic_ncols": True}
 
 
+@from_workers
 def stream(
     folder: Folder,
     todo: Iterable[Row],
@@ -80,7 +81,7 @@ def stream(
     gathered = tqdm(todo, desc=f"{title}: gathering", unit="rows", total=total - done, delay=5, **_bar())
     counts = write_blocks(path, gathered, schema, max(32, -(-total // BLOCKS)))
     if counts:
-        with from_workers(), Progress(folder, title, done + sum(counts), done) as progress:
+        with Progress(folder, title, done + sum(counts), done) as progress:
             for results in _in_time(pipeline(_dataset(path, counts)), sink):
                 progress.add(results)
     path.unlink()

@@ -29,6 +29,7 @@ class Passage:
 Asked = Sequence[tuple[str, Sequence[Passage]]]  # (model, its passages)
 
 
+@from_workers
 def likelihoods(asked: Asked, config: Config, *, title: str) -> list[dict[str, list[float]]]:
     """For each model, by key: the natural log-probability of each token of the passage's text, at temperature 1.
 
@@ -42,8 +43,7 @@ def likelihoods(asked: Asked, config: Config, *, title: str) -> list[dict[str, l
     # No environment of its own: so the task gets a process that Ray has ready.
     task = ray.remote(_each_model).options(**({"num_gpus": 1} if gpu else {"num_cpus": 1}))
     threads = os.cpu_count() or 1
-    with from_workers():
-        found = ray.get(task.remote(asked, config.engine.dtype, config.engine.max_model_len, gpu, threads))
+    found = ray.get(task.remote(asked, config.engine.dtype, config.engine.max_model_len, gpu, threads))
     return list(found)
 
 

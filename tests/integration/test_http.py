@@ -70,6 +70,15 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "stage")
 
 
+def all_cpus_are_free() -> bool:
+    import ray
+
+    deadline = time.monotonic() + 20  # an actor takes a moment to end
+    while (busy := ray.cluster_resources()["CPU"] - ray.available_resources()["CPU"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not busy
+
+
 def judged(place: Folder, here: Desk, rows: list[dict]) -> list[dict]:
     """The rows that judging leaves in the folder."""
     return list(judge(place, here, lambda: rows, len(rows), purpose="judgements", budget=None).each())
@@ -163,6 +172,7 @@ def test_money_stops_the_stage_and_more_money_goes_on(tmp_path, ray_cluster):
             told = str(caught.value)
             assert told.startswith("judge: judge.max_cost (0.09) does not reach") and f"{spent.calls} calls" in told
             assert "\n" not in told and "raise judge.max_cost and run the same command again" in told
+            assert all_cpus_are_free()  # though the error lives
         rich = desk(tmp_path, url=server.url, concurrency=4, max_cost=1.0)
         found = judged(folder(tmp_path), rich, rows)
         assert server.calls["steady"] == 100 and {row["score"] for row in found} == {4.0}
