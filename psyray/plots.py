@@ -136,6 +136,22 @@ def calibration(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return _svg("calibration", draw)
 
 
+def errors_by_spread(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The share of pairs ranked wrong in equal parts by the heads' spread."""
+
+    def draw(ax: Axes) -> None:
+        for (label, groups), colour in zip(curves.items(), (ORANGE, BLUE), strict=False):
+            x, y = [g["spread"] for g in groups], [g["error"] for g in groups]
+            ax.plot(x, y, color=colour, lw=1.6, marker="o", label=label, alpha=0.85)
+        ax.set_xlim(left=0)
+        ax.set_ylim(-0.03, 1.03)
+        ax.set_xlabel("spread of the heads, logits")
+        ax.set_ylabel("ranked wrong")
+        _legend(ax)
+
+    return _svg("doubt", draw)
+
+
 def reward_spread(rounds: Sequence[int], scores: Sequence[Sequence[float]]) -> str:
     """Reward scores of the held-out answers per round: box from quarter to quarter, whiskers at 5 and 95 %."""
 

@@ -51,6 +51,7 @@ def contents(path: Path) -> dict[str, Any]:
         "figures": list(figures(stages, config)),
         "principles": principle_table(stages),
         "reward": reward_table(stages),
+        "strata": list(first_and_latest(stages).items())[-1:],
         "data": data_tables(stages),
         "examples": examples(stages),
         "lines": lines,
@@ -133,12 +134,23 @@ def figures(stages: Stages, config: Mapping[str, Any]) -> Iterator[dict[str, str
         yield _length_figure(stages, worded, config)
     if labelled := {n: s for n in round_numbers(stages) if (s := stats_of(stages, f"round-{n}/labels"))}:
         yield _label_figure(labelled)
-    if curves := calibration_curves(stages):
+    measured_heads = first_and_latest(stages)
+    if curves := {label: bins for label, stats in measured_heads.items() if (bins := stats.get("calibration"))}:
         yield _figure(
             "Calibration of the reward model",
             "On held-out pairs. On the dashed line, a preference predicted at 70 % is observed in 70 % of the pairs.",
             "; ".join(f"{label}: {sum(b.get('n') or 0 for b in bins)} pairs" for label, bins in curves.items()),
             plots.calibration(curves),
+        )
+    if doubts := {label: doubt for label, stats in measured_heads.items() if (doubt := stats.get("doubt"))}:
+        told = {label: doubt["tells_errors"]["spread"]["value"] for label, doubt in doubts.items()}
+        yield _figure(
+            "Does the reward model know where it is wrong?",
+            "Held-out pairs in five equal parts by the spread of the heads. Where it tells errors, the line rises.",
+            "; ".join(
+                f"{label}: a wrong pair has more spread than a right one in {share(v)}" for label, v in told.items()
+            ),
+            plots.errors_by_spread({label: doubt["groups"] for label, doubt in doubts.items()}),
         )
     if scores := held_out_scores(stages):
         medians = ", ".join(f"round {n} {sorted(s)[len(s) // 2]:.2f}" for n, s in scores.items())
@@ -189,12 +201,11 @@ def _label_figure(labelled: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
     return _figure("Labels by source", aid, spoken, plots.label_bars(list(labelled), spend))
 
 
-def calibration_curves(stages: Stages) -> dict[str, list[Row]]:
-    """The bins of the first reward heads and of the latest."""
+def first_and_latest(stages: Stages) -> dict[str, Row]:
+    """What is known of the first reward heads and of the latest."""
     latest = [n for n in round_numbers(stages) if f"round-{n}/heads" in stages][-1:]
     names = {"first": "reward-heads", **{f"round {n}": f"round-{n}/heads" for n in latest}}
-    curves = {label: stats_of(stages, name).get("calibration") or [] for label, name in names.items()}
-    return {label: bins for label, bins in curves.items() if any(b.get("n") for b in bins)}
+    return {label: stats for label, name in names.items() if (stats := stats_of(stages, name))}
 
 
 def _scores(stages: Stages, n: int) -> dict[str, Row]:

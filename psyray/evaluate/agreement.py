@@ -22,7 +22,7 @@ from sklearn.metrics import cohen_kappa_score
 from psyray.evaluate.labelled import Labelled, consensus
 from psyray.evaluate.winrate import outcomes, win_rate
 from psyray.records import Verdict
-from psyray.reward.metrics import cluster_bootstrap, length_baseline
+from psyray.reward.metrics import alike, cluster_bootstrap, length_baseline
 
 FloatArray = npt.NDArray[np.float64]
 Figures = dict[str, Any]
@@ -88,11 +88,12 @@ def stratum(pairs: Sequence[Pair], length_tolerance: float) -> Figures:
     Alike: they differ by at most `length_tolerance` of the longer one, in characters.
     """
     decided = [(item, ruling) for item, ruling in pairs if item.human in DECIDED]
-    alike = [(item, r) for item, r in decided if _length_gap(item) <= length_tolerance]
+    alike_N = alike([item.a for item, _ in decided], [item.b for item, _ in decided], length_tolerance)
+    matched = [pair for pair, matches in zip(decided, alike_N, strict=True) if matches]
     return {
         "judge": accuracy(decided),
         "longer_wins": accuracy([(item, longer(item)) for item, _ in decided]),
-        "length_matched": {"judge": accuracy(alike), "longer_wins": accuracy([(i, longer(i)) for i, _ in alike])},
+        "length_matched": {"judge": accuracy(matched), "longer_wins": accuracy([(i, longer(i)) for i, _ in matched])},
         "human_ties": len(pairs) - len(decided),
     }
 
@@ -116,10 +117,6 @@ def longer(item: Labelled) -> Ruling:
     """The ruling of who knows length alone."""
     margin = float(length_baseline([item.a], [item.b])[0])
     return Ruling(Verdict.A if margin > 0 else Verdict.B if margin < 0 else Verdict.TIE, margin)
-
-
-def _length_gap(item: Labelled) -> float:
-    return abs(len(item.a) - len(item.b)) / max(len(item.a), len(item.b))
 
 
 def people(pairs: Sequence[Pair]) -> Figures:

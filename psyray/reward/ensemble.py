@@ -18,8 +18,8 @@ from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Row, Status
 from psyray.reward.body import ADAPTERS, Reading, reading_of
 from psyray.reward.heads import Heads, fit_heads, own_head, standardisation
+from psyray.reward.held_out import held_out
 from psyray.reward.laplace import fit_laplace
-from psyray.reward.metrics import calibration, reward_metrics
 from psyray.reward.mlp import fit_mlp_heads
 from psyray.reward.ratings import RATINGS, fit_rated
 from psyray.reward.score import FeatureActor, on_actors
@@ -176,15 +176,11 @@ def sides(pairs: Sequence[Row], features: Features) -> tuple[FloatArray, FloatAr
 
 
 def measure(heads: Heads, test: Sequence[Row], features: Features) -> dict[str, Any]:
-    """Metrics of the ensemble's mean on test pairs; none where there are no test pairs."""
+    """What `held_out` tells of the heads on the test pairs."""
     if not test:
-        return {"metrics": {}, "calibration": []}
+        return held_out(np.empty((0, len(heads.weights_HD))), test)
     chosen_ND, rejected_ND = sides(test, features)
-    margins_N = (heads.scores(chosen_ND) - heads.scores(rejected_ND)).mean(axis=1)
-    metrics = reward_metrics(
-        margins_N, [r["speech_id"] for r in test], [r["chosen"] for r in test], [r["rejected"] for r in test]
-    )
-    return {"metrics": metrics, "calibration": calibration(margins_N)}
+    return held_out(heads.scores(chosen_ND) - heads.scores(rejected_ND), test)
 
 
 def score_matrix(heads: Heads, features: Features, by_speech: Mapping[str, Sequence[Row]], k: int) -> FloatArray:

@@ -17,6 +17,7 @@ from scipy.stats import rankdata
 
 FloatArray = npt.NDArray[np.float64]
 BINS = 10
+ALIKE = 0.1  # of the longer one: lengths that differ by no more are alike
 STEEPEST = 50.0  # bound on the slope of the length baseline, which is infinite where length tells all
 
 
@@ -29,11 +30,17 @@ def auc(margins_N: FloatArray) -> float:
     """Area under the ROC curve for "the first wins", each pair in both orientations.
 
     With (margin, won) and (-margin, lost) this is P(margin_i > -margin_j) over all i, j, i = j included, with
-    ties half (Mann-Whitney).
+    ties half.
     """
-    n = len(margins_N)
-    ranks_2N = rankdata(np.concatenate([margins_N, -margins_N]))
-    return float((ranks_2N[:n].sum() - n * (n + 1) / 2) / n**2)
+    return separation(np.concatenate([margins_N, -margins_N]), np.repeat([True, False], len(margins_N)))
+
+
+def separation(values_N: FloatArray, marked_N: npt.NDArray[np.bool_]) -> float:
+    """P(a marked value is above one that is not), ties half (Mann-Whitney); NaN where all or none are marked."""
+    marked, others = int(marked_N.sum()), int((~marked_N).sum())
+    if not marked or not others:
+        return float("nan")
+    return float((rankdata(values_N)[marked_N].sum() - marked * (marked + 1) / 2) / (marked * others))
 
 
 def ece(margins_N: FloatArray) -> float:
@@ -85,6 +92,12 @@ def length_baseline(chosen_texts: Sequence[str], rejected_texts: Sequence[str]) 
     return np.asarray(lengths, dtype=np.float64)
 
 
+def alike(first_texts: Sequence[str], second_texts: Sequence[str], tolerance: float = ALIKE) -> npt.NDArray[np.bool_]:
+    """Whether the lengths differ by at most `tolerance` of the longer one, in characters; two empty texts are alike."""
+    lengths = [(len(a), len(b)) for a, b in zip(first_texts, second_texts, strict=True)]
+    return np.asarray([abs(a - b) <= tolerance * max(a, b) for a, b in lengths], dtype=bool)
+
+
 def calibrated(margins_N: FloatArray) -> FloatArray:
     """Margins times the one slope that makes them most likely, so that lengths become logits.
 
@@ -106,12 +119,14 @@ def reward_metrics(
     speech_ids: Sequence[str],
     chosen_texts: Sequence[str],
     rejected_texts: Sequence[str],
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Accuracy with its interval, AUC, ECE, Brier, log-likelihood; then those of length alone as `length_*`.
 
-    The length baseline's accuracy and AUC are those of "longer wins"; its ECE, Brier and log-likelihood are
-    those of its calibrated margins. Raises ValueError for no pairs, unlike lengths, or a margin that is NaN
-    or infinite: what failed to score is for the caller to count, not for a mean to hide.
+    The length baseline's accuracy and AUC are those of "longer wins"; its ECE, Brier and log-likelihood are those of
+    its calibrated margins. `alike_pairs` counts those whose lengths are `alike`; `alike_accuracy`, with its interval,
+    and `alike_length_accuracy` are those on these pairs, None where there is none. Raises ValueError for no pairs,
+    unlike lengths, or a margin that is NaN or infinite: what failed to score is for the caller to count, not for a
+    mean to hide.
     """
     margins_N = np.asarray(margins, dtype=np.float64)
     counts = {margins_N.size, len(speech_ids), len(chosen_texts), len(rejected_texts)}
@@ -125,7 +140,27 @@ def reward_metrics(
         raise ValueError(f"margin {bad_N[0]} (speech {speech_ids[bad_N[0]]}) is {margins_N[bad_N[0]]}")
     length_N = length_baseline(chosen_texts, rejected_texts)
     own = _all(margins_N, margins_N, speech_ids)
-    return own | {f"length_{k}": v for k, v in _all(length_N, calibrated(length_N), speech_ids).items()}
+    of_length = _all(length_N, calibrated(length_N), speech_ids)
+    alike_N = alike(chosen_texts, rejected_texts)
+    matched = part(margins_N, length_N, speech_ids, alike_N)
+    return own | {f"length_{k}": v for k, v in of_length.items()} | {f"alike_{k}": v for k, v in matched.items()}
+
+
+def part(
+    margins_N: FloatArray, length_N: FloatArray, speech_ids: Sequence[str], among_N: npt.NDArray[np.bool_]
+) -> dict[str, float | None]:
+    """Of some of the pairs: how many, accuracy with its interval, and `length_accuracy`; None where there are none."""
+    if not among_N.any():
+        return {"pairs": 0, "accuracy": None, "accuracy_low": None, "accuracy_high": None, "length_accuracy": None}
+    clusters = [speech for speech, among in zip(speech_ids, among_N, strict=True) if among]
+    low, high = cluster_bootstrap(margins_N[among_N], clusters, accuracy)
+    return {
+        "pairs": int(among_N.sum()),
+        "accuracy": accuracy(margins_N[among_N]),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "length_accuracy": accuracy(length_N[among_N]),
+    }
 
 
 def _all(margins_N: FloatArray, logits_N: FloatArray, speech_ids: Sequence[str]) -> dict[str, float]:

@@ -158,7 +158,12 @@ class MadeRun:
             {"low": x / 10, "high": x / 10 + 0.1, "predicted": x / 10 + 0.05, "observed": min(1, x / 9), "n": x + 1}
             for x in range(10)
         ]
-        return {"metrics": metrics, "calibration": bins, "test_pairs": 14}
+        metrics |= {"alike_pairs": 5, "alike_accuracy": 0.6}
+        alike = {"pairs": 5, "accuracy": 0.6, "accuracy_low": 0.2, "accuracy_high": 0.8, "length_accuracy": 0.4}
+        groups = [{"spread": 0.1 * x, "margin": 1.0, "error": 0.1 * x, "n": 3} for x in range(1, 6)]
+        tells = {"spread": {"value": accuracy + 0.05, "low": accuracy - 0.1, "high": accuracy + 0.1}}
+        more = {"strata": {"length": {"alike": alike}}, "doubt": {"tells_errors": tells, "groups": groups, "wrong": 4}}
+        return {"metrics": metrics, "calibration": bins, "test_pairs": 14, **more}
 
     def _probe(self, n: int) -> dict[str, Any]:
         perplexity = {"perplexity": 20.0 * (1 + 0.1 * n), "start_perplexity": 20.0, "perplexity_rise": 0.1 * n}

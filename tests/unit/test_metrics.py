@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from psyray.reward.metrics import (
     FloatArray,
     accuracy,
+    alike,
     auc,
     brier,
     calibrated,
@@ -22,6 +23,7 @@ from psyray.reward.metrics import (
     length_baseline,
     log_likelihood,
     reward_metrics,
+    separation,
 )
 
 LOGIT_9 = math.log(9)  # sigmoid(LOGIT_9) = 0.9
@@ -155,12 +157,30 @@ def test_a_calibrated_baseline_is_never_worse_than_a_coin(lengths: list[int]) ->
 def test_all_metrics_stand_beside_those_of_length() -> None:
     got = reward_metrics([2.0, 1.0, -1.0, 0.0], ["a", "a", "b", "c"], ["xxx", "xx", "x", "x"], ["x", "x", "x", "xx"])
     names = {"accuracy", "accuracy_low", "accuracy_high", "auc", "ece", "brier", "log_likelihood"}
-    assert set(got) == names | {f"length_{n}" for n in names}
+    of_alike = {"pairs", "accuracy", "accuracy_low", "accuracy_high", "length_accuracy"}
+    assert set(got) == names | {f"length_{n}" for n in names} | {f"alike_{n}" for n in of_alike}
     assert got["accuracy"] == 0.625
     assert got["accuracy_low"] <= 0.625 <= got["accuracy_high"]
     assert got["length_accuracy"] == 0.625  # 2, 1, 0, -1 characters
     assert got["brier"] == pytest.approx(brier(np.array([2.0, 1.0, -1.0, 0.0])))
     assert got["length_brier"] <= 0.25
+
+
+def test_pairs_of_like_length_are_measured_apart() -> None:
+    long, longer, short = "x" * 100, "x" * 110, "x" * 50  # 110 and 100 differ by 9 % of the longer
+    assert alike([long, longer, long, ""], [longer, long, short, ""]).tolist() == [True, True, False, True]
+    got = reward_metrics([1.0, -1.0, 5.0], ["a", "b", "b"], [long, longer, long], [longer, long, short])
+    assert (got["alike_pairs"], got["alike_accuracy"], got["alike_length_accuracy"]) == (2, 0.5, 0.5)
+    assert (got["alike_accuracy_low"], got["alike_accuracy_high"]) == (0.0, 1.0)
+    unlike = reward_metrics([1.0], ["a"], [long], [short])
+    assert unlike["alike_pairs"] == 0 and unlike["alike_accuracy"] is None
+
+
+def test_separation_by_hand_and_without_one_kind() -> None:
+    values, marked = np.array([3.0, 1.0, 1.0, 0.0]), np.array([True, True, False, False])
+    assert separation(values, marked) == (1 + 1 + 0.5 + 1) / 4
+    assert separation(-values, marked) == 1 - separation(values, marked)
+    assert math.isnan(separation(values, np.ones(4, dtype=bool)))
 
 
 def test_a_margin_that_is_no_number_is_named_and_not_averaged() -> None:

@@ -68,19 +68,22 @@ def test_headline_and_tables_hold_the_run_s_numbers(html: str) -> None:
     assert "Empathy 2.50 2.60 (+0.10) 2.70 (+0.20)" in text
     assert "too short 3 too long 1 duplicate 2 no text 0" in text
     assert "tie or gap 9" in text
-    assert "66.0 % (55.0 %)" in text and "0.710 (0.560)" in text
+    assert "66.0 % (55.0 %) 56.0 % to 76.0 % 60.0 % of 5 0.710 (0.560)" in text
     assert "Win rate by the second judge 53.2 % interval 46.2 % to 60.2 %; by other-judge" in text
     assert "the win rate of the exported round leans upwards" in text
     assert "1 22.0 (20.0) +10.0 % +5.0 % to +15.0 % 75.0 % 80.0 % 0.062 0.050 to 0.075" in text
     assert "1 8 7 6 1 1 1 3 6 2 65.0 % 75.0 % (4) drts" in text
+    assert "Round 2, in parts of the held-out pairs:" in text
+    assert "Length: alike 5 60.0 % (40.0 %) 20.0 % to 80.0 %" in text
     assert "no substitute for" in text and "not finished" not in text
 
 
-def test_all_six_figures_are_there_and_described(html: str) -> None:
+def test_all_seven_figures_are_there_and_described(html: str) -> None:
     page = Page(html)
     labels = [a["aria-label"] or "" for tag, a in page.tags if a.get("role") == "img"]
-    assert len(labels) == 6 == html.count("<svg")
+    assert len(labels) == 7 == html.count("<svg")
     assert any("round 1 56.2 %, round 2 62.5 %" in label for label in labels)
+    assert any("round 2: a wrong pair has more spread than a right one in 77.0 %" in label for label in labels)
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     targets = re.findall(r'(?:url\(#|href="#)([^)"]+)', html)
