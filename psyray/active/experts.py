@@ -55,8 +55,8 @@ class Experts:
     def label(
         self, folder: Folder, asked: Sequence[Pair], *, purpose: str, strategy: str, budget: int
     ) -> tuple[list[Label | None], dict[str, Any]]:
-        """The experts' labels in order, with those of the fall-back; counts, `unanswered` for the latter, and under
-        `experts` how far people agreed (`votes.among`)."""
+        """The experts' labels in order, with those of the fall-back; counts, `unanswered` for the latter, `by_judge`
+        for what it was asked of them, and under `experts` how far people agreed (`votes.among`)."""
         questions = [
             pair_question("experts", self.desk.rubric.id, self.section.overlap, (a, b), strategy, {"value": value})
             for a, b, value in asked
@@ -68,9 +68,10 @@ class Experts:
         instead: list[Label | None] = [None] * len(missing)
         if missing and self.section.fall_back == "judge":
             left = [asked[i] for i in missing]
-            instead, _ = oracles.label(
+            instead, judged = oracles.label(
                 folder, self.desk, left, purpose=f"{purpose}/judge", strategy=strategy, budget=len(left)
             )
+            counts["by_judge"] = {key: judged[key] for key in ("asked", "bought", "reused")}
         for i, label in zip(missing, instead, strict=True):
             labels[i] = label
         return labels, counts | {"unanswered": len(missing), "experts": agreed}
@@ -80,6 +81,8 @@ class Experts:
         queue, ids = ExpertQueue(self.desk.ledger.database), [q.question_id for q in questions]
         if not ids:
             return
+        if dropped := queue.drop(self.desk.run_id, purpose, ids):
+            self.say(f"{purpose}: {dropped} questions of before the settings changed are no longer put to experts")
         queue.open(questions, self.section.overlap)
         self._say_how(len(ids))
         if self._wait(folder, queue, ids, purpose):

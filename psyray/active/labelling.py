@@ -16,13 +16,15 @@ from psyray.active.oracles import Label
 from psyray.config import Config
 from psyray.data.judge import Desk
 from psyray.data.rules import Rules
-from psyray.records import PAIRS, Row, Status, Verdict, pair_row
+from psyray.errors import PsyrayError
+from psyray.records import PAIRS, Row, Status, Verdict, normalise, pair_row
 from psyray.reward.ensemble import load_features, prompt_matrix, score_matrix
 from psyray.reward.heads import Heads
 from psyray.run import Artifact, Folder, Run
 from psyray.sections.learning import LoopSection
 
 FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 def labels_stage(
@@ -41,12 +43,16 @@ def labels_stage(
         known = load_features([features])
         scores_PKH = score_matrix(ensemble, known, groups, loop.k)
         asked_PKH = scores_PKH if loop.mixed_ends else alike_ends(scores_PKH, listed)
-        candidates = Candidates(asked_PKH, prompts_PE=prompt_matrix(known, groups))
+        candidates = Candidates(
+            asked_PKH, prompts_PE=prompt_matrix(known, groups), open_PKK=different(listed, asked_PKH.shape[1])
+        )
         rng = np.random.default_rng([config.run.seed, number])
         picks = acquire(loop.acquisition, candidates, budget, rng, loop.apart)
         asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], p.value) for p in picks]
         purpose = f"round-{number}"
         labels, counts = oracle.label(folder, asked, purpose=purpose, strategy=loop.acquisition, budget=budget)
+        if counts["refused"]:
+            run.say(beyond_budget(purpose, budget, counts, labels))
         held_PKH = penalised(scores_PKH, listed, loop.length_penalty)
         gaps = [Gap.of(held_PKH[p.prompt, p.first] - held_PKH[p.prompt, p.second]) for p in picks]
         decided, numbers = oracle_pairs(asked, labels, gaps, loop, veto)
@@ -63,6 +69,32 @@ def labels_stage(
     settings |= {} if loop.mixed_ends else {"mixed_ends": "never asked"}
     settings |= {"budget": budget, "veto": veto, "seed": config.run.seed}
     return run.stage(f"round-{number}/labels", settings, [heads, features, samples], make)
+
+
+def beyond_budget(purpose: str, budget: int, counts: Mapping[str, Any], labels: Sequence[Label | None]) -> str:
+    """What to say of questions that an earlier version of the round left no budget for.
+
+    PsyrayError where none has a label: the reward model would label in the oracle's place.
+    """
+    told = (
+        f"{purpose}: the budget of {budget} did not reach for {counts['refused']} of {len(labels)} questions: the run "
+        f"bought {counts['bought_before']} labels for this round before, with other settings"
+    )
+    if any(labels):
+        return told
+    raise PsyrayError(
+        f"{told}, and none is left to learn from. Give the changed run a run.path of its own, with a budget of its own "
+        "(answers that the ledger knows are free there); or raise loop.budget"
+    )
+
+
+def different(groups: Sequence[Sequence[Row]], K: int) -> BoolArray:
+    """[P, K, K]: which two responses differ in more than white space; nobody can tell the others apart."""
+    open_PKK = np.ones((len(groups), K, K), dtype=bool)
+    for p, responses in enumerate(groups):
+        texts = np.array([normalise(row["text"]) for row in responses], dtype=object)
+        open_PKK[p, : len(texts), : len(texts)] = texts[:, None] != texts[None, :]
+    return open_PKK
 
 
 def alike_ends(scores_PKH: FloatArray, groups: Sequence[Sequence[Row]]) -> FloatArray:

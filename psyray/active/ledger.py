@@ -136,6 +136,20 @@ class Ledger:
         with self.database.transaction(reading=True) as connection:
             return [dict(row) for row in connection.execute(_SUMMARY, {"run": run_id}).mappings()]
 
+    def counts(self, run_id: str, purpose: str, question_ids: Iterable[str]) -> dict[str, int]:
+        """Of some questions that the run asked for a purpose: asked = bought + reused, and how many are answered."""
+        found = dict.fromkeys(("asked", "bought", "reused", "answered"), 0)
+        with self.database.transaction(reading=True) as connection:
+            for chunk in chunks(set(question_ids)):
+                charges = sa.select(CHARGE.c.run_id, CHARGE.c.purpose, CHARGE.c.bought, QUESTION.c.status)
+                rows = connection.execute(charges.join_from(CHARGE, QUESTION).where(CHARGE.c.question_id.in_(chunk)))
+                for row in rows:  # the run is told apart here, as in `_asks`
+                    if (row.run_id, row.purpose) == (run_id, purpose):
+                        found["asked"] += 1
+                        found["bought" if row.bought else "reused"] += 1
+                        found["answered"] += row.status == ANSWERED
+        return found
+
     def close(self) -> None:
         """Let go of the connections; the next call opens new ones."""
         self.database.close()

@@ -81,15 +81,16 @@ def buy(
 ) -> tuple[list[Label | None], dict[str, Any]]:
     """Reserve the questions, have `ask` fill the ledger with answers to those that are due, and read them.
 
-    Labels in order, None where the budget did not reach, and counts.
+    Labels in order, None where the budget did not reach, and counts of these questions; `bought_before` are those that
+    the run bought for this purpose beside them, which the budget has paid for as well.
     """
     reserved = desk.ledger.reserve(desk.run_id, purpose, [q for q, _ in questions], budget)
     ask(reserved.to_ask)
     answers = desk.ledger.answers([q.question_id for q, _ in questions])
     labels = [read(answers.get(q.question_id), flipped) for q, flipped in questions]
-    spent = next((row for row in desk.ledger.summary(desk.run_id) if row["purpose"] == purpose), {})
-    counts = {key: int(spent.get(key, 0)) for key in ("asked", "bought", "reused", "answered")}
-    return labels, counts | {"refused": len(reserved.refused)}
+    counts = desk.ledger.counts(desk.run_id, purpose, [q.question_id for q, _ in questions])
+    before = desk.ledger.spent(desk.run_id).get(purpose, 0) - counts["bought"]
+    return labels, counts | {"refused": len(reserved.refused), "bought_before": before}
 
 
 def read(answer: Answer | None, flipped: bool) -> Label | None:

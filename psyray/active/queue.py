@@ -102,6 +102,23 @@ class ExpertQueue:
                 ]:
                     connection.execute(ITEM.insert(), fresh)
 
+    def drop(self, run_id: str, purpose: str, keep: Collection[str]) -> int:
+        """Close what the run put up for a purpose beside `keep`, unless it was asked for something else too.
+
+        What experts said of it stays with it, for when it is opened again; returns how many were open.
+        """
+        mine = sa.and_(CHARGE.c.run_id == run_id, CHARGE.c.purpose == purpose)
+        charged = sa.select(CHARGE.c.question_id).where(CHARGE.c.question_id == ITEM.c.question_id)
+        stale = sa.select(ITEM.c.question_id).where(
+            ITEM.c.open, charged.where(mine).exists(), ~charged.where(~mine).exists()
+        )
+        with self._database.transaction() as connection:
+            one_at_a_time(connection)
+            found = set(connection.execute(stale).scalars()) - set(keep)
+            for ids in chunks(sorted(found)):
+                connection.execute(ITEM.update().where(ITEM.c.question_id.in_(ids)).values(open=False))
+        return len(found)
+
     def lease(self, expert: str, seconds: float = LEASE_S) -> Lease | None:
         """The question for an expert to answer next, theirs for so long; None where there is none.
 

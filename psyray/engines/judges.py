@@ -90,8 +90,10 @@ class VllmJudge:
 
     @cached_property
     def id(self) -> str:
-        model = self.section.model or ""
-        return f"vllm-{content_id(model_identity(model), self.section.mode, self.engine.dtype)}"
+        asked = self.section.max_tokens  # an answer that was cut off is to be had otherwise
+        usual = JudgeSection.model_fields["max_tokens"].default
+        told = [model_identity(self.section.model or ""), self.section.mode, self.engine.dtype]
+        return f"vllm-{content_id(*told, *([asked] if asked != usual else []))}"
 
     def rate(self, dataset: Any, folder: Path) -> Any:
         soft = self.section.mode == "soft"

@@ -166,9 +166,13 @@ def failures(stats: Mapping[str, Any], start: Mapping[str, Any], section: Evalua
 
 
 Check = tuple[bool, str]
+# Of so few that all come out alike, the bootstrap's interval has no width: a coin wins 6 of 6 once in 64 times.
+LEAST_SPEECHES = 6
 
 
 def _surely_better(name: str, stats: Mapping[str, Any], least: float) -> Check:
+    if least > 0 and (valid := stats["wins"] + stats["ties"] + stats["losses"]) < LEAST_SPEECHES:
+        return False, f"{name} {stats['win_rate']:.2f} rests on {valid} speeches; {LEAST_SPEECHES} are the least"
     interval = f"(interval {stats['low']:.2f} to {stats['high']:.2f})"
     passed = stats["low"] > least or least == 0  # 0 holds the gate open, also for one that never wins
     return passed, f"{name} {stats['win_rate']:.2f} is not surely above {least:.2f} {interval}"

@@ -14,13 +14,14 @@ import pytest
 
 from psyray import plan
 from psyray.active import experts as experts_module
+from psyray.active import oracles
 from psyray.active.experts import Experts
 from psyray.active.labelled_set import UNKNOWN, LabelledPairs, labelled_source
 from psyray.active.ledger import Answer, Ledger
 from psyray.active.noise import Noisy
 from psyray.active.oracle_kinds import ORACLES, JudgeOracle, make_oracle
 from psyray.active.oracles import buy, exchanged, pair_question
-from psyray.active.queue import ExpertQueue
+from psyray.active.queue import ExpertQueue, Gone
 from psyray.active.votes import Choice, Vote, among
 from psyray.config import Config, load_config
 from psyray.data.judge import Desk
@@ -115,6 +116,7 @@ def test_a_round_goes_on_by_itself_when_the_labels_are_in(desk, folder):
     assert verdicts(labels) == [*GOOD, None] and labels[0][1] == -1.0
     agreed = {"people": 2, "compared": 4, "agree": 1.0, "alpha": 1.0}
     asked = {"asked": 4, "bought": 4, "reused": 0, "answered": 4, "refused": 1, "unanswered": 0}
+    asked["bought_before"] = 0
     assert counts == asked | {"experts": agreed}
     assert "2 experts agree 100.0 % (alpha 1.00)" in labels_note(counts)
     assert "4 questions wait for 2 experts" in said[0] and "serve run serve.annotate:build run=run" in said[0]
@@ -149,6 +151,36 @@ def test_ctrl_c_while_it_waits_loses_nothing_and_pays_nothing_twice(desk, folder
     with Crowd(desk, 2, anna=prefers_good):
         labels, counts = ask(people(desk), folder, 4)
     assert verdicts(labels) == GOOD and counts["bought"] == 4 and desk.ledger.spent("run") == {"round-1": 4}
+
+
+def test_what_changed_settings_no_longer_ask_is_taken_from_the_experts_and_counted_apart(desk, folder):
+    queue, said = ExpertQueue(desk.ledger.database), list[str]()
+    before = people(desk, overlap=1, wait_s=0)  # stops at once
+    with pytest.raises(PsyrayError, match="2 of 2 questions have no answer"):
+        ask(before, folder, 2)
+    old = queue.lease("anna")
+    with pytest.raises(PsyrayError, match="2 of 2 questions have no answer"):
+        ask(people(desk, said, overlap=2, wait_s=0), folder, 2)  # other questions, by their overlap
+    with Crowd(desk, 4, ben=prefers_good, cleo=prefers_good):
+        labels, counts = ask(people(desk, overlap=2), folder, 2)
+    assert verdicts(labels) == GOOD[:2] and queue.lease("ben") is None
+    assert "2 questions of before the settings changed are no longer put to experts" in said[0]
+    assert (counts["asked"], counts["bought"], counts["bought_before"]) == (2, 2, 2)
+    with pytest.raises(Gone):
+        queue.answer("anna", old.question_id, Choice.LEFT)
+    queue.release("anna")
+    with pytest.raises(PsyrayError):
+        ask(before, folder, 2)  # and back again
+    with Crowd(desk, 2, ben=prefers_good):
+        assert verdicts(ask(people(desk, overlap=1), folder, 2)[0]) == GOOD[:2]
+
+
+def test_what_the_judge_was_asked_in_the_experts_place_is_counted(desk, folder, monkeypatch):
+    counted = {"asked": 2, "bought": 1, "reused": 1, "answered": 2, "refused": 0}
+    monkeypatch.setattr(oracles, "label", lambda *_, **given: ([(Verdict.A, 1.0, {})] * given["budget"], counted))
+    labels, counts = ask(people(desk, wait_s=0, fall_back="judge"), folder, 2)
+    assert verdicts(labels) == [Verdict.A] * 2 and counts["unanswered"] == 2
+    assert counts["by_judge"] == {"asked": 2, "bought": 1, "reused": 1}
 
 
 def half_answered(desk: Desk, folder: Folder) -> None:

@@ -13,6 +13,7 @@ from psyray.sections.learning import EvaluateSection
 
 START = {"repeated_share": 0.02}
 GOOD = {"win_rate": 0.7, "low": 0.6, "high": 0.8, "length_change": 0.1, "repeated_share": 0.05}
+GOOD |= {"wins": 6, "ties": 2, "losses": 2}
 KEPT = {"perplexity_rise": 0.1, "capability_drop": 0.05, "kl": 0.4}
 
 
@@ -88,6 +89,14 @@ def test_a_good_policy_passes_and_each_fault_is_named():
     assert len(failures(GOOD | {"low": 0.1, "length_change": 1.0, "repeated_share": 1.0}, START, section)) == 3
 
 
+def test_a_few_wins_are_no_proof_however_narrow_the_interval():
+    few = GOOD | {"win_rate": 1.0, "low": 1.0, "high": 1.0, "wins": 5, "ties": 0, "losses": 0}
+    [reason] = failures(few, START, EvaluateSection())
+    assert reason == "win rate 1.00 rests on 5 speeches; 6 are the least"
+    assert failures(few | {"wins": 6}, START, EvaluateSection()) == []
+    assert failures(few, START, EvaluateSection(min_win_rate=0.0)) == []
+
+
 def test_what_the_probe_found_lost_is_named_and_no_number_is_no_pass():
     section = EvaluateSection()
     assert failures(GOOD | {"probe": KEPT}, START, section) == []
@@ -104,7 +113,7 @@ def test_what_the_probe_found_lost_is_named_and_no_number_is_no_pass():
 
 
 def test_a_second_judge_decides_only_where_it_is_told_to():
-    doubtful = GOOD | {"second": {"win_rate": 0.52, "low": 0.45, "high": 0.6}}
+    doubtful = GOOD | {"second": {"win_rate": 0.52, "low": 0.45, "high": 0.6, "wins": 9, "ties": 3, "losses": 8}}
     other = JudgeSection(engine="vllm", model="m")
     assert failures(doubtful, START, EvaluateSection(second=other)) == []
     [reason] = failures(doubtful, START, EvaluateSection(second=other, second_decides=True))

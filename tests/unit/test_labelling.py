@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from psyray.active.acquisition import ACQUISITIONS, Candidates, acquire
-from psyray.active.labelling import Gap, alike_ends, oracle_pairs, penalised, reward_pairs
+from psyray.active.labelling import Gap, alike_ends, beyond_budget, different, oracle_pairs, penalised, reward_pairs
 from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.records import Verdict
@@ -70,6 +70,29 @@ def test_the_reward_model_labels_only_what_the_oracle_did_not_and_only_above_the
 
 def test_equal_texts_are_no_pair_whatever_the_scores_say():
     assert reward_pairs([responses("same", "same")], alike([[3.0, 0.0]]), set(), LOOP) == ([], 0)
+
+
+@pytest.mark.parametrize("name", ACQUISITIONS)
+def test_no_rule_asks_which_of_two_equal_texts_is_better(name):
+    groups = [responses("same", " same\n", "same"), responses("one", "one", "two", speech="t")]
+    scores = np.random.default_rng(0).normal(size=(2, 4, 3))
+    scores[:, 3] = np.nan
+    where = np.random.default_rng(1).normal(size=(2, 5))
+    candidates = Candidates(scores, prompts_PE=where, open_PKK=different(groups, 4))
+    for seed in range(5):
+        [pick] = acquire(name, candidates, 2, np.random.default_rng(seed))
+        assert pick.prompt == 1 and 2 in (pick.first, pick.second)
+
+
+def test_a_round_whose_budget_was_spent_before_says_so_and_stops_without_a_label():
+    counts = {"refused": 2, "bought_before": 14}
+    told = beyond_budget("round-1", 16, counts, [(Verdict.TIE, 0.0, {}), None, None])
+    assert told == (
+        "round-1: the budget of 16 did not reach for 2 of 3 questions: the run bought 14 labels for this round before, "
+        "with other settings"
+    )
+    with pytest.raises(PsyrayError, match=r"a run\.path of its own"):
+        beyond_budget("round-1", 16, counts, [None, None])
 
 
 def test_confidence_is_the_chance_that_the_sign_is_right():

@@ -54,6 +54,17 @@ def test_an_answer_comes_back_whole(ledger: Ledger) -> None:
     assert ledger.answers(["q1", "q2", "q3"]) == {"q1": won(1), "q2": lost(2)}
 
 
+def test_counts_are_of_the_questions_that_are_named_and_of_this_run(ledger: Ledger) -> None:
+    ledger.reserve("other", "round-1", questions(3), None)
+    ledger.answer([won(3)])
+    ledger.reserve("run", "round-1", questions(1, 2, 3), None)
+    ledger.reserve("run", "round-2", questions(4), None)
+    ledger.answer([won(1), lost(2)])
+    counted = ledger.counts("run", "round-1", ["q1", "q2", "q3", "q4", "q9", "q1"])
+    assert counted == {"asked": 3, "bought": 2, "reused": 1, "answered": 2}
+    assert ledger.counts("run", "round-1", ["q2"]) == {"asked": 1, "bought": 1, "reused": 0, "answered": 0}
+
+
 def test_what_is_asked_is_a_row_first_and_what_is_what_is_refused_is_none(ledger: Ledger, url: str) -> None:
     asked = Question("q1", "rating", "judge", "rubric", {"text": "\ud83d\x00é"}, "drts", {"value": 1.5})
     ledger.reserve("run", "round-1", [asked, *questions(2)], 1)

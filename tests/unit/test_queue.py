@@ -243,6 +243,18 @@ def test_another_runs_questions_are_not_shown(place: Place):
     assert ExpertQueue(place.ledger.database, clock=place.clock).lease("anna") is not None
 
 
+def test_what_is_dropped_is_shown_no_more_unless_something_else_asked_it(place: Place):
+    place.ask(4)
+    place.say("anna")
+    place.ledger.reserve("other", "round-1", questions(2, 3), None)
+    assert place.queue.drop("run", "round-2", []) == 0
+    assert place.queue.drop("run", "round-1", ["q1"]) == 2  # q0 and q3: q1 is kept, q2 the other run's too
+    assert set(place.queue.still_open([f"q{i}" for i in range(4)])) == {"q1", "q2"}
+    place.queue.open(questions(0, 1), 2)
+    assert place.queue.progress(question_ids=["q0"])["given"] == 1  # it kept its answer
+    assert place.queue.lease("anna").question_id != "q0"
+
+
 def test_agreement_is_on_settled_questions_that_others_answered(place: Place):
     ids = place.ask(4, overlap=2)
     for expert, choices in (("anna", ["good", "good", "bad 2", Choice.SKIP]), ("ben", ["good", "bad 1", "bad 2"])):
