@@ -33,6 +33,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from psyray.addresses import redact
 from psyray.errors import PsyrayError
 from psyray.mirror import Mirror
 from psyray.records import Row, content_id, rows, table
@@ -348,7 +349,8 @@ def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
         for key in {**before, **after}:
             yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
     elif before != after:
-        yield f"{at}: {before!r:.60} -> {after!r:.60}"
+        # The settings before may be those of a version that took a password in a URL.
+        yield f"{at}: {redact(repr(before)):.60} -> {redact(repr(after)):.60}"
 
 
 def followed(path: Path, written_in: Path, run: Path) -> Path:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from psyray.addresses import redact
 from psyray.errors import PsyrayError
 from psyray.models import model_identity
 from psyray.run import Artifact, write_atomic
@@ -44,14 +45,7 @@ for _name, _value in (
 Point = tuple[str, float, int]  # name, value, step
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SECRET = re.compile(r"(api|access|private)_?key|passw|secret|credential|authorization|bearer|(^|[_-])token$", re.I)
-_USER_INFO = re.compile(r"://[^/\s]*@")
-_SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:key|token|passw|secret|sig)[^=&\s]*=)[^&\s]+", re.I)
 _METRIC_NAME = re.compile(r"[^\w\-. /]")
-
-
-def redact(text: str) -> str:
-    """The text without the user names, passwords and keys of any URL in it."""
-    return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub("://***@", text))
 
 
 def public(tree: Any) -> Any:

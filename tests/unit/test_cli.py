@@ -54,6 +54,7 @@ def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
         (["configs/demo.yaml", "--until", "judgement"], "did you mean 'judgements'"),
         (["configs/demo.yaml", "ledger.url=nonsense"], "the label ledger's URL cannot be read"),
         (["configs/demo.yaml", "ledger.url=postgresql+psycopg://u:p@h/d"], "ledger.url holds a password"),
+        (["configs/demo.yaml", "track.uri=https://me:hunter2@h/mlflow"], "track.uri holds a user name, a password"),
         (
             ["configs/demo.yaml", "oracle.kind=replay", "oracle.path=no.jsonl"],
             "no labelled set at no.jsonl (oracle.path)",

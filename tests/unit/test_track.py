@@ -17,6 +17,7 @@ import pytest
 from made_run import CRISIS, HOSTILE, SECRET_KEY, MadeRun
 
 from psyray import track
+from psyray.addresses import redact
 from psyray.errors import PsyrayError
 from psyray.run import Artifact
 from psyray.sections.place import TrackSection
@@ -323,7 +324,7 @@ def test_flattening() -> None:
     stats = {"n": 1, "nested": {"x y": 2.5, "bad:name": 1}, "text": "t", "none": None, "inf": float("inf"), "list": [1]}
     assert dict(track.numbers(stats)) == {"n": 1, "nested/x y": 2.5, "nested/bad_name": 1}
     assert list(track.series({"steps": [{"step": 3, "loss": 1}, {"loss": 2}]})) == [("loss", 1, 3), ("loss", 2, 1)]
-    assert track.redact("postgresql://a:p@s@h/db?sslpassword=q&x=1") == "postgresql://***@h/db?sslpassword=***&x=1"
+    assert redact("postgresql://a:p@s@h/db?sslpassword=q&x=1") == "postgresql://***@h/db?sslpassword=***&x=1"
 
 
 def test_artifact_without_rows_is_tolerated(home: Path) -> None:
