@@ -240,9 +240,14 @@ class Tracker:
             self._log(self._client.get_run(self.run_id), {}, points, at)
 
     def artifact(self, path: Path) -> None:
-        """Keep a copy of one file, such as the report, in the run's artifacts."""
+        """Keep a copy of one file, such as a figure, in the run's artifacts."""
         with _plainly(self.uri):
             self._client.log_artifact(self.run_id, str(path))
+
+    def text(self, text: str, name: str) -> None:
+        """Keep a text, such as the report without quotations, as a file in the run's artifacts."""
+        with _plainly(self.uri):
+            self._client.log_text(self.run_id, text, name)
 
     def register(
         self, name: str, model_dir: Path, alias: str | None = None, tags: Mapping[str, str] | None = None

@@ -19,6 +19,7 @@ from made_run import CRISIS, HOSTILE, SECRET_KEY, MadeRun
 from psyray import track
 from psyray.addresses import redact
 from psyray.errors import PsyrayError
+from psyray.pipeline import keep_report
 from psyray.run import Artifact
 from psyray.sections.place import TrackSection
 from psyray.track import Tracker
@@ -54,8 +55,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> I
         with tracker(home, made.config, said) as open_tracker:
             made.run.on_stage = open_tracker.stage
             made.make()
-            (home / "run" / "report.html").write_text("<html></html>")
-            open_tracker.artifact(home / "run" / "report.html")
+            keep_report(open_tracker, home / "run")
     yield home / "run", client(home), said
 
 
@@ -163,9 +163,9 @@ def test_settings_are_kept_and_the_report_too(tracked: tuple[Path, Any, list[str
 def test_no_secret_and_no_client_text_reaches_mlflow(tracked: tuple[Path, Any, list[str]]) -> None:
     run, _, said = tracked
     files = [run.parent / "mlflow.db", *(p for p in (run.parent / "mlartifacts").rglob("*") if p.is_file())]
-    assert len(files) == 3
+    assert len(files) == 3 and "Answer of round" in (run / "report.html").read_text()
     for content in [*(f.read_bytes() for f in files), "\n".join(said).encode()]:
-        for secret in (SECRET_KEY, "hunter2", HOSTILE, CRISIS, "CRISIS-SPEECH", "Answer of round", "<script>"):
+        for secret in (SECRET_KEY, "hunter2", HOSTILE, CRISIS, "CRISIS-SPEECH", "I feel ", "Answer of ", "<script>"):
             assert secret.encode() not in content
 
 
