@@ -257,17 +257,30 @@ class Tracker:
         `tags["fingerprint"]` says what the same model is; without it the folder's path, file sizes and times do.
         Beside a database the version points at the folder and nothing is copied, so `models:/NAME@ALIAS` is that
         folder; a tracking server takes no outside folders, so there the files are uploaded, once.
+
+        `alias` goes to a new version, or to one of a model that has none under it yet: where it was moved on purpose,
+        the same command again leaves it there.
         """
         if not model_dir.is_dir():
             raise PsyrayError(f"cannot register {name}: there is no model folder {model_dir}")
         identity = (tags or {}).get("fingerprint") or model_identity(str(model_dir)).rpartition("#")[2]
         with _plainly(self.uri):
             self._unless_there(lambda: self._client.create_registered_model(name))
-            version = self._version(name, identity, model_dir)
-            version = version or self._add_version(name, identity, model_dir, tags or {})
+            known = self._version(name, identity, model_dir)
+            version = known or self._add_version(name, identity, model_dir, tags or {})
             if alias:
-                self._client.set_registered_model_alias(name, alias, version)
+                self._point(alias, name, version, new=not known)
         return version
+
+    def _point(self, alias: str, name: str, version: str, *, new: bool) -> None:
+        held = self._client.get_registered_model(name).aliases.get(alias)
+        if new or held is None:
+            self._client.set_registered_model_alias(name, alias, version)
+        elif str(held) != version:
+            self.say(
+                f"{name}: version {held} stays {alias}, since this run's version {version} was registered before; to "
+                f"change that: psyray promote {name}/{version} --runs {self.folder.parent}"
+            )
 
     def _unless_there(self, create: Callable[[], object]) -> None:
         from mlflow.exceptions import MlflowException

@@ -234,8 +234,8 @@ def test_a_model_is_registered_once_and_found_by_its_alias(home: Path, monkeypat
     first, second = model_folder(home / "run" / "a" / "model"), model_folder(home / "run" / "b" / "model")
     with tracker(home, {}) as open_tracker:
         assert open_tracker.register("psyray-policy", first, tags={"fingerprint": "f1", "round": "1"}) == "1"
-        assert open_tracker.register("psyray-policy", second, "champion", {"fingerprint": "f2"}) == "2"
         assert open_tracker.register("psyray-policy", first, "champion", {"fingerprint": "f1"}) == "1"
+        assert open_tracker.register("psyray-policy", second, tags={"fingerprint": "f2"}) == "2"
     assert len(client(home).search_model_versions("name = 'psyray-policy'")) == 2
     version = client(home).get_model_version_by_alias("psyray-policy", "champion")
     assert version.version in ("1", 1) and version.tags["round"] == "1"
@@ -243,6 +243,25 @@ def test_a_model_is_registered_once_and_found_by_its_alias(home: Path, monkeypat
     found = mlflow.artifacts.download_artifacts("models:/psyray-policy@champion")
     assert Path(found).resolve() == first.resolve()  # the folder itself: nothing was copied
     assert {p.name for p in first.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_only_a_new_version_becomes_champion_so_that_going_back_holds(home: Path) -> None:
+    first, second = model_folder(home / "run" / "a" / "model"), model_folder(home / "run" / "b" / "model")
+
+    def champion_after(folder: Path, fingerprint: str) -> tuple[str, list[str]]:
+        said: list[str] = []
+        with tracker(home, {}, said) as open_tracker:
+            open_tracker.register("psyray-policy", folder, "champion", {"fingerprint": fingerprint})
+        version = client(home).get_model_version_by_alias("psyray-policy", "champion").version
+        return str(version), [line for line in said if "stays champion" in line]
+
+    assert champion_after(first, "f1") == ("1", []) and champion_after(second, "f2") == ("2", [])
+    assert champion_after(second, "f2") == ("2", [])
+    client(home).set_registered_model_alias("psyray-policy", "champion", "1")  # as `psyray promote` does
+    version, [line] = champion_after(second, "f2")
+    assert version == "1" and f"psyray promote psyray-policy/2 --runs {home}" in line
+    client(home).delete_registered_model_alias("psyray-policy", "champion")
+    assert champion_after(first, "f1") == ("1", [])
 
 
 def test_a_model_without_a_fingerprint_is_known_by_its_files(home: Path) -> None:
