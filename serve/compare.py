@@ -105,7 +105,7 @@ def open_room(asked: Args) -> Room:
         )
     endpoint = Endpoint(asked.url.rstrip("/"), os.environ.get(TOKEN, "").strip(), asked.timeout_s)
     ledger = place.ledger if asked.keep else None
-    run = str(place.folder)
+    run = place.config.run.mirror or str(place.folder)  # as the run itself goes by in the ledger
     return Room(endpoint, asked.pair, load_rubric(place.config.rubric), keys, ledger, run,
                 asked.reveal, asked.per_minute, asked.contact)  # fmt: skip
 
