@@ -43,12 +43,15 @@ def run(
                psyray run configs/demo.yaml --until judgements
     """
     from psyray.config import load_config
-    from psyray.stopping import STOPPED
+    from psyray.status import expected_stages
+    from psyray.stopping import STOPPED, last_stage
 
     loaded = load_config(config, settings)
     if dry_run:
         from psyray.plan import show_plan
 
+        if until:
+            last_stage(until, expected_stages(loaded.model_dump(mode="json")))
         show_plan(loaded, out)
         return
     from psyray.pipeline import run_pipeline
@@ -115,9 +118,11 @@ def lineage(
     import json
 
     from psyray.lineage import facts, find, show
+    from psyray.run import run_path
     from psyray.sections.place import TrackSection
     from psyray.track import tracking_uri
 
+    runs = run_path(runs)
     # The tracking database beside the run folders is where runs register, unless MLFLOW_TRACKING_URI says otherwise.
     known = facts(find(model, runs, tracking_uri(TrackSection(), runs / "any")))
     if as_json:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from psyray.addresses import redact, refuse_secrets
 from psyray.errors import PsyrayError
 from psyray.sections.data import (
     EngineSection,
@@ -68,10 +69,12 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     for word in overrides or []:
         _override(tree, word)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         where = f"{path}: " if path else ""
         raise PsyrayError(where + "; ".join(_explain(e) for e in error.errors())) from error
+    refuse_secrets(config)
+    return config
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -105,7 +108,8 @@ def _explain(error: Any) -> str:
     location = [part for part in error["loc"] if isinstance(part, str)]
     dotted = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
-        return f"{dotted or 'configuration'}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r:.80})"
+        got = redact(repr(error["input"]))  # it may be a section with an address in it
+        return f"{dotted or 'configuration'}: {error['msg'].removeprefix('Value error, ')} (got {got:.80})"
     known = _keys(location[:-1])
     near = _elsewhere(location[-1]) or difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"

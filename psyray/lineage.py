@@ -9,7 +9,6 @@ Read from the stages' manifests alone: each names its inputs by fingerprint, and
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from psyray.errors import PsyrayError
-from psyray.run import Artifact, read_stages, run_path
+from psyray.run import Artifact, read_json, read_stages, run_path
 from psyray.status import key_numbers, number
 from psyray.track import registered
 
@@ -38,9 +37,10 @@ class Place:
 
 def find(model: str, runs: Path, tracking: str) -> Place:
     """The stage that a run folder, a model folder, an id or a registered name means; PsyrayError if there is none."""
-    path = Path(model).expanduser()
-    if path.exists():
-        return _at(run_path(path))
+    given = Path(model).expanduser()
+    for path in (run_path(given), given.absolute()):  # a run lies under $PSYRAY_HOME, a model's folder may lie here
+        if path.exists():
+            return _at(path)
     if re.fullmatch(r"[0-9a-f]{6,}", model):
         return _by_fingerprint(model, sorted(file.parent for file in runs.glob("*/run.json")), f"the runs in {runs}")
     tags = registered(tracking, model)
@@ -58,8 +58,9 @@ def _at(path: Path) -> Place:
         return Place(path, stages["export"])
     for folder in (path, *path.parents):
         if (folder / "manifest.json").exists():
-            run = next(parent.parent for parent in folder.parents if parent.name == "stages")
-            return Place(run, _read(folder))
+            stage = _read(folder)
+            if run := next((parent.parent for parent in folder.parents if parent.name == "stages"), None):
+                return Place(run, stage)
     raise PsyrayError(f"{path} is neither a run folder nor in the folder of a finished stage")
 
 
@@ -74,7 +75,7 @@ def _by_fingerprint(prefix: str, runs: list[Path], where: str) -> Place:
 
 
 def _read(folder: Path) -> Artifact:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_json(folder / "manifest.json", "stage", "fingerprint", "config", "inputs", "stats")
     return Artifact(manifest["stage"], folder, manifest["fingerprint"], manifest)
 
 

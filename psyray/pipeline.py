@@ -28,7 +28,7 @@ from psyray.mirror import Mirror, address
 from psyray.models import local_models, resolve_model
 from psyray.needs import TASK, serving
 from psyray.records import Row
-from psyray.report import write_report
+from psyray.report import page, write_report
 from psyray.reward.adapters import adapters_stage
 from psyray.reward.body import reading_of
 from psyray.reward.ensemble import features_stage, heads_stage
@@ -70,9 +70,7 @@ def run_pipeline(
                 register(tracker, export, run)
                 if serve:
                     served_stage(run, export, config)
-        report = write_report(run.path)
-        tracker.artifact(report)
-    return report
+        return keep_report(tracker, run.path)
 
 
 def run_stages(run: Run, config: Config, desk: Desk, second: Desk | None = None) -> Artifact:
@@ -149,6 +147,13 @@ def register(tracker: Tracker, export: Artifact, run: Run) -> None:
     tags = {"run": stats["run"], "round": str(stats["champion_round"]), "fingerprint": export.fingerprint}
     tracker.register("psyray-policy", model("policy"), alias="champion", tags=tags)
     tracker.register("psyray-reward", model("reward"), alias="champion", tags=tags)
+
+
+def keep_report(tracker: Tracker, run: Path) -> Path:
+    """RUN/report.html, and among MLflow's artifacts a copy without a client's words: those stay in the run folder."""
+    report = write_report(run)
+    tracker.text(page(run, quotes=False), report.name)
+    return report
 
 
 def served_stage(run: Run, export: Artifact, config: Config) -> Artifact:

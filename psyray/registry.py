@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from psyray.addresses import redact
 from psyray.errors import PsyrayError
 from psyray.lineage import find
-from psyray.track import redact, registry
+from psyray.track import registry
 
 MODELS = ("psyray-policy", "psyray-reward")
 

@@ -23,6 +23,12 @@ Stages = Mapping[str, Artifact]
 def write_report(run: Path) -> Path:
     """Write RUN/report.html and return its path; PsyrayError where there is no run."""
     path = run_path(run)
+    write_atomic(path / "report.html", page(path))
+    return path / "report.html"
+
+
+def page(run: Path, *, quotes: bool = True) -> str:
+    """The report; without `quotes` it holds no client's words and no answer to them, and says where they are."""
     environment = Environment(
         loader=PackageLoader("psyray", "assets"),
         autoescape=True,
@@ -31,9 +37,8 @@ def write_report(run: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, share=share, change=change, duration=status.duration)
-    page = environment.get_template("report.html.jinja").render(**contents(path))
-    write_atomic(path / "report.html", page)
-    return path / "report.html"
+    known = contents(run_path(run)) | {"quotes": quotes} | ({} if quotes else {"examples": {"shown": []}})
+    return environment.get_template("report.html.jinja").render(**known)
 
 
 def contents(path: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from psyray.addresses import redact
 from psyray.errors import PsyrayError
 from psyray.mirror import Mirror
 from psyray.records import Row, content_id, rows, table
@@ -41,6 +42,7 @@ from psyray.tables import connect, cut, in_order, sources
 
 ROWS_PER_FILE = 50_000
 ROWS_IN_MEMORY = 4_096
+MEND = "put a copy of it back, or move it away and give the run's command again, which writes it anew"
 
 
 def runs_home() -> Path:
@@ -87,6 +89,28 @@ def each(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterato
     """The rows of Parquet files as dicts, a few thousand in memory at a time."""
     for batch in batches(files, columns):
         yield from rows(pa.Table.from_batches([batch]))
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """What a JSON file of a run says; PsyrayError where it is broken or is no such file, since `keys` are missing."""
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise PsyrayError(f"{path} is no JSON ({error}); {MEND}") from error
+    if not isinstance(tree, dict) or not tree.keys() >= set(keys):
+        raise PsyrayError(f"{path} is none of psyray's: it does not say {', '.join(keys)}; {MEND}")
+    return tree
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in RUN/config.yaml; PsyrayError where it is broken."""
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise PsyrayError(f"{path} is no YAML ({' '.join(str(error).split()):.200}); {MEND}") from error
+    if not isinstance(tree, dict):
+        raise PsyrayError(f"{path} holds no settings; {MEND}")
+    return tree
 
 
 def write_parquet(path: Path, arrow: pa.Table) -> None:
@@ -249,8 +273,7 @@ class Run:
     def _note_changes(self, config: Mapping[str, Any]) -> None:
         kept = self.path / "config.yaml"
         if kept.exists():
-            before = yaml.safe_load(kept.read_text())
-            for line in _differences(before, config):
+            for line in _differences(read_settings(kept), config):
                 self.say(f"changed since the last run: {line}")
         write_atomic(kept, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
@@ -348,7 +371,8 @@ def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
         for key in {**before, **after}:
             yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
     elif before != after:
-        yield f"{at}: {before!r:.60} -> {after!r:.60}"
+        # The settings before may be those of a version that took a password in a URL.
+        yield f"{at}: {redact(repr(before)):.60} -> {redact(repr(after)):.60}"
 
 
 def followed(path: Path, written_in: Path, run: Path) -> Path:
@@ -364,7 +388,7 @@ def fetch_run(mirror: Mirror) -> list[str]:
     listed = mirror.run / "run.json"
     if not listed.exists():
         raise PsyrayError(f"no run at {mirror.uri}: it holds no run.json")
-    for entry in json.loads(listed.read_text())["stages"]:
+    for entry in read_json(listed, "stages")["stages"]:
         folder = mirror.run / "stages" / entry["name"] / entry["fingerprint"]
         if not (folder / "manifest.json").exists() and mirror.fetch(folder):
             mirror.say(f"{entry['name']}: fetched")
@@ -377,9 +401,9 @@ def read_stages(path: Path) -> list[Artifact]:
     if not (path / "run.json").exists():
         raise PsyrayError(f"no run at {path}; start one with `psyray run configs/demo.yaml run.path={path}`")
     found = []
-    for entry in json.loads((path / "run.json").read_text())["stages"]:
+    for entry in read_json(path / "run.json", "stages")["stages"]:
         folder = path / "stages" / entry["name"] / entry["fingerprint"]
         if (folder / "manifest.json").exists():
-            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest = read_json(folder / "manifest.json", "stats")
             found.append(Artifact(entry["name"], folder, entry["fingerprint"], manifest))
     return found

@@ -12,12 +12,11 @@ from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from psyray.run import Artifact, read_stages, run_path
+from psyray.run import Artifact, read_json, read_settings, read_stages, run_path
 from psyray.times import by_round
 
 DASH = "–"  # noqa: RUF001  what is not known, here and in the report
@@ -53,9 +52,9 @@ def duration(seconds: Any) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The resolved settings of the run's latest pass; empty where none were written."""
+    """The resolved settings of the run's latest pass; empty where none were written, PsyrayError where broken."""
     kept = run_path(path) / "config.yaml"
-    return dict(yaml.safe_load(kept.read_text()) or {}) if kept.exists() else {}
+    return read_settings(kept) if kept.exists() else {}
 
 
 def expected_stages(config: Mapping[str, Any]) -> list[str]:
@@ -118,13 +117,13 @@ class Line:
 def stopped_at(path: Path) -> str:
     """When the run's latest pass was stopped on purpose; empty where it was not."""
     listed = run_path(path) / "run.json"
-    return str(json.loads(listed.read_text()).get("stopped", "")) if listed.exists() else ""
+    return str(read_json(listed).get("stopped", "")) if listed.exists() else ""
 
 
 def driver(path: Path) -> tuple[int | None, bool]:
     """The process id of the run's latest pass and whether that process is alive on this machine."""
     listed = run_path(path) / "run.json"
-    pid = json.loads(listed.read_text()).get("pid") if listed.exists() else None
+    pid = read_json(listed).get("pid") if listed.exists() else None
     return pid, pid is not None and _alive(int(pid), listed.stat().st_mtime)
 
 
@@ -142,7 +141,7 @@ def stage_lines(path: Path) -> list[Line]:
     path = run_path(path)
     done = stages_by_name(path)
     state = "stopped" if stopped_at(path) else "running" if driver(path)[1] else "cut off"
-    listed = json.loads((path / "run.json").read_text())["stages"]
+    listed = read_json(path / "run.json", "stages")["stages"]
     lines = []
     for entry in listed:
         if artifact := done.get(entry["name"]):

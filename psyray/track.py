@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from psyray.addresses import redact
 from psyray.errors import PsyrayError
 from psyray.models import model_identity
 from psyray.run import Artifact, write_atomic
@@ -44,14 +45,7 @@ for _name, _value in (
 Point = tuple[str, float, int]  # name, value, step
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SECRET = re.compile(r"(api|access|private)_?key|passw|secret|credential|authorization|bearer|(^|[_-])token$", re.I)
-_USER_INFO = re.compile(r"://[^/\s]*@")
-_SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:key|token|passw|secret|sig)[^=&\s]*=)[^&\s]+", re.I)
 _METRIC_NAME = re.compile(r"[^\w\-. /]")
-
-
-def redact(text: str) -> str:
-    """The text without the user names, passwords and keys of any URL in it."""
-    return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub("://***@", text))
 
 
 def public(tree: Any) -> Any:
@@ -246,9 +240,14 @@ class Tracker:
             self._log(self._client.get_run(self.run_id), {}, points, at)
 
     def artifact(self, path: Path) -> None:
-        """Keep a copy of one file, such as the report, in the run's artifacts."""
+        """Keep a copy of one file, such as a figure, in the run's artifacts."""
         with _plainly(self.uri):
             self._client.log_artifact(self.run_id, str(path))
+
+    def text(self, text: str, name: str) -> None:
+        """Keep a text, such as the report without quotations, as a file in the run's artifacts."""
+        with _plainly(self.uri):
+            self._client.log_text(self.run_id, text, name)
 
     def register(
         self, name: str, model_dir: Path, alias: str | None = None, tags: Mapping[str, str] | None = None
@@ -258,17 +257,30 @@ class Tracker:
         `tags["fingerprint"]` says what the same model is; without it the folder's path, file sizes and times do.
         Beside a database the version points at the folder and nothing is copied, so `models:/NAME@ALIAS` is that
         folder; a tracking server takes no outside folders, so there the files are uploaded, once.
+
+        `alias` goes to a new version, or to one of a model that has none under it yet: where it was moved on purpose,
+        the same command again leaves it there.
         """
         if not model_dir.is_dir():
             raise PsyrayError(f"cannot register {name}: there is no model folder {model_dir}")
         identity = (tags or {}).get("fingerprint") or model_identity(str(model_dir)).rpartition("#")[2]
         with _plainly(self.uri):
             self._unless_there(lambda: self._client.create_registered_model(name))
-            version = self._version(name, identity, model_dir)
-            version = version or self._add_version(name, identity, model_dir, tags or {})
+            known = self._version(name, identity, model_dir)
+            version = known or self._add_version(name, identity, model_dir, tags or {})
             if alias:
-                self._client.set_registered_model_alias(name, alias, version)
+                self._point(alias, name, version, new=not known)
         return version
+
+    def _point(self, alias: str, name: str, version: str, *, new: bool) -> None:
+        held = self._client.get_registered_model(name).aliases.get(alias)
+        if new or held is None:
+            self._client.set_registered_model_alias(name, alias, version)
+        elif str(held) != version:
+            self.say(
+                f"{name}: version {held} stays {alias}, since this run's version {version} was registered before; to "
+                f"change that: psyray promote {name}/{version} --runs {self.folder.parent}"
+            )
 
     def _unless_there(self, create: Callable[[], object]) -> None:
         from mlflow.exceptions import MlflowException

@@ -1,6 +1,7 @@
 """Two served policies side by side in conversation: a person writes, both answer, blind, and the person chooses.
 
-    serve run serve.compare:build run=RUN keys=FILE url=http://127.0.0.1:8000 [models=NAME,NAME] [reveal=true]
+    serve run configs/serve.yaml                                            with the policies on one port, at /compare/
+    serve run serve.compare:build run=RUN keys=FILE url=URL [models=NAME,NAME] [reveal=true]      policies elsewhere
 
     GET  /                the page                        POST /turns/choose   which answer is better
     POST /turns/say       words; both answers, streamed   POST /turns/view     what the reward model thinks of both
@@ -105,7 +106,7 @@ def open_room(asked: Args) -> Room:
         )
     endpoint = Endpoint(asked.url.rstrip("/"), os.environ.get(TOKEN, "").strip(), asked.timeout_s)
     ledger = place.ledger if asked.keep else None
-    run = str(place.folder)
+    run = place.config.run.mirror or str(place.folder)  # as the run itself goes by in the ledger
     return Room(endpoint, asked.pair, load_rubric(place.config.rubric), keys, ledger, run,
                 asked.reveal, asked.per_minute, asked.contact)  # fmt: skip
 

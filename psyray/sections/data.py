@@ -90,7 +90,7 @@ class Sampling(Section):
 class EndpointSection(Section):
     """An OpenAI-compatible endpoint: where it is, how fast it may be asked, and what it costs."""
 
-    url: str | None = Field(None, description="base URL that ends in /v1")
+    url: str | None = Field(None, description="base URL that ends in /v1, without a user name or a key")
     api_key_env: str = Field("PSYRAY_API_KEY", description="the environment variable that holds the endpoint's key")
     concurrency: int = Field(8, ge=1, description="requests under way at once, over the whole cluster")
     requests_per_minute: float | None = Field(None, gt=0)

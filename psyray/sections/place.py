@@ -8,7 +8,10 @@ from psyray.sections.data import Section
 
 
 class TrackSection(Section):
-    uri: str | None = Field(None, description="MLflow; none: MLFLOW_TRACKING_URI, else SQLite beside the run folders")
+    uri: str | None = Field(
+        None,
+        description="MLflow, without a password; none: MLFLOW_TRACKING_URI, else SQLite beside the run folders",
+    )
     experiment: str = "psyray"
 
 

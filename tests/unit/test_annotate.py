@@ -169,6 +169,14 @@ def test_odd_notes_are_kept(client, url):
     assert client.post("/experts/answer", content=body, headers=headers).status_code == 200
 
 
+def test_under_a_prefix_the_page_is_the_same(url, keys):
+    app = http_app(Desk(url, frozenset({"run"}), RUBRIC, 600, keys))
+    client = TestClient(app, root_path="/annotate", base_url="http://here")
+    assert client.get("/annotate/").status_code == 200 and client.get("/annotate/annotate.js").status_code == 200
+    assert client.get("/annotate/experts/progress").status_code == 401
+    assert client.get("/annotate/experts/progress", headers=by("anna")).status_code == 200
+
+
 def test_the_page_and_its_parts_come_from_here_and_hold_nothing_of_clients(client, url):
     put(url, 1)
     html = client.get("/")

@@ -52,8 +52,10 @@ def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
         (["configs/demo.yaml", "run.path=s3://bucket/x"], "a URI goes into run.mirror"),
         (["configs/demo.yaml", "run.mirror=bucket/x"], "run.mirror is a plain URI"),
         (["configs/demo.yaml", "--until", "judgement"], "did you mean 'judgements'"),
+        (["configs/demo.yaml", "--until", "judgement", "--dry-run"], "did you mean 'judgements'"),
         (["configs/demo.yaml", "ledger.url=nonsense"], "the label ledger's URL cannot be read"),
         (["configs/demo.yaml", "ledger.url=postgresql+psycopg://u:p@h/d"], "ledger.url holds a password"),
+        (["configs/demo.yaml", "track.uri=https://me:hunter2@h/mlflow"], "track.uri holds a user name, a password"),
         (
             ["configs/demo.yaml", "oracle.kind=replay", "oracle.path=no.jsonl"],
             "no labelled set at no.jsonl (oracle.path)",
@@ -74,6 +76,31 @@ def test_status_of_no_run_says_so(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["status", str(tmp_path)])
     assert "no run at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "text"),
+    [
+        ("status", "run.json", '{"stages": ['),
+        ("status", "run.json", "[]"),
+        ("status", "run.json", '{"pid": 1}'),
+        ("report", "config.yaml", "loop: ["),
+        ("conversations", "config.yaml", "loop: ["),
+        ("conversations", "config.yaml", "- loop"),
+        ("lineage", "manifest.json", '{"name": "an app"}'),
+        ("lineage", "manifest.json", "{"),
+    ],
+)
+def test_a_broken_file_in_a_run_is_one_clear_line_that_names_it(command, file, text, capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    if command == "report":
+        (tmp_path / "run" / "run.json").write_text('{"stages": [], "pid": 1}')
+    (tmp_path / "run" / file).write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main([command, str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.count("\n") == 1
+    assert error.startswith(f"error: {tmp_path}/run/{file} ") and "put a copy of it back" in error
 
 
 def test_the_settings_page_is_what_the_code_says():
@@ -140,7 +167,9 @@ def test_every_served_application_in_the_docs_takes_these_words(line):
     module, name = target.split(":")
     application = import_module(module)
     assert callable(getattr(application, name))
-    application.Args.read(dict(word.split("=", 1) for word in words if not word.startswith("[")))
+    asked = application.Args.read(dict(word.split("=", 1) for word in words if not word.startswith("[")))
+    # `serve run` listens there itself: a page cannot ask itself, nor two commands have one port.
+    assert getattr(asked, "url", "") != "http://127.0.0.1:8000"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

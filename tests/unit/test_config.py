@@ -2,6 +2,7 @@
 
 import pytest
 
+from psyray.addresses import holds_secret
 from psyray.config import load_config
 from psyray.errors import PsyrayError
 
@@ -79,3 +80,51 @@ def test_a_missing_and_a_broken_file_are_named(tmp_path):
 
 def test_a_responder_with_an_unknown_key_names_the_place():
     assert "responses.responders.0.temprature" in message("responses.responders=[{name: a, temprature: 1}]")
+
+
+SERVED = "{name: a, model: m, endpoint: {url: URL}}"
+HTTP = "{engine: http, model: m, url: URL}"
+
+
+@pytest.mark.parametrize(
+    ("word", "named", "mend"),
+    [
+        (f"judge={HTTP}", "judge.url", "PSYRAY_JUDGE_API_KEY"),
+        (f"topics={HTTP}", "topics.url", "PSYRAY_JUDGE_API_KEY"),
+        (f"evaluate.second={HTTP}", "evaluate.second.url", "PSYRAY_JUDGE_API_KEY"),
+        (f"panel.judges=[{HTTP}, {HTTP.replace('URL', 'http://h/v1')}]", "panel.judges.0.url", "PSYRAY_JUDGE_API_KEY"),
+        (f"responses.responders=[{SERVED}]", "responses.responders.0.endpoint.url", "PSYRAY_API_KEY"),
+        ("track.uri=URL", "track.uri", "MLFLOW_TRACKING_PASSWORD"),
+    ],
+)
+@pytest.mark.parametrize("url", ["https://me:hunter2@host/v1", "https://host/v1?api-key=hunter2"])
+def test_a_secret_in_an_address_is_refused_with_the_mend_and_not_repeated(word, named, mend, url):
+    said = message(word.replace("URL", f'"{url}"') if "{" in word else word.replace("URL", url))
+    assert said.startswith(f"{named} holds") and mend in said and "hunter2" not in said
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("https://sk-123@host/v1", True),
+        ("http://me:p@ss@host/v1", True),
+        ("me:hun#ter2@host/v1", True),
+        ("postgresql+psycopg://me:hun/ter2@host/mlflow", True),
+        ("postgresql://me@host/mlflow?sslpassword=hunter2", True),
+        ("https://host/v1?api-version=1&subscription-key=x", True),
+        ("https://host/v1?accessToken=x", True),
+        ("https://host/v1?sv=1&sig=x", True),
+        ("postgresql://me@host/mlflow?sslkey=client.pem", False),
+        ("https://host:8443/v1?api-version=2024-06-01", False),
+        ("http://[::1]:8000/v1", False),
+        ("sqlite:////home/me@work:1/mlflow.db", False),
+        ("./me@work/mlruns", False),
+        ("databricks://profile", False),
+    ],
+)
+def test_what_counts_as_a_secret_in_an_address(url, secret):
+    assert holds_secret(url) is secret
+
+
+def test_an_error_about_a_section_repeats_no_password_in_it():
+    assert "hunter2" not in message('judge={engine: http, url: "http://me:hunter2@host/v1"}')

@@ -60,15 +60,18 @@ def test_serve_file_fits_rays_schema_and_stays_on_loopback() -> None:
 
 
 def test_what_the_serve_file_offers_beside_fits_too() -> None:
-    """The second application stands there as a comment, for it needs keys."""
+    """The pages stand there as comments, for they need keys."""
     from ray.serve.schema import ServeDeploySchema
 
+    from serve.annotate import Args as Annotation
     from serve.compare import Args
 
     text = (CONFIGS / "serve.yaml").read_text()
     head, found, rest = text.partition("  # - name: compare")
     schema = ServeDeploySchema.model_validate(yaml.safe_load(head + (found + rest).replace("  # ", "  ")))
-    compare = schema.applications[-1]
+    _, compare, annotate = schema.applications
+    assert (annotate.route_prefix, annotate.import_path) == ("/annotate", "serve.annotate:build")
+    assert Annotation.read(annotate.args).run == Args.read(compare.args).run
     assert (compare.route_prefix, compare.import_path) == ("/compare", "serve.compare:build")
     assert Args.read(compare.args).url == f"http://{schema.http_options.host}:{schema.http_options.port}"
 

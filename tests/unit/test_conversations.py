@@ -255,3 +255,18 @@ def test_the_server_reads_the_runs_configuration(tmp_path, monkeypatch):
     monkeypatch.setenv("PSYRAY_KEYS", "anna annotate anna-has-a-long-token")
     with pytest.raises(PsyrayError, match="no key has the role compare"):
         open_room(Args.read({"run": str(run)}))
+
+
+def test_choices_of_a_mirrored_run_are_found_in_whatever_folder_it_is_fetched_into(tmp_path, monkeypatch):
+    monkeypatch.setenv("PSYRAY_KEYS", f"carla compare {TOKENS['carla']}")
+    url, said = f"sqlite:///{tmp_path}/all.db", list[str]()
+    settings = Config.model_validate({"run": {"mirror": "s3://bucket/demo"}, "ledger": {"url": url}})
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+        write_atomic(tmp_path / name / "config.yaml", yaml.safe_dump(settings.model_dump(mode="json")))
+    room = open_room(Args.read({"run": str(tmp_path / "here")}))
+    words = [{"role": "user", "content": SECRET}]
+    chosen = Chosen("t", "carla", "r", words, ("a", "b"), ("x", "y"), Choice.LEFT, True, 1.0, scores_seen=False)
+    keep(Ledger(room.ledger or ""), room.run, chosen)
+    show(place_of(tmp_path / "elsewhere"), None, said.append)
+    assert said[0].startswith("a 1, b 0")

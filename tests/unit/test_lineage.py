@@ -74,13 +74,31 @@ def test_a_registered_name_leads_to_its_run(tmp_path):
 
 
 def test_what_leads_nowhere_is_a_clear_error(runs):
+    (runs / "foreign").mkdir()
+    (runs / "foreign" / "manifest.json").write_text('{"name": "an app"}')
     for model, words in (
         (str(runs / "short"), "is not finished .no export.; see `psyray status"),
         (str(runs), "neither a run folder nor in the folder of a finished stage"),
+        (str(runs / "foreign"), "foreign/manifest.json is none of psyray's"),
         ("abcdef0123", "no stage abcdef0123 in the runs in"),
     ):
         with pytest.raises(PsyrayError, match=words):
             found(model, runs)
+
+
+def test_a_run_is_looked_for_where_runs_are_and_then_here(runs, tmp_path, monkeypatch):
+    export = stage(runs, "export").fingerprint
+    (tmp_path / "demo").mkdir()  # a folder of the same name that is no run
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PSYRAY_HOME", str(runs))
+    assert found("demo", runs)["fingerprint"] == export
+    policy = stage(runs, "round-1/policy")
+    monkeypatch.chdir(policy.path)
+    assert found("model", runs)["fingerprint"] == policy.fingerprint
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PSYRAY_HOME", str(runs.parent))
+    shown = CliRunner().invoke(app, ["lineage", export, "--runs", runs.name])
+    assert shown.exit_code == 0 and export[:12] in shown.output
 
 
 def test_the_command_tells_people_and_programs(runs):

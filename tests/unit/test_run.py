@@ -83,6 +83,21 @@ def test_settings_that_changed_are_said(tmp_path, said):
     assert said == ["changed since the last run: loop.rounds: 1 -> 2"]
 
 
+def test_a_password_that_an_older_version_kept_is_not_said(tmp_path, said):
+    for uri in ("https://me:hunter2@host/mlflow", None):
+        with open_run(tmp_path, said).open({"track": {"uri": uri}}):
+            pass
+    assert said == ["changed since the last run: track.uri: 'https://***@host/mlflow' -> None"]
+
+
+def test_broken_settings_of_the_last_run_are_one_clear_error(tmp_path, said):
+    run = open_run(tmp_path, said)
+    run.path.mkdir(parents=True, exist_ok=True)
+    (run.path / "config.yaml").write_text("loop: [")
+    with pytest.raises(PsyrayError, match=r"config\.yaml is no YAML .*; put a copy of it back"), run.open({}):
+        pass
+
+
 def test_two_processes_cannot_work_in_one_run(tmp_path, said):
     run = open_run(tmp_path, said)
     code = f"from psyray.run import Run\nwith Run(__import__('pathlib').Path({str(run.path)!r})).open({{}}): pass"

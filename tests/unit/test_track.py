@@ -17,7 +17,9 @@ import pytest
 from made_run import CRISIS, HOSTILE, SECRET_KEY, MadeRun
 
 from psyray import track
+from psyray.addresses import redact
 from psyray.errors import PsyrayError
+from psyray.pipeline import keep_report
 from psyray.run import Artifact
 from psyray.sections.place import TrackSection
 from psyray.track import Tracker
@@ -53,8 +55,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> I
         with tracker(home, made.config, said) as open_tracker:
             made.run.on_stage = open_tracker.stage
             made.make()
-            (home / "run" / "report.html").write_text("<html></html>")
-            open_tracker.artifact(home / "run" / "report.html")
+            keep_report(open_tracker, home / "run")
     yield home / "run", client(home), said
 
 
@@ -162,9 +163,9 @@ def test_settings_are_kept_and_the_report_too(tracked: tuple[Path, Any, list[str
 def test_no_secret_and_no_client_text_reaches_mlflow(tracked: tuple[Path, Any, list[str]]) -> None:
     run, _, said = tracked
     files = [run.parent / "mlflow.db", *(p for p in (run.parent / "mlartifacts").rglob("*") if p.is_file())]
-    assert len(files) == 3
+    assert len(files) == 3 and "Answer of round" in (run / "report.html").read_text()
     for content in [*(f.read_bytes() for f in files), "\n".join(said).encode()]:
-        for secret in (SECRET_KEY, "hunter2", HOSTILE, CRISIS, "CRISIS-SPEECH", "Answer of round", "<script>"):
+        for secret in (SECRET_KEY, "hunter2", HOSTILE, CRISIS, "CRISIS-SPEECH", "I feel ", "Answer of ", "<script>"):
             assert secret.encode() not in content
 
 
@@ -233,8 +234,8 @@ def test_a_model_is_registered_once_and_found_by_its_alias(home: Path, monkeypat
     first, second = model_folder(home / "run" / "a" / "model"), model_folder(home / "run" / "b" / "model")
     with tracker(home, {}) as open_tracker:
         assert open_tracker.register("psyray-policy", first, tags={"fingerprint": "f1", "round": "1"}) == "1"
-        assert open_tracker.register("psyray-policy", second, "champion", {"fingerprint": "f2"}) == "2"
         assert open_tracker.register("psyray-policy", first, "champion", {"fingerprint": "f1"}) == "1"
+        assert open_tracker.register("psyray-policy", second, tags={"fingerprint": "f2"}) == "2"
     assert len(client(home).search_model_versions("name = 'psyray-policy'")) == 2
     version = client(home).get_model_version_by_alias("psyray-policy", "champion")
     assert version.version in ("1", 1) and version.tags["round"] == "1"
@@ -242,6 +243,25 @@ def test_a_model_is_registered_once_and_found_by_its_alias(home: Path, monkeypat
     found = mlflow.artifacts.download_artifacts("models:/psyray-policy@champion")
     assert Path(found).resolve() == first.resolve()  # the folder itself: nothing was copied
     assert {p.name for p in first.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_only_a_new_version_becomes_champion_so_that_going_back_holds(home: Path) -> None:
+    first, second = model_folder(home / "run" / "a" / "model"), model_folder(home / "run" / "b" / "model")
+
+    def champion_after(folder: Path, fingerprint: str) -> tuple[str, list[str]]:
+        said: list[str] = []
+        with tracker(home, {}, said) as open_tracker:
+            open_tracker.register("psyray-policy", folder, "champion", {"fingerprint": fingerprint})
+        version = client(home).get_model_version_by_alias("psyray-policy", "champion").version
+        return str(version), [line for line in said if "stays champion" in line]
+
+    assert champion_after(first, "f1") == ("1", []) and champion_after(second, "f2") == ("2", [])
+    assert champion_after(second, "f2") == ("2", [])
+    client(home).set_registered_model_alias("psyray-policy", "champion", "1")  # as `psyray promote` does
+    version, [line] = champion_after(second, "f2")
+    assert version == "1" and f"psyray promote psyray-policy/2 --runs {home}" in line
+    client(home).delete_registered_model_alias("psyray-policy", "champion")
+    assert champion_after(first, "f1") == ("1", [])
 
 
 def test_a_model_without_a_fingerprint_is_known_by_its_files(home: Path) -> None:
@@ -323,7 +343,7 @@ def test_flattening() -> None:
     stats = {"n": 1, "nested": {"x y": 2.5, "bad:name": 1}, "text": "t", "none": None, "inf": float("inf"), "list": [1]}
     assert dict(track.numbers(stats)) == {"n": 1, "nested/x y": 2.5, "nested/bad_name": 1}
     assert list(track.series({"steps": [{"step": 3, "loss": 1}, {"loss": 2}]})) == [("loss", 1, 3), ("loss", 2, 1)]
-    assert track.redact("postgresql://a:p@s@h/db?sslpassword=q&x=1") == "postgresql://***@h/db?sslpassword=***&x=1"
+    assert redact("postgresql://a:p@s@h/db?sslpassword=q&x=1") == "postgresql://***@h/db?sslpassword=***&x=1"
 
 
 def test_artifact_without_rows_is_tolerated(home: Path) -> None:
