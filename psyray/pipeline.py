@@ -11,6 +11,7 @@ from typing import Any
 
 from psyray.active.labelled_set import labelled_source
 from psyray.active.ledger import Ledger, ledger_url
+from psyray.addresses import refuse_secrets
 from psyray.cluster import ray_session, require, use_gpu
 from psyray.config import Config
 from psyray.data.generate import responses_stage
@@ -205,6 +206,7 @@ def check(config: Config) -> None:
 
 def check_settings(config: Config) -> None:
     """Settings that cannot work together; PsyrayError names them."""
+    refuse_secrets(config)
     ledger_url(config.ledger.url, run_path(config.run.path))
     if config.run.mirror is not None:
         address(config.run.mirror)

@@ -130,8 +130,8 @@ def show(place: Place, to: Path | None, say: Callable[[str], None]) -> None:
     found = tally(ledger, place.runs)
     if not found:
         raise PsyrayError(
-            f"nobody has chosen between two policies in {place.folder} yet; the page: "
-            f"serve run serve.compare:build run={place.folder} keys=FILE"
+            f"nobody has chosen between two policies in {place.folder} yet; the page for that is the application "
+            f"`compare` of configs/serve.yaml, with run: {place.folder}"
         )
     for row in found:
         first, second = row["policies"]
