@@ -9,9 +9,10 @@ import pytest
 from psyray.active.ledger import Answer
 from psyray.active.oracles import exchanged, panel_label, read, verdict_of_orders
 from psyray.data.judge import Desk
+from psyray.engines.judges import VllmJudge
 from psyray.records import Verdict
 from psyray.rubric import load_rubric
-from psyray.sections.data import JudgeSection, PanelSection
+from psyray.sections.data import EngineSection, JudgeSection, PanelSection
 
 A, B, TIE, INVALID = Verdict.A, Verdict.B, Verdict.TIE, Verdict.INVALID
 RUBRIC = load_rubric("counselling")
@@ -53,6 +54,16 @@ def test_one_unusable_half_makes_the_comparison_invalid_and_keeps_what_was_said(
     answer = verdict_of_orders(desk(), "q", half(1.0), half(None))
     assert not answer.ok and answer.error == "nonsense" and answer.answer == {"raw_text": ["1.0", "None"]}
     assert read(answer, True) == (INVALID, 0.0, {"error": "nonsense"}) and read(None, True) is None
+
+
+def test_a_judge_that_may_say_more_is_another_so_that_what_was_cut_off_is_asked_again(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
+    def named(**settings) -> str:
+        section = JudgeSection(engine="vllm", model=str(tmp_path), **settings)
+        return VllmJudge(RUBRIC, section, EngineSection(), 1).id
+
+    assert named() == named(max_tokens=200) != named(max_tokens=400) != named(max_tokens=20)
 
 
 def test_exchanging_twice_is_the_identity():
