@@ -122,6 +122,7 @@ _DENIED = re.compile(rf"(?:{'|'.join(_DENIALS)})\s*$")
 # The wish may be the phrase's own first word, so that the denial stands right before it.
 _WISHED, _DENIED_WISH = re.compile(rf"{_WISH}\b"), re.compile(rf"(?:{_NOT}|\bnot)\s*$")
 _CLAUSE = re.compile(r"[.!?;:,()]|\b(?:but|although|though|except)\b")
+_LOOK_BACK = 120  # characters before a phrase in which a denial of it may stand; the longest have some 80
 _KINDS = {kind: re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})") for kind, phrases in PHRASES.items()}
 
 
@@ -137,7 +138,7 @@ def kinds(*texts: str) -> list[str]:
 
 
 def _holds(words: str, phrases: re.Pattern[str]) -> bool:
-    return any(not _denied(words[: hit.start()], hit.group()) for hit in phrases.finditer(words))
+    return any(not _denied(hit) for hit in phrases.finditer(words))
 
 
 def _plain(text: str) -> str:
@@ -146,6 +147,11 @@ def _plain(text: str) -> str:
     return " ".join(folded.split())
 
 
-def _denied(before: str, phrase: str) -> bool:
-    clause = _CLAUSE.split(before)[-1]
-    return bool(_DENIED.search(clause) or (_WISHED.match(phrase) and _DENIED_WISH.search(clause)))
+def _denied(hit: re.Match[str]) -> bool:
+    """Whether the end of the clause before the phrase denies it."""
+    # Not all that stands before: a text of many phrases would be read once for each of them.
+    words, end = hit.string, hit.start()
+    start = max(0, end - _LOOK_BACK)
+    start = max((mark.end() for mark in _CLAUSE.finditer(words, start, end)), default=start)
+    wished = _WISHED.match(hit.group())
+    return bool(_DENIED.search(words, start, end) or (wished and _DENIED_WISH.search(words, start, end)))

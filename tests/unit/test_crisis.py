@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from psyray import crisis
 from psyray.crisis import flag, kinds
 
 CRISES = [
@@ -130,3 +133,30 @@ def test_several_texts_are_one_conversation() -> None:
 
 def test_case_spaces_and_apostrophes_do_not_matter() -> None:
     assert flag("I  WANT\nTO   DIE") and flag("I don\u2019t want to be alive") and flag("I don't want to be alive")
+
+
+class Counted:
+    """A pattern that adds up how many characters it was given."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self.pattern, self.characters = pattern, 0
+
+    def finditer(self, words: str, start: int, end: int) -> list[re.Match[str]]:
+        self.characters += end - start
+        return list(self.pattern.finditer(words, start, end))
+
+
+def test_what_stands_before_a_phrase_is_read_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a request of many denied phrases would hold up everybody's for minutes."""
+    counted = {}
+    for times in (1_000, 2_000):
+        monkeypatch.setattr(crisis, "_CLAUSE", pattern := Counted(re.compile(r"[.,]")))
+        assert not flag("i'm not suicidal " * times)
+        counted[times] = pattern.characters
+    assert 0 < counted[2_000] <= 2.1 * counted[1_000]
+
+
+@pytest.mark.parametrize("far", ["so ", "so, ", "but "])
+def test_a_denial_counts_however_long_the_text_before_it(far: str) -> None:
+    assert not flag(far * 500 + "I do not really have any serious thoughts about suicide")
+    assert flag("I'm not " + far * 500 + "suicidal") and flag(far * 500 + "suicidal")
