@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
+from itertools import groupby
 
 _WISH = r"(?:want|wanted|wanting|wish|hope|hoping|going|planning|plan|planned|decided|ready|deserve)"
 _THEM = r"(?:he|she|they|my [a-z' -]{2,30}?)"
@@ -20,7 +22,7 @@ _KIN = r"(?:mum|mom|mother|dad|father|wife|kids?|children|child|brother|sister|b
 _US = rf"(?:me|us|my {_KIN})"
 _OTHERS = (
     r"(?:him|her|them|someone|somebody|people|others|other people|everyone|anyone|"
-    rf"my (?:{_KIN}|husband|partner|family|boyfriend|girlfriend|ex|boss|neighbou?rs?|roommate|co-?workers?))"
+    rf"my (?:{_KIN}|husband|partner|family|boyfriend|girlfriend|ex|boss|neighbou?rs?|roommate|co[- ]?workers?))"
 )
 _WILL = r"(?:'ll| will| would|'s going to|'re going to| is going to| are going to| might)"
 _HARM = r"(?:hurt|harm|cut|burn|punish)(?:ting|ing|ed|t)?"
@@ -122,6 +124,12 @@ _DENIED = re.compile(rf"(?:{'|'.join(_DENIALS)})\s*$")
 # The wish may be the phrase's own first word, so that the denial stands right before it.
 _WISHED, _DENIED_WISH = re.compile(rf"{_WISH}\b"), re.compile(rf"(?:{_NOT}|\bnot)\s*$")
 _CLAUSE = re.compile(r"[.!?;:,()]|\b(?:but|although|though|except)\b")
+_LOOK_BACK = 120  # characters before a phrase in which a denial of it may stand; the longest have some 80
+# What keyboards put for an apostrophe (acute, grave, prime, modifier letters, quotation marks), and hyphens.
+_STRAIGHT = dict.fromkeys(map(ord, "\u00b4`\u02b9\u02bb\u02bc\u02c8\u2018\u2019\u201b\u2032\u2035\uff40"), "'")
+_STRAIGHT |= dict.fromkeys(map(ord, "\u2010\u2011"), "-") | dict.fromkeys(map(ord, "\u201c\u201d"), '"')
+_UNSEEN = ("Cf", "Mn")  # soft hyphens, zero-width characters and the like; marks drawn onto a letter
+_MARKS = re.compile(r"[-*_~\"']+")
 _KINDS = {kind: re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})") for kind, phrases in PHRASES.items()}
 
 
@@ -137,15 +145,39 @@ def kinds(*texts: str) -> list[str]:
 
 
 def _holds(words: str, phrases: re.Pattern[str]) -> bool:
-    return any(not _denied(words[: hit.start()], hit.group()) for hit in phrases.finditer(words))
+    return any(not _denied(hit) for hit in phrases.finditer(words))
+
+
+def spoken(messages: Iterable[tuple[str, str]]) -> list[str]:
+    """The client's texts of (role, text), and joined those that no answer parts: one sentence may stand in several."""
+    heard = ((role, text) for role, text in messages if role in ("user", "assistant") and text.strip())
+    runs = [[text for _, text in run] for role, run in groupby(heard, lambda said: said[0]) if role == "user"]
+    return [text for run in runs for text in (*run, *([" ".join(run)] if len(run) > 1 else ()))]
 
 
 def _plain(text: str) -> str:
-    """Lower case, straight apostrophes, single spaces."""
-    folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").replace("\u2018", "'")
-    return " ".join(folded.split())
+    """Lower case, straight apostrophes, single spaces; without emphasis and without what nobody sees."""
+    folded = text.translate(_STRAIGHT)  # first: NFKC makes a space and an accent of an acute accent
+    if not folded.isascii():
+        folded = unicodedata.normalize("NFKC", folded).translate(_STRAIGHT)
+        folded = "".join(letter for letter in folded if unicodedata.category(letter) not in _UNSEEN)
+    return " ".join(_MARKS.sub(_spaced, folded.casefold()).split())
 
 
-def _denied(before: str, phrase: str) -> bool:
-    clause = _CLAUSE.split(before)[-1]
-    return bool(_DENIED.search(clause) or (_WISHED.match(phrase) and _DENIED_WISH.search(clause)))
+def _spaced(mark: re.Match[str]) -> str:
+    """Emphasis and hyphens as a space; an apostrophe in a word, a dash and what stands alone as they are."""
+    words, marks = mark.string, mark.group()
+    before = mark.start() > 0 and words[mark.start() - 1].isalnum()
+    after = mark.end() < len(words) and words[mark.end()].isalnum()
+    kept = "--" in marks or (marks == "'" and before and after) or not (before or after)
+    return marks if kept else " "
+
+
+def _denied(hit: re.Match[str]) -> bool:
+    """Whether the end of the clause before the phrase denies it."""
+    # Not all that stands before: a text of many phrases would be read once for each of them.
+    words, end = hit.string, hit.start()
+    start = max(0, end - _LOOK_BACK)
+    start = max((mark.end() for mark in _CLAUSE.finditer(words, start, end)), default=start)
+    wished = _WISHED.match(hit.group())
+    return bool(_DENIED.search(words, start, end) or (wished and _DENIED_WISH.search(words, start, end)))

@@ -4,18 +4,21 @@ A key is a line `NAME ROLE[,ROLE...] TOKEN` in the file that `keys=FILE` names, 
 `PSYRAY_KEYS` (lines or `;`). Roles: `chat`, `score`, `annotate`, `compare`, and `admin`, who may do all. Only SHA-256
 hashes of tokens leave this process for the replicas. Without keys the port is open: fit for loopback only.
 
-Refusals say what, never why: 401 for no or a wrong key, 403 for one without the role, 413 for a body that is too
-large, 429 for a key that asks too often and 503 where too many requests are under way, both with `Retry-After`.
+Refusals say what, never why: 401 for no or a wrong key, 403 for one without the role, 408 for a body that does not
+come in time, 413 for one that is too large, 429 for a key that asks too often or too much at once, and 503 where too
+many requests are under way, the last two with `Retry-After`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +34,7 @@ from serve.refusals import openai_error
 VARIABLE = "PSYRAY_KEYS"
 ROLES = ("chat", "score", "annotate", "compare", "admin")
 FREE = ("/healthz",)  # for load balancers; tells no more than whether the engine answers
-TOO_LARGE = "the request is too large"
+TOO_LARGE, TOO_SLOW = "the request is too large", "the request did not come in time"
 _NAME = re.compile(r"[\w.-]{1,64}")
 SHORTEST = 16  # characters of a token that is worth the name
 
@@ -56,7 +59,13 @@ class Limits(BaseModel):
 
     body_bytes: int = Field(4_000_000, ge=1_000, description="largest request")
     per_minute: int = Field(120, ge=1, description="requests a minute of one key; without keys: of all together")
-    in_flight: int = Field(256, ge=1, description="requests under way at once")
+    in_flight: int = Field(256, ge=1, description="requests under way at once; of one key at most half of them")
+    body_s: float = Field(30, gt=0, description="seconds in which a request's body must be there")
+
+    @property
+    def of_one_key(self) -> int:
+        """How many requests of one key may be under way: no key alone shuts out the others."""
+        return max(1, self.in_flight // 2)
 
 
 def read_keys(file: Path | None) -> tuple[Key, ...]:
@@ -136,7 +145,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, keys: tuple[Key, ...], limits: Limits, free: Collection[str] = FREE) -> None:
         self.app, self.keys, self.limits, self.free = app, keys, limits, free
-        self.rate, self.under_way = Rate(limits.per_minute), 0
+        self.rate, self.under_way = Rate(limits.per_minute), Counter[str]()  # by the key's name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or path_of(scope) in self.free:
@@ -146,11 +155,11 @@ class Gate:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        self.under_way += 1
+        self.under_way[name] += 1
         try:
-            await self.app({**scope, "psyray.key": name}, Metered(receive, self.limits.body_bytes), send)
+            await self.app({**scope, "psyray.key": name}, Metered(receive, self.limits), send)
         finally:
-            self.under_way -= 1
+            self.under_way[name] -= 1
 
     def _refusal(self, scope: Scope) -> tuple[JSONResponse | None, str]:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -161,9 +170,11 @@ class Gate:
             return refuse(403, "forbidden"), ""
         if _length(headers.get(b"content-length", b"")) > self.limits.body_bytes:
             return refuse(413, TOO_LARGE), ""
-        if self.under_way >= self.limits.in_flight:
+        if self.under_way.total() >= self.limits.in_flight:
             return refuse(503, "too many requests are under way", {"Retry-After": "1"}), ""
         name = key.name if key else ""
+        if key is not None and self.under_way[name] >= self.limits.of_one_key:
+            return refuse(429, "too many requests at once", {"Retry-After": "1"}), ""
         if wait := self.rate.wait(name):
             return refuse(429, "too many requests", {"Retry-After": str(math.ceil(wait))}), ""
         return None, name
@@ -177,13 +188,20 @@ class Gate:
 
 
 class Metered:
-    """A request's body as it comes in, counted: a header may say less than comes."""
+    """A request's body as it comes in, counted and timed: a header may say less than comes, or nothing may come."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self.receive, self.left = receive, limit
+    def __init__(self, receive: Receive, limits: Limits) -> None:
+        self.receive, self.left = receive, limits.body_bytes
+        self.until, self.whole = time.monotonic() + limits.body_s, False
 
     async def __call__(self) -> Message:
-        message = await self.receive()
+        if self.whole:  # what is still waited for is the client's going away, as long as the answer takes
+            return await self.receive()
+        try:
+            message = await asyncio.wait_for(self.receive(), self.until - time.monotonic())
+        except TimeoutError:
+            raise HTTPException(408, TOO_SLOW, headers={"Connection": "close"}) from None
+        self.whole = not message.get("more_body", False)
         self.left -= len(message.get("body", b""))
         if self.left < 0:
             raise HTTPException(413, TOO_LARGE)

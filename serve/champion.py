@@ -93,7 +93,7 @@ class Args(Words):
     reward_gpus: float = Field(0, ge=0, le=1, description="GPU share of the reward model; 0: it runs on CPU")
     keys: Path | None = Field(None, description="file of keys (serve/access.py); none: PSYRAY_KEYS, else an open port")
     per_minute: int = Field(120, ge=1, description="requests a minute of one key")
-    in_flight: int = Field(256, ge=1, description="requests under way at once; one more gets 503")
+    in_flight: int = Field(256, ge=1, description="requests under way at once; one more gets 503; of one key half")
     guard: Literal["reply", "mark"] = Field("reply", description="what a client in a crisis gets (serve/guard.py)")
     replies: Path | None = Field(None, description="file of those replies by locale; none: the shipped ones")
     timeout_s: float = Field(300, gt=0, description="how long an answer may take")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from serve.reward import MAX_CHARS, MAX_MESSAGES
 
 MOST = 16  # answers to one request
+MAX_CHAT_CHARS = 100_000  # of one request's messages: some 25,000 tokens; the port itself reads them, one after another
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -42,6 +43,11 @@ class Said(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Piece], Field(min_length=1, max_length=64)]
     name: str | None = Field(None, max_length=64)
+
+    @property
+    def length(self) -> int:
+        """Characters of all that it says."""
+        return len(self.content) if isinstance(self.content, str) else sum(len(piece.text) for piece in self.content)
 
 
 class StreamOptions(Strict):
@@ -72,9 +78,11 @@ class ChatRequest(Strict):
     user: str | None = Field(None, max_length=256, description="read by nobody")
 
     @model_validator(mode="after")
-    def somebody_speaks(self) -> Self:
+    def fits_together(self) -> Self:
         if not any(message.role == "user" for message in self.messages):
             raise ValueError("messages: none has the role 'user'")
+        if (total := sum(message.length for message in self.messages)) > MAX_CHAT_CHARS:
+            raise ValueError(f"messages: {total} characters in one request; at most {MAX_CHAT_CHARS}")
         if self.stream_options and not self.stream:
             raise ValueError("stream_options goes with stream: true")
         if self.top_logprobs and not self.logprobs:

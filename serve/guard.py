@@ -76,7 +76,7 @@ def locales(accepted: str) -> list[str]:
 
 def crisis_kinds(messages: Iterable[Mapping[str, Any]]) -> list[str]:
     """The kinds of crisis that the client's own messages speak of; one named earlier still counts."""
-    return crisis.kinds(*(words(message.get("content")) for message in messages if message.get("role") == "user"))
+    return crisis.kinds(*crisis.spoken((str(m.get("role")), words(m.get("content"))) for m in messages))
 
 
 def words(content: Any) -> str:

@@ -2,8 +2,8 @@
 
 It looks (serve/lineup.py), brings up what is missing beside what answers (serve/bring_up.py), hands the new line-up to
 the ports, and takes away what nobody needs when they have changed over and the last answers are given. A champion that
-does not come up is refused, and the one before goes on answering. If the keeper dies nothing else stops: the next one
-finds the applications that are there.
+does not come up is refused, and the one before goes on answering; a look that fails is noted, and the next one comes
+when it is due. If the keeper dies nothing else stops: the next one finds the applications that are there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ class Keeper:
 
     async def _watch(self) -> None:
         while True:
-            await self._look()
+            try:
+                await self._look()
+            except Exception as error:
+                # A supervisor outlives whatever one look meets (a broken file, a volume or a controller that is away
+                # for a while): died, it would take no later champion, and say so to nobody.
+                self._note(f"looking for the champion failed: {type(error).__name__}: {error}")
             self._looked.set()
             await asyncio.sleep(self.order.asked.looks_every_s or 3600)
 

@@ -80,7 +80,7 @@ def clean_row(raw: Row, section: SpeechesSection, scrub: Scrub) -> Row:
     messages, found = scrubbed(raw["messages"], scrub)
     key = speech_id(messages)
     client = [m["content"] for m in messages if m["role"] == "user"]
-    kinds = crisis.kinds(*client)
+    kinds = crisis.kinds(*crisis.spoken((m["role"], m["content"]) for m in messages))
     words = tokens(" ".join(m["content"] for m in messages))
     reason = None if raw["excluded"] else _reason(client[-1], kinds, section)
     signed = section.near_duplicates is not None and reason is None

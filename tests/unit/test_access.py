@@ -119,12 +119,72 @@ def test_one_request_too_many_at_once_is_told_to_come_back():
         await gate(scope, None, send)
         go_on.set()
         await first
-        assert gate.under_way == 0
+        assert gate.under_way.total() == 0
         return sent
 
     started, go_on = asyncio.Event(), asyncio.Event()
     refused, _ = asyncio.run(both())
     assert refused["status"] == 503 and (b"retry-after", b"1") in refused["headers"]
+
+
+def test_one_key_leaves_half_of_the_places_to_others():
+    async def app(scope, receive, send):
+        await go_on.wait()
+
+    async def ask(gate, token) -> list[dict]:
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        await gate({"type": "http", "path": "/v1/chat", "headers": [(b"authorization", token.encode())]}, None, send)
+        return sent
+
+    async def all_of_them() -> list[list[dict]]:
+        gate = Gate(app, KEYS, Limits(in_flight=4))
+        asked = [asyncio.create_task(ask(gate, f"Bearer {token}")) for token in (TALKER, TALKER, TALKER, SCORER)]
+        await asyncio.sleep(0)
+        go_on.set()
+        done = await asyncio.gather(*asked)
+        assert gate.under_way.total() == 0
+        return [*done, await ask(gate, f"Bearer {TALKER}")]
+
+    go_on = asyncio.Event()
+    first, second, third, other, later = asyncio.run(all_of_them())
+    assert first == second == other == later == []  # let in: the application has the say
+    assert third[0]["status"] == 429 and (b"retry-after", b"1") in third[0]["headers"]
+    assert Limits(in_flight=1).of_one_key == 1
+
+
+def test_a_body_that_does_not_come_is_a_408_and_a_long_answer_is_not():
+    pieces = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive():
+        if pieces:
+            return pieces.pop(0)
+        await asyncio.sleep(60)
+
+    async def answers(app) -> list[dict]:
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"authorization", f"Bearer {TALKER}".encode()), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat", "query_string": b"", "headers": headers}
+        await asyncio.wait_for(app(scope, receive, send), 20)
+        return sent
+
+    start, *_ = asyncio.run(answers(client(body_s=0.05).app))
+    assert start["status"] == 408 and (b"connection", b"close") in start["headers"]
+
+    async def slow(scope, receive, send):
+        assert not (await receive())["more_body"]
+        with pytest.raises(TimeoutError):  # nobody goes away, and nothing ends the wait for it
+            await asyncio.wait_for(receive(), 0.2)
+
+    pieces.append({"type": "http.request", "body": b"{}", "more_body": False})
+    assert asyncio.run(answers(Gate(slow, KEYS, Limits(body_s=0.05)))) == []
 
 
 def test_keys_come_from_a_file_or_the_environment_and_only_hashes_are_kept(tmp_path: Path, monkeypatch):

@@ -63,3 +63,11 @@ def test_what_the_client_gave_is_passed_on_and_nothing_else() -> None:
 def test_what_is_unknown_or_out_of_bounds_is_refused(field: str, value: Any) -> None:
     with pytest.raises(ValidationError):
         ChatRequest.model_validate({"messages": [CLIENT], field: value})
+
+
+@pytest.mark.parametrize("content", ["x" * 10_000, [{"type": "text", "text": "x" * 5_000}] * 2])
+def test_the_messages_of_a_request_are_bounded_together(content: Any) -> None:
+    messages = [{"role": role, "content": content} for role in ("system", "user", "assistant", "user", "assistant") * 2]
+    assert len(ChatRequest.model_validate({"messages": messages}).messages) == 10
+    with pytest.raises(ValidationError, match="110000 characters in one request; at most 100000"):
+        ChatRequest.model_validate({"messages": [*messages, {"role": "user", "content": content}]})

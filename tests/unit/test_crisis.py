@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from psyray.crisis import flag, kinds
+from psyray import crisis
+from psyray.crisis import flag, kinds, spoken
 
 CRISES = [
     "I want to kill myself.",
@@ -128,5 +131,84 @@ def test_several_texts_are_one_conversation() -> None:
     assert kinds("He hits me", "", "I want to die") == ["self-harm", "abuse"] and kinds() == []
 
 
+TYPED = [
+    *(f"I don{mark}t want to live" for mark in "'\u00b4`\u02b9\u02bb\u02bc\u2018\u2019\u201b\u2032\uff07\uff40"),
+    *(f"I want to d{mark}ie" for mark in "\u00ad\u200b\u200c\u200d\u2060\ufeff\ufe0f\u0336"),
+    "I want to *die*",
+    "kill **myself**",
+    "kill-myself",
+    "I want to _die_",
+    "I want to ***die***.",
+    "I want to ~~die~~",
+    "kill_myself",
+    "I want to `die`",
+    "I want to 'die'",
+    "I want to \u201cdie\u201d",
+    "I \u201ddon\u2019t\u201d want to live",
+    "kill\u2011myself, kill\u2010myself",
+    "I wish I could self-harm",
+    "I _self-harm_",
+    "I want to kill my co-worker",
+    "my mother-in-law hits me",
+    "is it over? it is not - suicidal since March",
+    "it is not--suicidal since March",
+]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_ordinary_typing_hides_nothing(text: str) -> None:
+    assert flag(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["I'm *not* suicidal", "I`m not suicidal", "I\u00b4m \u00adnot suicidal", "I'm _never_ suicidal"]
+)
+def test_nor_does_it_hide_a_denial(text: str) -> None:
+    assert not flag(text)
+
+
+def test_many_marks_are_read_once() -> None:
+    """Quadratic, these would take minutes."""
+    for mark in ("*", "'", "-* ", "a*", "\u200b"):
+        assert not flag(mark * (100_000 // len(mark)))
+
+
+def test_a_sentence_may_stand_in_several_messages() -> None:
+    user, therapist = ("user", "I want to"), ("assistant", "What is it?")
+    assert kinds(*spoken([user, ("user", "die")])) == ["self-harm"]
+    assert kinds(*spoken([user, ("system", "Be kind."), ("assistant", " "), ("user", "die")])) == ["self-harm"]
+    assert kinds(*spoken([user, therapist, ("user", "die laughing")])) == []
+    # A denial at the end of one message takes nothing from the next one.
+    assert kinds(*spoken([("user", "I am not"), ("user", "suicidal thoughts again")])) == ["self-harm"]
+    assert spoken([("system", "suicide"), ("assistant", "suicide"), ("user", "Hello.")]) == ["Hello."]
+
+
 def test_case_spaces_and_apostrophes_do_not_matter() -> None:
     assert flag("I  WANT\nTO   DIE") and flag("I don\u2019t want to be alive") and flag("I don't want to be alive")
+
+
+class Counted:
+    """A pattern that adds up how many characters it was given."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self.pattern, self.characters = pattern, 0
+
+    def finditer(self, words: str, start: int, end: int) -> list[re.Match[str]]:
+        self.characters += end - start
+        return list(self.pattern.finditer(words, start, end))
+
+
+def test_what_stands_before_a_phrase_is_read_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a request of many denied phrases would hold up everybody's for minutes."""
+    counted = {}
+    for times in (1_000, 2_000):
+        monkeypatch.setattr(crisis, "_CLAUSE", pattern := Counted(re.compile(r"[.,]")))
+        assert not flag("i'm not suicidal " * times)
+        counted[times] = pattern.characters
+    assert 0 < counted[2_000] <= 2.1 * counted[1_000]
+
+
+@pytest.mark.parametrize("far", ["so ", "so, ", "but "])
+def test_a_denial_counts_however_long_the_text_before_it(far: str) -> None:
+    assert not flag(far * 500 + "I do not really have any serious thoughts about suicide")
+    assert flag("I'm not " + far * 500 + "suicidal") and flag(far * 500 + "suicidal")

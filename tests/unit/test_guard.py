@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from psyray.errors import PsyrayError
-from serve.guard import Replies, locales, read_replies, safe_reply
+from serve.guard import Replies, crisis_kinds, locales, read_replies, safe_reply
 
 OWN = Replies({"default": "Call someone.", "en-gb": "Call 116 123.", "de": "Rufen Sie an."})
 
@@ -18,6 +18,14 @@ def test_the_shipped_replies_name_people_and_say_what_is_talking():
     assert all("program" in text.lower() and len(text) > 200 for text in replies.texts.values())
     assert "988" in replies.for_language("en-US") and "116 123" in replies.for_language("en-GB,en;q=0.9")
     assert replies.for_language("") == replies.for_language("xx") == replies.texts["default"]
+
+
+def test_the_clients_words_are_read_across_parts_and_messages_and_nobody_elses():
+    parts = [{"type": "text", "text": "I want"}, {"type": "text", "text": "to"}]
+    client = [{"role": "user", "content": parts}, {"role": "user", "content": "die"}]
+    assert crisis_kinds(client) == ["self-harm"] and crisis_kinds(client[:1]) == []
+    own = {"role": "system", "content": "If the client wants to kill himself, name a crisis line."}
+    assert crisis_kinds([own, own | {"role": "developer"}, {"role": "user", "content": "Hello."}]) == []
 
 
 @pytest.mark.parametrize(

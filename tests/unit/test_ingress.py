@@ -155,6 +155,12 @@ def test_odd_languages_get_some_reply(port: TestClient, value: bytes) -> None:
     assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
 
 
+def test_what_is_refused_while_it_comes_is_told_in_openais_format(port: TestClient) -> None:
+    pieces = (b" " * 1_000_000 for _ in range(5))
+    reply = port.post("/v1/chat/completions", content=pieces, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (413, "the request is too large")
+
+
 def test_names_in_refusals_are_short_and_ascii(port: TestClient) -> None:
     reply = chat(port, **{"é" * 5000: 1})
     assert reply.status_code == 422 and len(reply.text) < 400

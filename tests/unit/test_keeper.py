@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -26,18 +28,18 @@ def named(name: str) -> Lineup:
 class MadeOrder:
     """A stand-in for files and registry: what each look finds, in turn, the last again and again."""
 
-    finds: list[Lineup | PsyrayError]
+    finds: list[Lineup | Exception]
     asked: Args
 
     def read(self, owner: str) -> Lineup:
         found = self.finds.pop(0) if len(self.finds) > 1 else self.finds[0]
-        if isinstance(found, PsyrayError):
+        if isinstance(found, Exception):
             raise found
         return found
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A stand-in for Serve: applications that are up, those that will not come up, and what was tried."""
     made = SimpleNamespace(up=["psyray", "other.policy.x", "psyray.policy.left-over"], broken=set(), tried=[])
 
@@ -55,7 +57,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     status = SimpleNamespace(status=SimpleNamespace(value="RUNNING"))
     monkeypatch.setattr(keeper.serve, "status", lambda: SimpleNamespace(applications=dict.fromkeys(made.up, status)))
     monkeypatch.setattr(keeper.serve, "delete", lambda app, _blocking: made.up.remove(app))
-    return made
+    yield made
+    gc.collect()  # a keeper that a caught error still holds would ask the real Serve later, which starts Ray
 
 
 def watched(finds: list[Lineup | PsyrayError], looks: int) -> tuple[keeper.Keeper, list[Lineup | None]]:
@@ -103,6 +106,23 @@ def test_whoever_asks_before_there_is_one_is_told_why(cluster: SimpleNamespace) 
 
     asyncio.run(run())
     assert cluster.tried == []
+
+
+def test_the_watch_outlives_what_nobody_foresaw(cluster: SimpleNamespace) -> None:
+    async def run() -> tuple[str, Lineup, str]:
+        kept = object.__new__(keeper.Keeper)
+        asked = Args(follow_s=3600).model_copy(update={"follow_s": 0.01})
+        finds = [OSError("stale file handle"), ValueError("no YAML"), named("a")]
+        await kept.__init__(MadeOrder(finds, asked))  # type: ignore[misc, arg-type]
+        with pytest.raises(RuntimeError) as caught:  # and does not wait for ever
+            await asyncio.wait_for(kept.lineup(), 20)
+        async with asyncio.timeout(20):
+            while kept.now is None:
+                await asyncio.sleep(0.01)
+        kept._watching.cancel()
+        return str(caught.value), await kept.lineup(), kept.trouble
+
+    assert asyncio.run(run()) == ("looking for the champion failed: OSError: stale file handle", named("a"), "")
 
 
 def test_a_refused_one_is_tried_again_after_a_while(cluster: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
