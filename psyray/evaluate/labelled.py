@@ -25,6 +25,7 @@ import duckdb
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from psyray.data.sources import json_lines
 from psyray.errors import PsyrayError
 from psyray.records import Message, Row, Verdict, content_id, normalise, speech_id
 from psyray.sections.data import Section
@@ -32,10 +33,9 @@ from psyray.sections.data import Section
 WORDS = {"A": Verdict.A, "B": Verdict.B, "tie": Verdict.TIE}
 READERS = {
     ".csv": "read_csv(?, header=true, all_varchar=true, delim=',', quote='\"', escape='\"')",
-    ".jsonl": "read_json(?, format='newline_delimited')",
-    ".ndjson": "read_json(?, format='newline_delimited')",
     ".parquet": "read_parquet(?)",
 }
+JSON_LINES = (".jsonl", ".ndjson")
 
 
 class Tiers(Section):
@@ -179,9 +179,14 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a CSV (all cells text), JSONL or Parquet file; an empty cell is None."""
     if not path.is_file():
         raise PsyrayError(f"no file at {path}; --data names the folder that a labelled set's paths start from")
+    if path.suffix.lower() in JSON_LINES:
+        # Not by DuckDB: it refuses a lone surrogate, and makes dates of texts that look like one.
+        listed = list(json_lines(path))
+        empty = dict.fromkeys(name for row in listed for name in row)
+        return [empty | row for row in listed]
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise PsyrayError(f"{path}: a labelled set comes as {', '.join(READERS)}")
+        raise PsyrayError(f"{path}: a labelled set comes as {', '.join(sorted((*JSON_LINES, *READERS)))}")
     try:
         found = duckdb.execute(f"SELECT * FROM {reader}", [str(path)])
         names = [column[0] for column in found.description or ()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,28 @@ def test_a_conversation_is_a_prompt_too(tmp_path):
     assert [m["role"] for m in load_labelled(path)[1][0].messages] == ["user", "assistant", "user"]
 
 
+def test_jsonl_is_read_as_it_stands(tmp_path):
+    rows = [
+        {"prompt": "half \ud83d a face", "left": "2020-01-01", "right": "r", "anna": "A"},
+        {"prompt": [{"role": "user", "content": "\ude00"}], "left": "l", "right": "r \udfff", "ben": "B"},
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "set.yaml"
+    section = PAIRS | {"annotators": ["anna", "ben"]}
+    path.write_text(yaml.safe_dump({"name": "c", "path": "set.jsonl", "prompt": "prompt", "pairwise": section}))
+    found = {(item.messages[0]["content"], item.a, item.b, item.human) for item in load_labelled(path)[1]}
+    assert found == {("half \ufffd a face", "2020-01-01", "r", A), ("\ufffd", "l", "r \ufffd", B)}
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    path = declare(tmp_path, "pairwise", PAIRS, "x")
+    (tmp_path / "set.jsonl").write_bytes(b'{"prompt": "my private \xff words"}\n')
+    path.write_text(path.read_text().replace("set.csv", "set.jsonl"))
+    with pytest.raises(PsyrayError, match=r"set\.jsonl cannot be read: .* byte 0xff") as error:
+        load_labelled(path)
+    assert "private" not in str(error.value)
+
+
 def test_swapping_twice_changes_nothing_and_keeps_the_id():
     item = Labelled("s", [{"role": "user", "content": "p"}], "x", "y", "all", A, {"anna": A, "ben": TIE})
     assert item.swap().human is B and item.swap().annotators == {"anna": B, "ben": TIE} and item.swap().a == "y"
@@ -142,7 +165,7 @@ def test_a_broken_file_is_named_without_a_clients_words(tmp_path):
     path = declare(tmp_path, "pairwise", PAIRS, "x")
     (tmp_path / "set.jsonl").write_text('{"prompt": "my private words", "left": \n')
     path.write_text(path.read_text().replace("set.csv", "set.jsonl"))
-    with pytest.raises(PsyrayError, match=r"set\.jsonl cannot be read") as error:
+    with pytest.raises(PsyrayError, match=r"set\.jsonl, line 1 is not JSON") as error:
         load_labelled(path)
     assert "private" not in str(error.value)
 

@@ -125,6 +125,16 @@ def test_names_go_from_the_responses_as_from_the_speech(tmp_path):
     assert [p["chosen"] for p in found] == ["Write to [email]."] and len(list(ready.pairs())) == 20
 
 
+def test_half_a_character_in_a_response_stops_no_set(tmp_path):
+    rows = [row(n, chosen="I hear you \ud83d.") for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = {"name": "set", "path": str(tmp_path / "pairs.jsonl"), "use": "pairs"}
+    section = SpeechesSection.model_validate({"sources": [source], "test_share": 0.5})
+    run = Run(tmp_path / "run", lambda line: None)
+    ready = ready_stage(run, section, RUBRIC, speeches_stage(run, section))
+    assert [pair["chosen"] for pair in ready.pairs()] == ["I hear you \ufffd."] * 20
+
+
 def test_a_source_without_pairs_cannot_be_used_as_pairs(tmp_path):
     with pytest.raises(PsyrayError, match="needs the columns chosen and rejected"):
         stages(tmp_path, [{"question": question(n)} for n in range(9)], "pairs")

@@ -99,6 +99,19 @@ def test_conversations_are_speeches_when_they_end_in_the_clients_words(tmp_path)
     assert all(len(row["messages"]) == 3 for row in kept) and dropped["no text"] == 1
 
 
+def test_half_a_character_stops_no_set(tmp_path):
+    first, second, *rest = texts(20)
+    rows = [{"text": f"{first} \ud83d", "topic": "sleep \ude00"}, {"text": f"{second} \U0001f600"}]
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *({"text": text} for text in rest)]))
+    said = {row["messages"][-1]["content"]: row["topic"] for row in load(path)[0]}
+    assert len(said) == 20 and said[f"{first} \ufffd"] == "sleep \ufffd" and f"{second} \U0001f600" in said
+    path.write_text(
+        "".join(json.dumps({"messages": [{"role": "user", "content": text + " \udfff"}]}) + "\n" for text in texts(20))
+    )
+    assert all(row["messages"][-1]["content"].endswith(" \ufffd") for row in load(path)[0])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
