@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,37 @@ def _existing(source: SourceSection) -> Path:
 
 def open_source(source: SourceSection) -> Opened:
     """The source's columns and a way to its rows; PsyrayError names the file, and the line of a malformed row."""
+    opened = _open(source)
+
+    def read(columns: Sequence[str]) -> Iterator[list[Row]]:
+        number = count(1)
+        for batch in opened.read(columns):
+            yield [_unpacked(row, f"{source.path}, row {n}") for row, n in zip(batch, number, strict=False)]
+
+    return Opened(opened.columns, read)
+
+
+def _unpacked(row: Row, where: str) -> Row:
+    return {name: cell(name, value, where) for name, value in row.items()}
+
+
+def cell(column: str, value: Any, where: str) -> Any:
+    """A column's value; in one named `messages` a text that begins with `[` is a conversation as JSON.
+
+    PsyrayError names `where` if it is not, and does not quote it.
+    """
+    if column.lower() != "messages" or not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return parsed(value)
+    except (ValueError, RecursionError):
+        raise PsyrayError(
+            f"{where}, column {column!r} begins with [ but is not JSON; write the conversation as "
+            '[{"role": "user", "content": "..."}], or give the column another name if it holds plain texts'
+        ) from None
+
+
+def _open(source: SourceSection) -> Opened:
     if source.path.startswith(HUB):
         return _open_data_set(source, source.path.removeprefix(HUB))
     path = _existing(source)
