@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,11 @@ class Verdict(StrEnum):
 def normalise(text: str) -> str:
     """Text with one Unicode form and single spaces: what ids and duplicate checks see."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for every lone surrogate: JSON may hold one, but UTF-8, so a file or an id, cannot."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def content_id(*parts: object) -> str:

@@ -9,8 +9,10 @@ loaded from a path goes by its folder's name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -22,6 +24,7 @@ from psyray.tables import identifier, in_order, literal
 
 SIDES = ("chosen", "rejected")
 ROWS_PER_GROUP = 8192
+UNUSABLE = "unusable ratings"  # cells that are filled, but with no number on the rubric's scale
 
 
 def rating_columns(keys: Sequence[str]) -> list[str]:
@@ -68,16 +71,19 @@ def write_batches(path: Path, stream: Iterable[pa.RecordBatch]) -> None:
         draft.replace(path)
 
 
-def from_layout(row: Row, messages: list[Message], rubric: Rubric) -> Row:
+def from_layout(row: Row, messages: list[Message], rubric: Rubric, counts: Counter[str] | None = None) -> Row:
     """The PAIRS row of one in the published layout, answering `messages`; its side of the split is still open.
 
-    The margin is 0 where a rating is missing.
+    A rating that cannot be used is missing, and counted in `counts`. The margin is 0 where a rating is missing.
     """
     speech = {"speech_id": speech_id(messages), "messages": messages, "split": None}
     responses = []
     for side in SIDES:
-        rated = {key: row.get(f"{side}_{key}_rating") for key in rubric.keys}
-        ratings = {key: float(value) for key, value in rated.items() if value not in (None, "")}
+        given = {key: row.get(f"{side}_{key}_rating") for key in rubric.keys}
+        given = {key: value for key, value in given.items() if not _blank(value)}
+        ratings = {key: number for key, value in given.items() if (number := _rating(value, rubric)) is not None}
+        if counts is not None and len(ratings) < len(given):
+            counts[UNUSABLE] += len(given) - len(ratings)
         key = content_id("response", speech["speech_id"], normalise(row[side]))
         model = row.get(f"{side}_model") or ""
         responses.append({"response_id": key, "text": row[side], "model": model, "ratings": ratings or None})
@@ -86,3 +92,18 @@ def from_layout(row: Row, messages: list[Message], rubric: Rubric) -> Row:
     if all(len(r["ratings"] or {}) == len(rubric.keys) for r in responses):
         margin = rubric.score(chosen["ratings"]) - rubric.score(rejected["ratings"])
     return pair_row(speech, chosen, rejected, margin=margin, source="data set")
+
+
+def _blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _rating(value: Any, rubric: Rubric) -> float | None:
+    """The number that a cell holds, as a number or as text; None where it holds none on the rubric's scale."""
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if rubric.low <= number <= rubric.high else None  # NaN is on no scale

@@ -99,7 +99,7 @@ def ready_stage(run: Run, section: SpeechesSection, rubric: Rubric, speeches: Ar
 def gather(
     sources: Sequence[SourceSection], rubric: Rubric, scrub: Scrub, counts: Counter[str], work: Path
 ) -> Iterator[Path]:
-    """Cut the sources' pairs into files of PAIRS rows under `work`; rows that are no pair are counted."""
+    """Cut the sources' pairs into files of PAIRS rows under `work`; what is no pair or no rating is counted."""
     found = (row for source in sources for row in pairs_of(source, rubric, scrub, counts))
     number = 0
     while chunk := list(islice(found, CHUNK)):
@@ -123,7 +123,7 @@ def pairs_of(source: SourceSection, rubric: Rubric, scrub: Scrub, counts: Counte
             counts["same text"] += 1
         else:
             row |= {side: scrub(row[side])[0] for side in SIDES}
-            pair = from_layout(row, scrubbed(messages, scrub)[0], rubric)
+            pair = from_layout(row, scrubbed(messages, scrub)[0], rubric, counts)
             yield pair | ({"source": POOL} if source.use == "pool" else {})
 
 

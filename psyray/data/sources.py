@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from psyray.errors import PsyrayError
-from psyray.records import Row, content_id
+from psyray.records import Row, content_id, well_formed
 from psyray.sections.data import SourceSection
 
 HUB = "hf://"
@@ -95,6 +95,37 @@ def _existing(source: SourceSection) -> Path:
 
 def open_source(source: SourceSection) -> Opened:
     """The source's columns and a way to its rows; PsyrayError names the file, and the line of a malformed row."""
+    opened = _open(source)
+
+    def read(columns: Sequence[str]) -> Iterator[list[Row]]:
+        number = count(1)
+        for batch in opened.read(columns):
+            yield [_unpacked(row, f"{source.path}, row {n}") for row, n in zip(batch, number, strict=False)]
+
+    return Opened(opened.columns, read)
+
+
+def _unpacked(row: Row, where: str) -> Row:
+    return {name: cell(name, value, where) for name, value in row.items()}
+
+
+def cell(column: str, value: Any, where: str) -> Any:
+    """A column's value; in one named `messages` a text that begins with `[` is a conversation as JSON.
+
+    PsyrayError names `where` if it is not, and does not quote it.
+    """
+    if column.lower() != "messages" or not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return parsed(value)
+    except (ValueError, RecursionError):
+        raise PsyrayError(
+            f"{where}, column {column!r} begins with [ but is not JSON; write the conversation as "
+            '[{"role": "user", "content": "..."}], or give the column another name if it holds plain texts'
+        ) from None
+
+
+def _open(source: SourceSection) -> Opened:
     if source.path.startswith(HUB):
         return _open_data_set(source, source.path.removeprefix(HUB))
     path = _existing(source)
@@ -121,28 +152,41 @@ def open_source(source: SourceSection) -> Opened:
 def _explained(path: Path, act: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return act(*arguments)
-    except (pa.lib.ArrowInvalid, UnicodeDecodeError) as error:
+    except pa.lib.ArrowInvalid as error:
         # Arrow quotes the row that it cannot read: what a client wrote.
         said = re.match(r".*?Expected \d+ columns, got \d+", str(error), re.DOTALL)
         raise PsyrayError(f"{path} cannot be read: {said.group() if said else error}") from None
 
 
 def _open_jsonl(path: Path) -> Opened:
-    def rows() -> Iterator[Row]:
+    def read(columns: Sequence[str]) -> Iterator[list[Row]]:
+        return _batched({name: row[name] for name in columns if name in row} for row in json_lines(path))
+
+    return Opened(list(dict.fromkeys(name for row in islice(json_lines(path), BATCH) for name in row)), read)
+
+
+def json_lines(path: Path) -> Iterator[Row]:
+    """The objects of a JSONL file; PsyrayError names the file and the line of what is none."""
+    try:
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _json_object(path, number, line)
+    except UnicodeDecodeError as error:
+        raise PsyrayError(f"{path} cannot be read: {error}") from None
 
-    def read(columns: Sequence[str]) -> Iterator[list[Row]]:
-        return _batched({name: row[name] for name in columns if name in row} for row in rows())
 
-    return Opened(list(dict.fromkeys(name for row in islice(rows(), BATCH) for name in row)), read)
+def parsed(text: str) -> Any:
+    """What a JSON text says, with U+FFFD for lone surrogates: one of them must not stop a whole set."""
+    value = json.loads(text)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        value = json.loads(well_formed(json.dumps(value, ensure_ascii=False)))
+    return value
 
 
 def _json_object(path: Path, number: int, line: str) -> Row:
     try:
-        row = json.loads(line)
+        row = parsed(line)
     except json.JSONDecodeError as error:
         raise PsyrayError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from None
     if not isinstance(row, dict):

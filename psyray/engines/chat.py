@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from psyray.engines.journal import Call, Journal
 from psyray.engines.pace import NO_MONEY, Halted, Pace, Purse, backoff, pause, retry_after
 from psyray.errors import PsyrayError
-from psyray.records import Message, Row
+from psyray.records import Message, Row, well_formed
 from psyray.rubric import UnusableAnswer
 from psyray.sections.data import EndpointSection
 
@@ -252,9 +252,7 @@ def _read_reply(raw: bytes) -> Reply:
     if not isinstance(text, str):
         error = "garbled: the answer's content is no text"
         return Reply("garbled", error, True, prompt_tokens=prompt, completion_tokens=completion)
-    # A lone surrogate is valid in JSON and nowhere else.
-    clean = text.encode("utf-8", "replace").decode()
-    return Reply("200", text=clean, finish=str(finish), prompt_tokens=prompt, completion_tokens=completion)
+    return Reply("200", text=well_formed(text), finish=str(finish), prompt_tokens=prompt, completion_tokens=completion)
 
 
 def _count(value: Any) -> int | None:

@@ -25,6 +25,8 @@ import duckdb
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from psyray.data.clean import conversation
+from psyray.data.sources import cell, json_lines
 from psyray.errors import PsyrayError
 from psyray.records import Message, Row, Verdict, content_id, normalise, speech_id
 from psyray.sections.data import Section
@@ -32,10 +34,9 @@ from psyray.sections.data import Section
 WORDS = {"A": Verdict.A, "B": Verdict.B, "tie": Verdict.TIE}
 READERS = {
     ".csv": "read_csv(?, header=true, all_varchar=true, delim=',', quote='\"', escape='\"')",
-    ".jsonl": "read_json(?, format='newline_delimited')",
-    ".ndjson": "read_json(?, format='newline_delimited')",
     ".parquet": "read_parquet(?)",
 }
+JSON_LINES = (".jsonl", ".ndjson")
 
 
 class Tiers(Section):
@@ -147,7 +148,7 @@ def load_labelled(path: Path, data: Path | None = None) -> tuple[LabelledSet, li
     base = data or path.parent
     rows = read_rows(base / declared.path)
     if declared.join:
-        rows = _joined(rows, read_rows(base / declared.join.path), declared.join, base)
+        rows = _joined(rows, base / declared.path, base / declared.join.path, declared.join.key)
     _check_columns(rows, declared, base / declared.path)
     dropped: Counter[str] = Counter()
     found: dict[str, Labelled] = {}
@@ -179,9 +180,14 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a CSV (all cells text), JSONL or Parquet file; an empty cell is None."""
     if not path.is_file():
         raise PsyrayError(f"no file at {path}; --data names the folder that a labelled set's paths start from")
+    if path.suffix.lower() in JSON_LINES:
+        # Not by DuckDB: it refuses a lone surrogate, and makes dates of texts that look like one.
+        listed = list(json_lines(path))
+        empty = dict.fromkeys(name for row in listed for name in row)
+        return [empty | row for row in listed]
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise PsyrayError(f"{path}: a labelled set comes as {', '.join(READERS)}")
+        raise PsyrayError(f"{path}: a labelled set comes as {', '.join(sorted((*JSON_LINES, *READERS)))}")
     try:
         found = duckdb.execute(f"SELECT * FROM {reader}", [str(path)])
         names = [column[0] for column in found.description or ()]
@@ -200,12 +206,15 @@ def consensus(verdicts: Sequence[Verdict]) -> Verdict:
     return counts[0][0]
 
 
-def _joined(rows: list[Row], others: list[Row], join: Join, base: Path) -> list[Row]:
-    for side, listed in ((base / join.path, others), (base, rows)):
-        if join.key not in listed[0]:
-            raise PsyrayError(f"{side} has no column {join.key!r} (join.key)")
-    by_id = {row[join.key]: row for row in others}
-    return [by_id.get(row[join.key], dict.fromkeys(others[0])) | row for row in rows]
+def _joined(rows: list[Row], path: Path, other: Path, key: str) -> list[Row]:
+    others = read_rows(other)
+    for side, listed, setting in ((other, others, "join.path"), (path, rows, "path")):
+        if not listed:
+            raise PsyrayError(f"{side} holds no rows ({setting})")
+        if key not in listed[0]:
+            raise PsyrayError(f"{side} has no column {key!r} (join.key)")
+    by_id = {row[key]: row for row in others}
+    return [by_id.get(row[key], dict.fromkeys(others[0])) | row for row in rows]
 
 
 def _prompt_columns(declared: LabelledSet) -> list[str]:
@@ -230,7 +239,7 @@ def _check_columns(rows: Sequence[Row], declared: LabelledSet, path: Path) -> No
 def _comparisons(rows: list[Row], declared: LabelledSet, path: Path, dropped: Counter[str]) -> Iterator[Labelled]:
     asked = []
     for number, row in enumerate(rows, 1):
-        messages = _messages(row, _prompt_columns(declared))
+        messages = _messages(row, _prompt_columns(declared), f"{path}, row {number}")
         if messages is None:
             dropped["no prompt"] += 1
         else:
@@ -246,14 +255,12 @@ def _comparisons(rows: list[Row], declared: LabelledSet, path: Path, dropped: Co
 Asked = tuple[int, list[Message], Row]  # row number from 1, the conversation, the row
 
 
-def _messages(row: Row, columns: Sequence[str]) -> list[Message] | None:
-    """The conversation in the first filled column: a text, or a list of {role, content}."""
+def _messages(row: Row, columns: Sequence[str], where: str) -> list[Message] | None:
+    """The conversation in the first filled column; None where that holds none, as a speech's column may hold one."""
     for column in columns:
-        value = row[column]
-        if isinstance(value, str) and value.strip():
-            return [{"role": "user", "content": value.strip()}]
-        if isinstance(value, list) and value:
-            return [{"role": m["role"], "content": m["content"]} for m in value]
+        value = row[column].strip() if isinstance(row[column], str) else row[column]
+        if value:
+            return conversation(cell(column, value, where))
     return None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,20 @@ def _fit_of(predicted_N: FloatArray, truth_N: FloatArray) -> dict[str, float | N
 
 
 def rated(pairs: Iterable[Row], features: Mapping[str, FloatArray], keys: Sequence[str]) -> dict[str, Row]:
-    """By id {speech_id, split, ratings} of the pairs' responses that have features and a rating for each key."""
+    """By id {speech_id, split, ratings} of the pairs' responses that have features and a number for each key."""
     found: dict[str, Row] = {}
     for pair in pairs:
         for side in ("chosen", "rejected"):
             response, ratings = pair[f"{side}_id"], pair[f"{side}_ratings"] or {}
-            if response in features and all(ratings.get(key) is not None for key in keys):
+            if response in features and all(_is_number(ratings.get(key)) for key in keys):
                 row = {"speech_id": pair["speech_id"], "split": pair["split"]}
                 found[response] = row | {"ratings": [ratings[key] for key in keys]}
     return found
+
+
+def _is_number(rating: float | None) -> bool:
+    # One NaN, as a pair kept by an earlier version may hold, would stop the fit after the reward model was trained.
+    return rating is not None and isfinite(rating)
 
 
 def fit_rated(

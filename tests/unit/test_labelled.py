@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,76 @@ def test_a_conversation_is_a_prompt_too(tmp_path):
     assert [m["role"] for m in load_labelled(path)[1][0].messages] == ["user", "assistant", "user"]
 
 
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "?"}, {"role": "user", "content": "x"}]
+
+
+def test_a_conversation_may_be_json_text_in_a_column_named_messages(tmp_path):
+    turns = json.dumps(TURNS).replace('"', '""')
+    table = f'messages,left,right,anna\n"{turns}",l,r,A\n'
+    section = PAIRS | {"annotators": ["anna"]}
+    path = declare(tmp_path, "pairwise", section, table, prompt="messages")
+    assert [m["content"] for m in load_labelled(path)[1][0].messages] == ["hi", "?", "x"]
+    (tmp_path / "set.csv").write_text(table.replace(turns, "[my private words"))
+    with pytest.raises(PsyrayError, match=r"set\.csv, row 1, column 'messages' .* is not JSON") as error:
+        load_labelled(path)
+    assert "private" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [["hi", "x"], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": None}], TURNS[:2], {"a": 1}, 7],
+    ids=str,
+)
+def test_what_is_no_conversation_is_no_prompt(tmp_path, prompt):
+    rows = [{"prompt": p, "title": "t", "left": "l", "right": "r", "anna": "A"} for p in (prompt, "x", [], " ")]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "set.yaml"
+    section = PAIRS | {"annotators": ["anna"]}
+    tree = {"name": "c", "path": "set.jsonl", "prompt": ["prompt", "title"], "pairwise": section}
+    path.write_text(yaml.safe_dump(tree))
+    _, items, dropped = load_labelled(path)
+    assert {item.messages[0]["content"] for item in items} == {"x", "t"}
+    assert dropped == {"no prompt": 1, "duplicate": 1}
+
+
+@pytest.mark.parametrize(
+    ("table", "other", "expected"),
+    [
+        ("id,left,right,anna\n1,l,r,A\n", "id,prompt\n", r"other\.csv holds no rows \(join\.path\)"),
+        ("id,left,right,anna\n", "id,prompt\n1,p\n", r"set\.csv holds no rows \(path\)"),
+        ("nr,left,right,anna\n1,l,r,A\n", "id,prompt\n1,p\n", r"set\.csv has no column 'id' \(join\.key\)"),
+    ],
+)
+def test_a_join_that_cannot_be_made_names_its_file(tmp_path, table, other, expected):
+    (tmp_path / "other.csv").write_text(other)
+    join = {"path": "other.csv", "key": "id"}
+    path = declare(tmp_path, "pairwise", PAIRS | {"annotators": ["anna"]}, table, join=join)
+    with pytest.raises(PsyrayError, match=expected):
+        load_labelled(path)
+
+
+def test_jsonl_is_read_as_it_stands(tmp_path):
+    rows = [
+        {"prompt": "half \ud83d a face", "left": "2020-01-01", "right": "r", "anna": "A"},
+        {"prompt": [{"role": "user", "content": "\ude00"}], "left": "l", "right": "r \udfff", "ben": "B"},
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "set.yaml"
+    section = PAIRS | {"annotators": ["anna", "ben"]}
+    path.write_text(yaml.safe_dump({"name": "c", "path": "set.jsonl", "prompt": "prompt", "pairwise": section}))
+    found = {(item.messages[0]["content"], item.a, item.b, item.human) for item in load_labelled(path)[1]}
+    assert found == {("half \ufffd a face", "2020-01-01", "r", A), ("\ufffd", "l", "r \ufffd", B)}
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    path = declare(tmp_path, "pairwise", PAIRS, "x")
+    (tmp_path / "set.jsonl").write_bytes(b'{"prompt": "my private \xff words"}\n')
+    path.write_text(path.read_text().replace("set.csv", "set.jsonl"))
+    with pytest.raises(PsyrayError, match=r"set\.jsonl cannot be read: .* byte 0xff") as error:
+        load_labelled(path)
+    assert "private" not in str(error.value)
+
+
 def test_swapping_twice_changes_nothing_and_keeps_the_id():
     item = Labelled("s", [{"role": "user", "content": "p"}], "x", "y", "all", A, {"anna": A, "ben": TIE})
     assert item.swap().human is B and item.swap().annotators == {"anna": B, "ben": TIE} and item.swap().a == "y"
@@ -142,7 +213,7 @@ def test_a_broken_file_is_named_without_a_clients_words(tmp_path):
     path = declare(tmp_path, "pairwise", PAIRS, "x")
     (tmp_path / "set.jsonl").write_text('{"prompt": "my private words", "left": \n')
     path.write_text(path.read_text().replace("set.csv", "set.jsonl"))
-    with pytest.raises(PsyrayError, match=r"set\.jsonl cannot be read") as error:
+    with pytest.raises(PsyrayError, match=r"set\.jsonl, line 1 is not JSON") as error:
         load_labelled(path)
     assert "private" not in str(error.value)
 

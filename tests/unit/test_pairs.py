@@ -267,6 +267,22 @@ def test_a_missing_rating_leaves_the_margin_at_zero():
     assert pair["margin"] == 0.0 and "safety" not in pair["chosen_ratings"] and "safety" in pair["rejected_ratings"]
 
 
+@pytest.mark.parametrize(
+    ("value", "rating", "unusable"),
+    [(4, 4.0, 0), ("4", 4.0, 0), (" 3.5 ", 3.5, 0), (1, 1.0, 0), (5, 5.0, 0), (None, None, 0), (" ", None, 0),
+     (float("nan"), None, 1), ("nan", None, 1), (float("inf"), None, 1), (True, None, 1), ("N/A", None, 1),
+     ([4], None, 1), (0, None, 1), (5.1, None, 1), pytest.param(10**400, None, 1, id="huge")],
+)  # fmt: skip
+def test_a_rating_is_a_number_on_the_scale_or_missing(value, rating, unusable):
+    row = dict.fromkeys((f"{side}_{key}_rating" for side in ("chosen", "rejected") for key in RUBRIC.keys), 3)
+    row |= {"chosen": "a reply", "rejected": "another", "chosen_safety_rating": value}
+    counts = Counter()
+    pair = from_layout(row, judged(1.0)[0]["messages"], RUBRIC, counts)
+    assert pair["chosen_ratings"].get("safety") == rating and len(pair["rejected_ratings"]) == len(RUBRIC.keys)
+    assert pair["margin"] == pytest.approx(0 if rating is None else (rating - 3) / len(RUBRIC.keys))
+    assert counts == Counter({"unusable ratings": unusable} if unusable else {})
+
+
 def test_a_pair_knows_whether_its_speech_speaks_of_a_crisis(tmp_path):
     rows = [row | {"crisis": True} for row in judged(1.0, 4.0)]
     assert [p["crisis"] for p in build(rows, gap=0.5)[0]] == [True]

@@ -81,11 +81,12 @@ def test_only_what_was_rated_by_every_principle_and_has_features_is_learned_from
         pair(1, "train", chosen_ratings=None),
         pair(2, "train", rejected_ratings={RUBRIC.keys[0]: 1.0}),
         pair(3, "test"),
+        pair(4, "train", chosen_ratings=dict.fromkeys(RUBRIC.keys, 4.0) | {RUBRIC.keys[1]: float("nan")}),
         pair(9, "train"),  # no features
     ]
-    assert sorted(rated(rows, features, RUBRIC.keys)) == ["0a", "0b", "1b", "2a", "3a", "3b"]
+    assert sorted(rated(rows, features, RUBRIC.keys)) == ["0a", "0b", "1b", "2a", "3a", "3b", "4b"]
     heads, stats = fit_rated(rows, features, RUBRIC)
-    assert heads is not None and (stats["train"], stats["test"]) == (4, 2)
+    assert heads is not None and (stats["train"], stats["test"]) == (5, 2)
     assert stats["held_out"]["score"]["spearman"] == pytest.approx(1)
 
 

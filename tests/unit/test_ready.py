@@ -1,6 +1,7 @@
 """Ready pairs and pools: on the side of the split where their speech is, and never from a speech that went."""
 
 import json
+from math import nan
 from pathlib import Path
 
 import pyarrow as pa
@@ -99,12 +100,39 @@ def test_a_pool_goes_through_the_gap_rule(tmp_path):
     assert {(p["chosen"], p["rejected"]) for p in pairs} == {("I hear you.", "So what?"), ("Hm.", "So what?")}
 
 
+def test_a_rating_that_is_no_number_costs_its_response_alone(tmp_path):
+    rows = [row(n) for n in range(20)]
+    # Sorted among the others, the NaN would part the best from the worst, and their pair would be "gap too small".
+    rows += [row(n, chosen="Hm.", rejected="Well.", high=4, low=3) | {"rejected_safety_rating": nan} for n in range(20)]
+    run, _, ready = stages(tmp_path, rows, "pool")
+    assert ready.artifact.stats["unusable ratings"] == 20
+    pairs = paired(run, ready, gap=2.0)
+    assert {(p["chosen"], p["rejected"]) for p in pairs.rows()} == {("I hear you.", "So what?"), ("Hm.", "So what?")}
+    assert len(pairs.rows()) == 40 and all(p["margin"] >= 2.0 for p in pairs.rows())
+
+
+def test_ready_pairs_with_a_rating_that_is_no_number_have_no_made_up_margin(tmp_path):
+    rows = [row(n) | {"chosen_empathy_rating": nan} for n in range(20)]
+    _, _, ready = stages(tmp_path, rows, "pairs")
+    assert {p["margin"] for p in ready.pairs()} == {0.0} and len(list(ready.pairs())) == 20
+
+
 def test_names_go_from_the_responses_as_from_the_speech(tmp_path):
     rows = [row(n) for n in range(20)]
     rows[2] |= {"question": question(2) + " My name is Anna.", "chosen": "Write to a@b.org."}
     _, _, ready = stages(tmp_path, rows, "pairs")
     found = [p for p in ready.pairs() if "[name]" in p["messages"][0]["content"]]
     assert [p["chosen"] for p in found] == ["Write to [email]."] and len(list(ready.pairs())) == 20
+
+
+def test_half_a_character_in_a_response_stops_no_set(tmp_path):
+    rows = [row(n, chosen="I hear you \ud83d.") for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = {"name": "set", "path": str(tmp_path / "pairs.jsonl"), "use": "pairs"}
+    section = SpeechesSection.model_validate({"sources": [source], "test_share": 0.5})
+    run = Run(tmp_path / "run", lambda line: None)
+    ready = ready_stage(run, section, RUBRIC, speeches_stage(run, section))
+    assert [pair["chosen"] for pair in ready.pairs()] == ["I hear you \ufffd."] * 20
 
 
 def test_a_source_without_pairs_cannot_be_used_as_pairs(tmp_path):

@@ -1,11 +1,13 @@
 """Ids, comparisons and the Arrow round trip."""
 
+import json
 import math
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyray.records import JUDGEMENTS, Comparison, Verdict, compare, normalise, rows, speech_id, table
+from psyray.engines.chat import _read_reply
+from psyray.records import JUDGEMENTS, Comparison, Verdict, compare, normalise, rows, speech_id, table, well_formed
 
 SCORES = st.none() | st.floats(1, 5)
 
@@ -22,6 +24,14 @@ def test_a_tie_and_an_invalid_verdict_never_become_a_pair():
     assert compare("s", ("a", None), ("b", 3.2), 0.0).verdict is Verdict.INVALID
     assert Comparison("s", "a", "b", Verdict.INVALID).chosen_rejected() is None
     assert compare("s", ("a", 3.0), ("b", 4.0), 0.5).chosen_rejected() == ("b", "a")
+
+
+def test_half_a_character_can_be_kept_and_named_by_an_id():
+    cut = json.loads('"sad \\ud83d, \\ud83d\\ude00 and \\ude00"')
+    assert well_formed(cut) == "sad \ufffd, \U0001f600 and \ufffd"
+    assert speech_id([{"role": "user", "content": well_formed(cut)}])
+    reply = _read_reply(json.dumps({"choices": [{"message": {"content": cut}}]}).encode())
+    assert reply.text == well_formed(cut)
 
 
 def test_ids_see_through_white_space_and_unicode_forms_but_not_through_words():

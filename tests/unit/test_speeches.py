@@ -1,5 +1,6 @@
 """Client speeches: every form of file, every reason to drop a row, every clear error."""
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -97,6 +98,47 @@ def test_conversations_are_speeches_when_they_end_in_the_clients_words(tmp_path)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept, dropped = load(path)
     assert all(len(row["messages"]) == 3 for row in kept) and dropped["no text"] == 1
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_conversation_may_be_written_as_json_in_a_column_named_messages(tmp_path, ending):
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    cells = [json.dumps([*turns, {"role": "user", "content": f'{t} "so" \ud83d'}]) for t in texts(20)]
+    cells += ["[1, 2]", json.dumps(turns), texts(21)[20]]
+    path = tmp_path / f"c.{ending}"
+    if ending == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["Messages"], *([cell] for cell in cells)])
+    elif ending == "jsonl":
+        path.write_text("".join(json.dumps({"messages": cell}) + "\n" for cell in cells))
+    else:
+        pq.write_table(pa.table({"messages": cells}), path)
+    kept, dropped = load(path)
+    assert Counter(len(row["messages"]) for row in kept) == {3: 20, 1: 1} and dropped == {"no text": 2}
+    assert sum(row["messages"][-1]["content"].endswith('"so" \ufffd') for row in kept) == 20
+
+
+def test_a_column_of_plain_texts_may_begin_with_a_bracket(tmp_path):
+    values = [f"[at night] {text}" for text in texts(20)]
+    assert len(load(write(tmp_path / "s.csv", values))[0]) == 20
+    path = tmp_path / "m.csv"
+    path.write_text("messages\n" + "".join(f'"{text}"\n' for text in [*texts(3), *values]))
+    with pytest.raises(PsyrayError, match=r"m\.csv, row 4, column 'messages' .* is not JSON; .* another name") as said:
+        load(path)
+    assert "night" not in str(said.value)
+
+
+def test_half_a_character_stops_no_set(tmp_path):
+    first, second, *rest = texts(20)
+    rows = [{"text": f"{first} \ud83d", "topic": "sleep \ude00"}, {"text": f"{second} \U0001f600"}]
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *({"text": text} for text in rest)]))
+    said = {row["messages"][-1]["content"]: row["topic"] for row in load(path)[0]}
+    assert len(said) == 20 and said[f"{first} \ufffd"] == "sleep \ufffd" and f"{second} \U0001f600" in said
+    path.write_text(
+        "".join(json.dumps({"messages": [{"role": "user", "content": text + " \udfff"}]}) + "\n" for text in texts(20))
+    )
+    assert all(row["messages"][-1]["content"].endswith(" \ufffd") for row in load(path)[0])
 
 
 @pytest.mark.parametrize(
