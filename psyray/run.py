@@ -68,14 +68,25 @@ def run_path(path: Path) -> Path:
     return path if path.is_absolute() else runs_home() / path
 
 
+@contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place if the block ends well, and is gone if it does not."""
+    # Not by `tempfile`: its files are for one account alone, and a run folder may be shared.
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, also after a crash."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w") as out:
+    with draft(path) as beside, beside.open("w") as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())
-    draft.replace(path)
 
 
 def batches(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -115,9 +126,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def write_parquet(path: Path, arrow: pa.Table) -> None:
     """Write a Parquet file that exists only when it is whole."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(arrow, draft)
-    draft.replace(path)
+    with draft(path) as beside:
+        pq.write_table(arrow, beside)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ Shapes: N pairs, D features, H heads, R = min(N, D).
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from scipy.special import expit, log_expit
 from psyray.errors import PsyrayError
 from psyray.reward.body import Reading
 from psyray.reward.uncertainty import Belief
+from psyray.run import draft
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -65,10 +64,9 @@ class Heads:
     def save(self, path: Path) -> None:
         """Write an .npz whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            arrays = {name.split("_")[0]: array for name, array in vars(self).items() if name != "reading"}
+        arrays = {name.split("_")[0]: array for name, array in vars(self).items() if name != "reading"}
+        with draft(path) as beside, beside.open("wb") as file:  # by its name alone, numpy would add an ending
             np.savez(file, allow_pickle=False, **arrays, reading=json.dumps(asdict(self.reading)))
-        os.replace(file.name, path)
 
     @classmethod
     def load(cls, path: Path) -> Heads:

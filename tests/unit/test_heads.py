@@ -129,6 +129,21 @@ def test_saved_heads_come_back_and_leave_no_stray_file(tmp_path: Path) -> None:
     assert (Heads.load(path).scores(chosen) == heads.scores(chosen)).all()
 
 
+def test_other_accounts_may_read_saved_heads(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    Heads(np.ones((2, 2)), np.zeros(2), np.ones(2)).save(tmp_path / "heads.npz")
+    assert (tmp_path / "heads.npz").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_heads_that_cannot_be_written_leave_the_old_ones_and_no_stray_file(tmp_path: Path) -> None:
+    path = tmp_path / "heads.npz"
+    Heads(np.ones((2, 2)), np.zeros(2), np.ones(2)).save(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="Object arrays"):
+        Heads(np.array([{}]), np.zeros(2), np.ones(2)).save(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["heads.npz"]
+
+
 def test_a_nan_feature_gives_nan_scores_and_another_width_an_error() -> None:
     heads = Heads(np.ones((2, 2)), np.zeros(2), np.ones(2))
     assert np.isnan(heads.scores([[1.0, np.nan], [1.0, 2.0]])).tolist() == [[True, True], [False, False]]
