@@ -190,7 +190,8 @@ async def say(said: Said, person: Person, room: Here, request: Request) -> Strea
     """Both policies' answers as events; what the person had not chosen yet is given up."""
     turn = Turn.draw([m.model_dump() for m in said.messages], room.models or await _listed(room.endpoint))
     request.app.state.open[person] = turn
-    return StreamingResponse(_lines(turn, room.endpoint), media_type="text/event-stream")
+    language = request.headers.get("Accept-Language", "")
+    return StreamingResponse(_lines(turn, room.endpoint, language), media_type="text/event-stream")
 
 
 @turns.post("/view")
@@ -224,8 +225,8 @@ def healthz(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ok"})
 
 
-async def _lines(turn: Turn, endpoint: Endpoint) -> AsyncIterator[str]:
-    async with aclosing(turn.events(endpoint)) as events:
+async def _lines(turn: Turn, endpoint: Endpoint, language: str) -> AsyncIterator[str]:
+    async with aclosing(turn.events(endpoint, language)) as events:
         async for event in events:
             yield f"data: {json.dumps(event)}\n\n"
 

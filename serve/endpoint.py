@@ -40,11 +40,15 @@ class Endpoint:
         """The models that it lists, without second names such as `champion`; NoAnswer where it does not answer."""
         return await self._json("GET", "/v1/models", None, _names)
 
-    async def answer(self, model: str, messages: Sequence[Message]) -> AsyncGenerator[Piece]:
-        """A model's answer to a conversation as it is written; NoAnswer where it breaks off."""
+    async def answer(self, model: str, messages: Sequence[Message], language: str = "") -> AsyncGenerator[Piece]:
+        """A model's answer to a conversation as it is written; NoAnswer where it breaks off.
+
+        `language` is the person's Accept-Language: a guard's fixed reply is in it.
+        """
         body = {"model": model, "messages": list(messages), "stream": True}
+        url, headers = f"{self.url}/v1/chat/completions", {"Accept-Language": language} if language else None
         try:
-            async with self._session() as session, session.post(f"{self.url}/v1/chat/completions", json=body) as reply:
+            async with self._session() as session, session.post(url, json=body, headers=headers) as reply:
                 _check(reply)
                 crisis = reply.headers.get(CRISIS) == "true"
                 async for line in reply.content:

@@ -132,7 +132,7 @@ class Ingress:
 
     async def best(self, body: BestRequest, request: Request) -> Response:
         """The answer of several that the reward model likes best (serve/best.py)."""
-        scoring = self._scoring()
+        self._scoring()  # without one there is nothing to pick by: told before anything is generated
         try:
             conversation = body.conversation()
         except ValidationError as error:
@@ -146,6 +146,7 @@ class Ingress:
             raise HTTPException(503, f"the policy gave {body.of} empty answers", headers={"Retry-After": "1"})
         texts = [choice["message"]["content"] for choice in completion["choices"]]
         items = [conversation.model_copy(update={"response": text}) for text in texts]
+        scoring = self._scoring()  # whoever it is by now: the one before may have gone with its champion
         scores = [(s.score, s.spread) for s in await self._in_time(self._handle(scoring.app).score.remote(items))]
         kept = {name: response.headers[name] for name in (ID, CRISIS) if name in response.headers}
         return JSONResponse(answer(completion, scores, body.caution, scoring.name), headers=kept)

@@ -49,10 +49,13 @@ class Turn:
         """Whether there is nothing to choose: a guard's fixed reply, or two policies of one mind."""
         return self.texts["left"].strip() == self.texts["right"].strip()
 
-    async def events(self, endpoint: Endpoint) -> AsyncGenerator[dict[str, Any]]:
-        """What happens, as it happens: words of a side, a side's end or failure, and what came out at the end."""
+    async def events(self, endpoint: Endpoint, language: str = "") -> AsyncGenerator[dict[str, Any]]:
+        """What happens, as it happens: words of a side, a side's end or failure, and what came out at the end.
+
+        `language` is the person's Accept-Language.
+        """
         came: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        work = [asyncio.create_task(self._answer(endpoint, side, came.put)) for side in SIDES]
+        work = [asyncio.create_task(self._answer(endpoint, side, language, came.put)) for side in SIDES]
         open_sides = len(SIDES)
         try:
             yield {"turn_id": self.turn_id}
@@ -67,10 +70,12 @@ class Turn:
             for task in work:
                 task.cancel()
 
-    async def _answer(self, endpoint: Endpoint, side: str, put: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    async def _answer(
+        self, endpoint: Endpoint, side: str, language: str, put: Callable[[dict[str, Any]], Awaitable[None]]
+    ) -> None:
         self.failed[side] = "it broke off"  # unless it comes to its end
         try:
-            async for piece in endpoint.answer(self.policies[side], self.messages):
+            async for piece in endpoint.answer(self.policies[side], self.messages, language):
                 self.texts[side] += piece.text
                 self.crisis |= piece.crisis
                 await put({"side": side, "text": piece.text})

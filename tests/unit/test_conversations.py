@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from starlette.testclient import TestClient
 
 from psyray.active.conversations import KIND, Chosen, keep, kept, show, tally, write_pairs
@@ -25,7 +28,7 @@ from psyray.rubric import load_rubric
 from psyray.run import write_atomic
 from serve.access import parse_keys
 from serve.compare import Args, Room, http_app, open_room
-from serve.endpoint import NoAnswer, Piece
+from serve.endpoint import Endpoint, NoAnswer, Piece
 
 RUBRIC = load_rubric("counselling")
 TOKENS = {"carla": "carla-has-a-long-token", "dan": "dan-has-another-token"}
@@ -36,12 +39,13 @@ class MadeEndpoint:
     """Stands in for a server of policies: `said` holds what each model answers, None where it fails."""
 
     def __init__(self, **said: str | None) -> None:
-        self.said, self.scored = said, 0
+        self.said, self.scored, self.languages = said, 0, list[str]()
 
     async def names(self) -> list[str]:
         return list(self.said)
 
-    async def answer(self, model: str, messages: Any) -> AsyncIterator[Piece]:
+    async def answer(self, model: str, messages: Any, language: str) -> AsyncIterator[Piece]:
+        self.languages.append(language)
         text = self.said[model]
         if text is None:
             raise NoAnswer("it answered 500")
@@ -113,6 +117,29 @@ def test_sides_are_drawn_anew_and_what_is_kept_is_by_policy(url, tmp_path):
     assert len(pairs) == 12 and {pair["chosen"].strip() for pair in pairs} == {"kind words"}
     assert {pair["chosen_model"] for pair in pairs} == {"zeta"}
     ledger.close()
+
+
+def test_the_persons_language_reaches_the_policies_server():
+    """A guard's fixed reply names help in the person's country."""
+    endpoint, body = MadeEndpoint(a="one", b="two"), {"messages": [{"role": "user", "content": SECRET}]}
+    client_of(None, endpoint).post("/turns/say", json=body, headers=by("carla") | {"Accept-Language": "en-GB, de"})
+    assert endpoint.languages == ["en-GB, de"] * 2
+
+    async def asked(request: web.Request) -> web.Response:
+        heard.append(request.headers.get("Accept-Language"))
+        return web.Response(text="data: [DONE]\n\n")
+
+    async def ask() -> None:
+        served = web.Application()
+        served.router.add_post("/v1/chat/completions", asked)
+        async with TestServer(served) as server:
+            real = Endpoint(str(server.make_url("")).rstrip("/"), "token")
+            for language in ("en-GB, de", ""):
+                assert [piece async for piece in real.answer("a", body["messages"], language)] == []
+
+    heard: list[str | None] = []
+    asyncio.run(ask())
+    assert heard == ["en-GB, de", None]
 
 
 def test_the_reward_models_view_is_marked_where_it_came_first(url):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,10 +30,12 @@ class MadeEngine:
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.says: list[str | Refusal | Exception] | None = None
+        self.meanwhile: Callable[[], None] = lambda: None
         self.answer = SimpleNamespace(remote=self.reply)
 
     async def reply(self, tree: dict[str, Any], name: str) -> AsyncIterator[str | Refusal]:
         self.asked.append(tree)
+        self.meanwhile()
         message = {"role": "assistant", "content": "I see."}
         whole = {"model": name, "choices": [{"index": i, "message": message} for i in range(tree.get("n", 1))]}
         for piece in self.says or [json.dumps(whole)]:
@@ -57,8 +60,8 @@ def engine() -> MadeEngine:
 
 
 @pytest.fixture
-def port(engine: MadeEngine) -> TestClient:
-    """The application over a champion of one engine and an adapter on it."""
+def routes(engine: MadeEngine) -> Ingress:
+    """The port's routes over a champion of one engine and an adapter on it."""
     routes = object.__new__(Ingress)
     policy = Policy(name="psyray-round-2", path="p", round=2, system="Be kind.", temperature=0.5)
     warm = policy.model_copy(update={"name": "warm"})
@@ -67,6 +70,12 @@ def port(engine: MadeEngine) -> TestClient:
     routes.replies, routes.timeout_s = read_replies(None), 5.0
     routes.crises = SimpleNamespace(inc=lambda tags: None)  # type: ignore[assignment]
     routes._handles = {("app.policy.x", True): engine, ("app.reward.y", False): MadeReward()}  # type: ignore[dict-item]
+    return routes
+
+
+@pytest.fixture
+def port(routes: Ingress) -> TestClient:
+    """The application over these routes."""
     keys = parse_keys([f"{name} chat,score {token}" for name, token in TOKENS.items()], "keys")
     # What is raised past the application would be a 500.
     return TestClient(http_app(routes, keys, Limits()), headers=bearer("ann"), raise_server_exceptions=False)
@@ -124,6 +133,19 @@ def test_the_best_is_picked_by_the_reward_model(port: TestClient) -> None:
     reply = port.post("/v1/chat/best", json={"messages": [CLIENT], "of": 3, "stream": True})
     assert reply.status_code == 200 and len(reply.json()["choices"]) == 1
     assert len(reply.json()["best_of"]["considered"]) == 3 and reply.json()["best_of"]["by"] == "scorer"
+
+
+def test_a_reward_model_that_is_changed_while_answers_are_written_is_not_asked(
+    port: TestClient, engine: MadeEngine, routes: Ingress
+) -> None:
+    def change() -> None:  # as the port does when the keeper has another line-up
+        routes.lineup = replace(routes.lineup, reward=Scoring("next scorer", "export3", "app.reward.z"))
+        gone, there = ("app.reward.y", False), ("app.reward.z", False)
+        routes._handles = {("app.policy.x", True): engine, gone: None, there: MadeReward()}  # type: ignore[dict-item]
+
+    engine.meanwhile = change
+    reply = port.post("/v1/chat/best", json={"messages": [CLIENT], "of": 2})
+    assert (reply.status_code, reply.json()["best_of"]["by"]) == (200, "next scorer")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/chat/best", "/reward/score"])
