@@ -55,7 +55,7 @@ class Untracked:
 
     def stage(self, *_: Any, **__: Any) -> None: ...
 
-    register = artifact = stage
+    register = text = stage
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def made_rounds(home: Path) -> Champion:
     for number in (1, 2, 3):
         folder = home / f"stages/round-{number}/policy/f{number}"
         model(folder / "model")
-        (folder / "manifest.json").write_text("{}")
+        (folder / "manifest.json").write_text('{"stats": {}}')
         stages.append({"name": f"round-{number}/policy", "fingerprint": f"f{number}"})
     (home / "run.json").write_text(json.dumps({"stages": stages}))
     (home / "config.yaml").write_text(f"policy: {{model: {model(home / 'start')}}}")
