@@ -44,21 +44,6 @@ def prompts(count: int, system: str) -> list[list[dict[str, str]]]:
     return [([{"role": "system", "content": system}] if system else []) + [message] for message in said]
 
 
-def make_reward_model(folder: Path) -> None:
-    """The embedded model with a random score head, in bfloat16."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from psyray.models import embedded_model
-
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(embedded_model(), num_labels=1, dtype=torch.bfloat16)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 # ---------------------------------------------------------------- psyray's round
 
 
@@ -241,9 +226,13 @@ def main() -> None:
     if given.one:
         print(json.dumps({"psyray": ours, "trl": theirs}[given.one](given.path, given.pairs[0], given.batch)))
         return
+    from made_champion import reward_model
+
+    from psyray.models import embedded_model
+
     found = []
     with tempfile.TemporaryDirectory() as place:
-        make_reward_model(Path(place) / "reward")
+        reward_model(embedded_model(), Path(place) / "reward")
         for pairs in given.pairs:
             found.append(compare(Path(place), pairs, given.batch, given.repeats))
             print(table(found[-1]), flush=True)

@@ -68,13 +68,17 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     tree = _read_yaml(Path(path)) if path else {}
     for word in overrides or []:
         _override(tree, word)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        where = f"{path}: " if path else ""
-        raise PsyrayError(where + "; ".join(_explain(e) for e in error.errors())) from error
+    config = checked(tree, f"{path}: " if path else "")
     refuse_secrets(config)
     return config
+
+
+def checked(tree: Any, where: str = "") -> Config:
+    """The configuration that a tree of settings says; PsyrayError, which begins with `where`, names what is wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise PsyrayError(where + "; ".join(_explain(e) for e in error.errors())) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from psyray.active.labelled_set import labelled_source
 from psyray.active.ledger import Ledger, ledger_url
+from psyray.active.place import ledger_name
 from psyray.addresses import refuse_secrets
 from psyray.cluster import ray_session, require, use_gpu
 from psyray.config import Config
@@ -172,7 +173,7 @@ def open_desk(config: Config, run: Run) -> Desk:
     """The judge or the panel, its rubric and the ledger that the run buys labels with."""
     rubric = load_rubric(config.rubric)
     ledger = Ledger(ledger_url(config.ledger.url, run.path))
-    run_id = config.run.mirror or str(run.path)  # a mirror's run is the same one in whatever folder it goes on
+    run_id = ledger_name(config, run.path)
 
     def desk(section: JudgeSection) -> Desk:
         judge = make_judge(section, rubric, config.engine, config.cluster.wait_s)

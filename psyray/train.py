@@ -26,7 +26,7 @@ from psyray.lora import merge_adapter
 from psyray.models import cache_folder
 from psyray.needs import training
 from psyray.records import Row
-from psyray.run import ROWS_IN_MEMORY, Folder, write_atomic
+from psyray.run import ROWS_IN_MEMORY, Folder, draft, write_atomic
 from psyray.sections.data import EngineSection
 from psyray.sections.learning import TrainSection
 from psyray.sections.place import ClusterSection
@@ -98,13 +98,12 @@ def write_examples(path: Path, examples: Iterable[Row]) -> int:
     """Write the examples, one at least, as Parquet, some thousands in memory at a time; returns how many."""
     rows = iter(examples)
     first = pa.Table.from_pylist(list(islice(rows, ROWS_IN_MEMORY)))
-    draft, count = path.with_name(f".{path.name}"), len(first)
-    with pq.ParquetWriter(draft, first.schema) as writer:
+    count = len(first)
+    with draft(path) as beside, pq.ParquetWriter(beside, first.schema) as writer:
         writer.write_table(first)
         while batch := list(islice(rows, ROWS_IN_MEMORY)):
             writer.write_table(pa.Table.from_pylist(batch, schema=first.schema))
             count += len(batch)
-    draft.replace(path)
     return count
 
 

@@ -32,7 +32,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from psyray.active.conversations import Chosen, keep
 from psyray.active.ledger import Ledger
-from psyray.active.place import place_of
+from psyray.active.place import ledger_name, place_of
 from psyray.active.votes import Choice
 from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
@@ -106,7 +106,7 @@ def open_room(asked: Args) -> Room:
         )
     endpoint = Endpoint(asked.url.rstrip("/"), os.environ.get(TOKEN, "").strip(), asked.timeout_s)
     ledger = place.ledger if asked.keep else None
-    run = place.config.run.mirror or str(place.folder)  # as the run itself goes by in the ledger
+    run = ledger_name(place.config, place.folder)
     return Room(endpoint, asked.pair, load_rubric(place.config.rubric), keys, ledger, run,
                 asked.reveal, asked.per_minute, asked.contact)  # fmt: skip
 

@@ -25,6 +25,7 @@ from psyray.active.place import Place
 from psyray.active.votes import Choice, consensus
 from psyray.errors import PsyrayError
 from psyray.records import Message, Verdict, content_id
+from psyray.run import draft
 
 KIND, ORACLE, PURPOSE = "conversation", "people in conversation", "conversations"
 
@@ -110,8 +111,8 @@ def tally(ledger: Ledger, runs: Collection[str]) -> list[dict[str, Any]]:
 
 def write_pairs(ledger: Ledger, runs: Collection[str], path: Path) -> int:
     """Write the decided choices as JSONL {messages, chosen, rejected, chosen_model, rejected_model}; their number."""
-    count, draft = 0, path.with_name(f".{path.name}.draft")
-    with draft.open("w") as out:
+    count = 0
+    with draft(path) as beside, beside.open("w") as out:
         for row in kept(ledger, runs):
             if row["verdict"] not in (Verdict.A, Verdict.B):
                 continue
@@ -120,7 +121,6 @@ def write_pairs(ledger: Ledger, runs: Collection[str], path: Path) -> int:
             models = {"chosen_model": row[f"{won}_policy"], "rejected_model": row[f"{lost}_policy"]}
             out.write(json.dumps(pair | models, ensure_ascii=False) + "\n")
             count += 1
-    draft.replace(path)
     return count
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from psyray.active.ledger import ledger_url
-from psyray.config import Config
+from psyray.config import Config, checked
 from psyray.errors import PsyrayError
 from psyray.run import run_path
 from psyray.status import read_config
@@ -27,7 +27,12 @@ def place_of(run: Path, mend: str = "start one with `psyray run CONFIG run.path=
     folder = run_path(run)
     if not (tree := read_config(folder)):
         raise PsyrayError(f"no run at {folder}; {mend.format(folder=folder)}")
-    config = Config.model_validate(tree)
-    # The ledger knows a run by its mirror, or by the path that it was started with.
+    config = checked(tree, f"{folder / 'config.yaml'}: ")
+    # By the name of its latest pass, or by the path that it was started with.
     runs = frozenset(map(str, filter(None, (folder, folder.resolve(), run_path(config.run.path), config.run.mirror))))
     return Place(folder, config, ledger_url(config.ledger.url, folder), runs)
+
+
+def ledger_name(config: Config, folder: Path) -> str:
+    """What the ledger calls a run: its mirror, since a mirrored run may go on in any folder, else its folder."""
+    return config.run.mirror or str(folder)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from psyray.records import Message, Row, content_id, normalise, pair_row, speech_id
 from psyray.rubric import Rubric
+from psyray.run import draft
 from psyray.tables import identifier, in_order, literal
 
 SIDES = ("chosen", "rejected")
@@ -62,13 +64,12 @@ def layout(database: duckdb.DuckDBPyConnection, keys: Sequence[str]) -> Iterator
 
 def write_batches(path: Path, stream: Iterable[pa.RecordBatch]) -> None:
     """Write a Parquet file that exists only when it is whole; none where there are no rows."""
-    draft, writer = path.with_name(f".{path.name}.draft"), None
-    for batch in stream:
-        writer = writer or pq.ParquetWriter(draft, batch.schema)
-        writer.write_batch(batch)
-    if writer:
-        writer.close()
-        draft.replace(path)
+    batches = iter(stream)
+    if (first := next(batches, None)) is None:
+        return
+    with draft(path) as beside, pq.ParquetWriter(beside, first.schema) as writer:
+        for batch in chain([first], batches):
+            writer.write_batch(batch)
 
 
 def from_layout(row: Row, messages: list[Message], rubric: Rubric, counts: Counter[str] | None = None) -> Row:

@@ -98,15 +98,22 @@ def open_source(source: SourceSection) -> Opened:
     opened = _open(source)
 
     def read(columns: Sequence[str]) -> Iterator[list[Row]]:
-        number = count(1)
-        for batch in opened.read(columns):
-            yield [_unpacked(row, f"{source.path}, row {n}") for row, n in zip(batch, number, strict=False)]
+        talks = [name for name in columns if _may_hold_json(name)]
+        return _unpacked(opened.read(columns), talks, source.path) if talks else opened.read(columns)
 
     return Opened(opened.columns, read)
 
 
-def _unpacked(row: Row, where: str) -> Row:
-    return {name: cell(name, value, where) for name, value in row.items()}
+def _unpacked(batches: Iterator[list[Row]], columns: Sequence[str], path: str) -> Iterator[list[Row]]:
+    number = count(1)
+    for batch in batches:
+        for row, n in zip(batch, number, strict=False):
+            row |= {name: cell(name, row[name], f"{path}, row {n}") for name in columns if name in row}
+        yield batch
+
+
+def _may_hold_json(column: str) -> bool:
+    return column.lower() == "messages"
 
 
 def cell(column: str, value: Any, where: str) -> Any:
@@ -114,7 +121,7 @@ def cell(column: str, value: Any, where: str) -> Any:
 
     PsyrayError names `where` if it is not, and does not quote it.
     """
-    if column.lower() != "messages" or not isinstance(value, str) or not value.lstrip().startswith("["):
+    if not _may_hold_json(column) or not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
         return parsed(value)

@@ -23,6 +23,7 @@ from psyray.evaluate.labelled import Labelled, load_labelled
 from psyray.evaluate.rulings import PURPOSE, Again, judge_rulings, reward_rulings
 from psyray.models import model_identity, resolve_model
 from psyray.records import Row, content_id
+from psyray.reward.metrics import ALIKE
 from psyray.run import Artifact, Folder, Run, write_atomic
 from psyray.track import Tracker
 
@@ -54,7 +55,7 @@ class Request:
     heads: Path | None = None
     budget: int | None = None
     again: Again = field(default_factory=Again)
-    length_tolerance: float = 0.1
+    length_tolerance: float = ALIKE
 
 
 def measure(config: Config, request: Request, say: Callable[[str], None] = print) -> tuple[dict[str, Any], Path]:

@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 
 from psyray.records import Row
 from psyray.rubric import Rubric
+from psyray.run import draft
 
 FloatArray = npt.NDArray[np.float64]
 RATINGS = "ratings.npz"  # beside a run's heads.npz
@@ -71,8 +72,9 @@ class RatingHeads:
         return found | {"score": _fit_of(predicted_NP @ weights_P, truth_NP @ weights_P)}
 
     def save(self, path: Path) -> None:
-        """Write an .npz; `load` reads it."""
-        np.savez(path, allow_pickle=False, **vars(self))
+        """Write an .npz whole or not at all; `load` reads it."""
+        with draft(path) as beside, beside.open("wb") as file:  # by its name alone, numpy would add an ending
+            np.savez(file, allow_pickle=False, **vars(self))
 
     @classmethod
     def load(cls, path: Path) -> RatingHeads:
