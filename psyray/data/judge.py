@@ -60,13 +60,26 @@ def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
     def make(folder: Folder) -> Mapping[str, Any]:
         count = responses.manifest["rows"]
         parts = judge(folder, desk, responses.each, count, purpose="judgements", budget=desk.section.budget)
-        parts.finish()
         usable = sum(row["status"] == Status.OK for row in responses.each(["status"]))
+        if usable and not len(parts.ids):
+            refuse_spent(desk, usable)
+        parts.finish()
         calls = journal.stats(folder.path / CALLS)
         stats = summary(parts.each, desk) | {"unjudged": usable - len(parts.ids)}
         return stats | ({"calls": calls} if calls else {})
 
     return run.stage("judgements", desk.identity | {"budget": desk.section.budget}, [responses], make)
+
+
+def refuse_spent(desk: Desk, usable: int) -> None:
+    """PsyrayError where an earlier version of the run has spent the budget, so that no response was judged."""
+    spent = desk.ledger.spent(desk.run_id)
+    if bought := sum(count for purpose, count in spent.items() if purpose.partition("/")[0] == "judgements"):
+        raise PsyrayError(
+            f"judge.budget {desk.section.budget} left none of {usable} responses judged: the run bought {bought} "
+            "judgements before, with other settings. Give the changed run a run.path of its own, with a budget of its "
+            "own (answers that the ledger knows are free there); or raise judge.budget"
+        )
 
 
 def judge(folder: Folder, desk: Desk, responses: Responses, count: int, *, purpose: str, budget: int | None) -> Parts:

@@ -16,12 +16,12 @@ from psyray.active.ledger import Ledger
 from psyray.active.oracles import label
 from psyray.active.queue import ExpertQueue
 from psyray.active.votes import Choice
-from psyray.data.judge import Desk, judge, summary
+from psyray.data.judge import Desk, judge, judgements_stage, summary
 from psyray.engines.judges import make_judge
 from psyray.errors import PsyrayError
-from psyray.records import Verdict
+from psyray.records import RESPONSES, Verdict
 from psyray.rubric import load_rubric
-from psyray.run import Folder
+from psyray.run import Artifact, Folder, Run
 from psyray.sections.data import EngineSection, JudgeSection
 from psyray.sections.learning import OracleSection
 
@@ -82,6 +82,29 @@ def test_a_judge_that_answers_nonsense_stops_the_stage_and_its_answers_are_kept(
         with pytest.raises(PsyrayError, match=r"no usable answer for 2 of 3 .*40%.*no JSON object"):
             judged(folder(tmp_path), bad, responses("fine", "nonsense", "nonsense "))
     assert bad.ledger.summary("run")[0]["failed"] >= 1
+
+
+def test_a_budget_that_an_earlier_version_has_spent_stops_the_stage_and_says_so(tmp_path, ray_cluster):
+    run = Run(tmp_path / "run", say=lambda line: None)
+    blank = dict.fromkeys(RESPONSES.names)
+
+    def answered(*words: str) -> Artifact:
+        def make(at: Folder) -> dict:
+            parts = at.parts(RESPONSES, "response_id")
+            parts.append([blank | row | {"attempts": 1} for row in responses(*words)])
+            parts.finish()
+            return {}
+
+        return run.stage("responses", {"of": words}, [], make)
+
+    here = desk(tmp_path, budget=1)
+    assert judgements_stage(run, here, answered("fine", "prose")).stats["unjudged"] == 1
+    with pytest.raises(PsyrayError, match=r"judge\.budget 1 left none of 1 responses judged: the run bought 1 "):
+        judgements_stage(run, here, answered("other"))
+    assert judgements_stage(run, desk(tmp_path, budget=2), answered("other")).stats["unjudged"] == 0
+    # Nobody is asked on purpose where a run has pairs of its own.
+    nothing = desk(tmp_path, "another", budget=0)
+    assert judgements_stage(run, nothing, answered("newer")).stats["unjudged"] == 1
 
 
 def test_the_oracle_labels_within_its_budget_and_knows_a_pair_from_both_sides(tmp_path, ray_cluster):

@@ -252,6 +252,10 @@ def test_the_server_reads_the_runs_configuration(tmp_path, monkeypatch):
     run.mkdir(parents=True)
     write_atomic(run / "config.yaml", yaml.safe_dump(Config().model_dump(mode="json")))
     room = open_room(Args.read({"run": str(run), "url": "http://127.0.0.1:9000/", "models": "a, b"}))
+    (tmp_path / "runs" / "two").mkdir()
+    write_atomic(tmp_path / "runs" / "two" / "config.yaml", "loop: {round: 3}\n")
+    with pytest.raises(PsyrayError, match=r"two/config\.yaml: unknown key 'loop\.round'.*did you mean 'rounds'"):
+        place_of(tmp_path / "runs" / "two")
     assert (room.endpoint.url, room.models, room.endpoint.token) == (
         "http://127.0.0.1:9000",
         ("a", "b"),
