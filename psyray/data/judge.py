@@ -209,7 +209,8 @@ def check_share(judged: Iterable[Row], desk: Desk) -> None:
         raise PsyrayError(
             f"the judge {desk.judge.id} gave no usable answer for {bad.total()} of {count} responses, more than "
             f"judge.max_invalid_share ({ceiling:.0%}); most often: {error[:300]}. The answers are in the ledger; "
-            "change the judge, or raise the ceiling to leave those responses out, and run the same command again"
+            "change the judge, or raise the ceiling to leave those responses out, and run the same command "
+            "again (a run with another run.path asks anew where there is no usable answer, and buys no other twice)"
         )
 
 
