@@ -22,7 +22,9 @@ MAX_ONGOING = 1000  # Serve's default of 5 would keep requests from being batche
 START_S = 1800.0  # longest start of a part
 FIRST_S = 300.0  # longest first answer
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+logger = logging.getLogger("ray.serve")
 _POLL_S = 0.5
+_UNPLACED = "to be scheduled"  # Serve's words for a replica that has found no node for half a minute
 _FAILED = ("DEPLOY_FAILED", "NOT_STARTED")  # one that is unhealthy for a while recovers
 
 
@@ -74,7 +76,7 @@ def wait_until_gone(apps: set[str], timeout_s: float) -> None:
 
 def wait_until_running(app: str, timeout_s: float) -> None:
     """Return when the application is up; RuntimeError with Serve's words when it fails or time runs out."""
-    began = time.monotonic()
+    began, told = time.monotonic(), False
     while True:
         status = serve.status().applications.get(app)
         state = str(status.status.value) if status else "NOT_STARTED"
@@ -83,7 +85,20 @@ def wait_until_running(app: str, timeout_s: float) -> None:
         late = time.monotonic() - began > timeout_s
         if state in _FAILED or late:
             raise RuntimeError(f"{app}: {f'not up after {timeout_s:.0f} s: ' if late else ''}{why(status) or state}")
+        if not told and _UNPLACED in why(status):
+            logger.warning("%s", no_room(app))
+            told = True
         time.sleep(_POLL_S)
+
+
+def no_room(app: str) -> str:
+    """What the log says of a part that waits for a node: what the cluster has, what is free, and the mend."""
+    has, free = ray.cluster_resources(), ray.available_resources()
+    counts = ", ".join(f"{has[name]:g} {name} ({free.get(name, 0):g} free)" for name in ("CPU", "GPU") if name in has)
+    return (
+        f"{app} waits for room: the cluster has {counts or 'no node'}. It starts when there is some: add a node, end "
+        "what holds the others, or serve less (fewer policies in rounds and beside, reward=false)"
+    )
 
 
 def why(application: Any) -> str:
