@@ -33,6 +33,7 @@ from psyray.records import Row
 from psyray.report import page, write_report
 from psyray.reward.adapters import adapters_stage
 from psyray.reward.body import reading_of
+from psyray.reward.by_topic import by_topic_stage
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
 from psyray.rubric import Rubric, load_rubric
@@ -78,7 +79,7 @@ def run_pipeline(
 def run_stages(run: Run, config: Config, desk: Desk, second: Desk | None = None) -> Artifact:
     """All stages in order, up to the exported champion."""
     speeches = speeches_stage(run, config.speeches)
-    topics_stage(run, config, speeches)
+    topics = topics_stage(run, config, speeches) or speeches
     ready = ready_stage(run, config.speeches, desk.rubric, speeches)
     responses = responses_stage(run, config, speeches)
     judgements = judgements_stage(run, desk, responses)
@@ -87,6 +88,7 @@ def run_stages(run: Run, config: Config, desk: Desk, second: Desk | None = None)
     features = features_stage(run, "reward-features", config, reward, in_pairs(responses, pairs, ready), pairs)
     heads = heads_stage(run, "reward-heads", config, reward, [features], [pairs])
     outcome = online_loop(run, config, desk, speeches, reward, heads, Seen((features,), (pairs,)), second)
+    by_topic_stage(run, outcome.heads, outcome.seen.features, outcome.seen.pairs, topics)
     return export_stage(run, config, reward, outcome)
 
 

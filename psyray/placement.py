@@ -66,6 +66,7 @@ def places(config: Config, gpu: bool) -> Iterator[Place]:
             yield put("round-N/probe", "1 task", forward(gpu))
         yield from judged("round-N/second", [second] if second else [])
     yield from judged("round-N/gate", judges)
+    yield Place("reward-topics", DRIVER)
     yield Place("export", DRIVER)
     yield put("served", "with --serve: engine and reward model", serving(config.engine, gpu))
 

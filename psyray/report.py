@@ -56,7 +56,7 @@ def contents(path: Path) -> dict[str, Any]:
         "figures": list(figures(stages, config)),
         "principles": principle_table(stages),
         "reward": reward_table(stages),
-        "strata": list(first_and_latest(stages).items())[-1:],
+        "strata": strata(stages),
         "data": data_tables(stages),
         "examples": examples(stages),
         "lines": lines,
@@ -211,6 +211,12 @@ def first_and_latest(stages: Stages) -> dict[str, Row]:
     latest = [n for n in round_numbers(stages) if f"round-{n}/heads" in stages][-1:]
     names = {"first": "reward-heads", **{f"round {n}": f"round-{n}/heads" for n in latest}}
     return {label: stats for label, name in names.items() if (stats := stats_of(stages, name))}
+
+
+def strata(stages: Stages) -> tuple[str, Row]:
+    """(whose, accuracy by part): of the latest heads; by topic too, once the run is so far."""
+    label, stats = (list(first_and_latest(stages).items()) or [("", {})])[-1]
+    return label, {**(stats.get("strata") or {}), **(stats_of(stages, "reward-topics").get("strata") or {})}
 
 
 def _scores(stages: Stages, n: int) -> dict[str, Row]:

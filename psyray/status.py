@@ -71,7 +71,7 @@ def expected_stages(config: Mapping[str, Any]) -> list[str]:
     for round_ in range(1, int((config.get("loop") or {}).get("rounds", 0)) + 1):
         steps = ["labels", "heads", "policy", "samples", "features", "scores", *measured, "gate"]
         names += [f"round-{round_}/{step}" for step in steps]
-    return [*names, "export"]
+    return [*names, "reward-topics", "export"]
 
 
 def stages_by_name(path: Path) -> dict[str, Artifact]:
@@ -202,6 +202,14 @@ def _heads(stats: Mapping[str, Any]) -> str:
     return f"accuracy {share(metrics.get('accuracy'))} (length alone {share(metrics.get('length_accuracy'))})"
 
 
+def _by_topic(stats: Mapping[str, Any]) -> str:
+    rates = {name: part["accuracy"] for name, part in ((stats.get("strata") or {}).get("topic") or {}).items()}
+    if not rates:
+        return "no topics"
+    least, most = (pick(rates, key=lambda name: rates[name]) for pick in (min, max))
+    return f"accuracy {share(rates[least])} ({least}) to {share(rates[most])} ({most})"
+
+
 def gate_note(stats: Mapping[str, Any]) -> str:
     """One line on a gate: the verdict, the win rate with its interval, the length change."""
     verdict = {True: "passed", False: "failed"}.get(stats.get("passed", None), "start")
@@ -245,6 +253,7 @@ KEY_NUMBERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "policy": lambda s: f"{_last_loss(s)}, {_counts(s, 'pairs')}",
     "reward-heads": _heads,
     "heads": _heads,
+    "reward-topics": _by_topic,
     "labels": labels_note,
     "gate": gate_note,
     "probe": probe_note,

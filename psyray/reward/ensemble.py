@@ -91,10 +91,7 @@ def heads_stage(
 
     def make(folder: Folder) -> Mapping[str, Any]:
         known = load_features(features)
-        labelled = [
-            row for artifact in pairs for row in artifact.rows()
-            if row["source"] != "reward" and row["chosen_id"] in known and row["rejected_id"] in known
-        ]  # fmt: skip
+        labelled = labelled_pairs(pairs, known)
         train = [row for row in labelled if row["split"] == "train"]
         test = [row for row in labelled if row["split"] == "test"]
         if not train:
@@ -108,10 +105,18 @@ def heads_stage(
         if ratings:
             ratings.over(reading.members).save(folder.path / RATINGS)
         counts = {"train_pairs": len(train), "test_pairs": len(test)}
-        return counts | measure(heads, test, known) | {"principles": principles}
+        return counts | held_out(margins(heads, test, known), test) | {"principles": principles}
 
     settings = section.model_dump(exclude={"layer", "pooling"}) | reading.identity | {"seed": config.run.seed}
     return run.stage(name, settings, [reward, *features, *pairs], make)
+
+
+def labelled_pairs(artifacts: Iterable[Artifact], features: Features) -> list[Row]:
+    """The pairs that a judge, an oracle or a data set labelled, both of whose responses have features."""
+    return [
+        row for artifact in artifacts for row in artifact.rows()
+        if row["source"] != "reward" and row["chosen_id"] in features and row["rejected_id"] in features
+    ]  # fmt: skip
 
 
 def own_heads(model: Path, reading: Reading) -> list[FloatArray | None]:
@@ -175,12 +180,12 @@ def sides(pairs: Sequence[Row], features: Features) -> tuple[FloatArray, FloatAr
     return chosen_ND, np.stack([features[p["rejected_id"]] for p in pairs])
 
 
-def measure(heads: Heads, test: Sequence[Row], features: Features) -> dict[str, Any]:
-    """What `held_out` tells of the heads on the test pairs."""
-    if not test:
-        return held_out(np.empty((0, len(heads.weights_HD))), test)
-    chosen_ND, rejected_ND = sides(test, features)
-    return held_out(heads.scores(chosen_ND) - heads.scores(rejected_ND), test)
+def margins(heads: Heads, pairs: Sequence[Row], features: Features) -> FloatArray:
+    """[N, H]: score(chosen) - score(rejected) of the pairs in logits."""
+    if not pairs:
+        return np.empty((0, len(heads.weights_HD)))
+    chosen_ND, rejected_ND = sides(pairs, features)
+    return heads.scores(chosen_ND) - heads.scores(rejected_ND)
 
 
 def score_matrix(heads: Heads, features: Features, by_speech: Mapping[str, Sequence[Row]], k: int) -> FloatArray:

@@ -26,6 +26,7 @@ from psyray.reward.metrics import (
 )
 
 FloatArray = npt.NDArray[np.float64]
+Strata = dict[str, dict[str, dict[str, float | None]]]  # way to divide the pairs -> part -> its figures
 GROUPS = 5
 
 
@@ -43,7 +44,7 @@ def held_out(margins_NH: FloatArray, pairs: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def strata(margins_N: FloatArray, pairs: Sequence[Row]) -> dict[str, dict[str, dict[str, float | None]]]:
+def strata(margins_N: FloatArray, pairs: Sequence[Row]) -> Strata:
     """Accuracy in parts of the pairs: by which side is longer, by how far the labels lie apart, by who labelled.
 
     The label's margin is the difference of the scores that made the pair; `wide` is the upper half of those known.

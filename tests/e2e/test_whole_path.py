@@ -95,6 +95,8 @@ def test_every_stage_leaves_what_the_next_ones_and_a_user_need(undisturbed):
     assert rows["round-0/samples"] == 8 * 3 + held_out and rows["round-1/samples"] == held_out
     assert rows["pairs"] > 0 and stages["round-1/labels"].stats["bought"] == 4
     assert 0 <= stages["reward-heads"].stats["metrics"]["accuracy"] <= 1
+    by_topic = stages["reward-topics"].stats["strata"]["topic"]
+    assert sum(part["pairs"] for part in by_topic.values()) == stages["round-1/heads"].stats["test_pairs"] > 0
     probe = stages["round-1/gate"].stats["probe"]
     assert probe["kl"] > 0 and probe["perplexity"] > 1 and (probe["questions"], probe["answers"]) == (40, 4)
     assert stages["round-1/gate"].stats["passed"] and stages["export"].stats["champion_round"] == 1

@@ -87,6 +87,9 @@ class MadeRun:
         self._stage(made, "reward-heads", [], None, self._heads(0.66))
         for number in range(self.rounds + 1):
             self._round(made, number)
+        topic = {"pairs": 3, "accuracy": 1.0, "accuracy_low": 0.5, "accuracy_high": 1.0, "length_accuracy": 0.25}
+        by_topic = {"grief": topic, "work <b>": {**topic, "accuracy": 0.5}}
+        self._stage(made, "reward-topics", [], None, {"strata": {"topic": by_topic}})
         self._stage(made, "export", [], None, {"champion_round": 1})
 
     def _round(self, made: list[Artifact], n: int) -> None:

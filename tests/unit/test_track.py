@@ -94,7 +94,7 @@ def test_one_run_with_one_nested_run_per_stage(tracked: tuple[Path, Any, list[st
     run, mlflow_client, _ = tracked
     parent = mlflow_client.get_run(kept(run)["run_id"])
     assert parent.info.status == "FINISHED" and parent.info.run_name == "run"
-    assert len(kept(run)["stages"]) == 20 and len(all_runs(mlflow_client)) == 21
+    assert len(kept(run)["stages"]) == 21 and len(all_runs(mlflow_client)) == 22
     gate = nested(mlflow_client, run, "round-1/gate")
     assert gate.info.run_name == "round-1/gate" and gate.info.status == "FINISHED"
     assert gate.data.tags["psyray.round"] == "1"
@@ -175,7 +175,7 @@ def test_a_second_pass_adds_nothing(home: Path) -> None:
         with tracker(home, made.config) as open_tracker:
             made.run.on_stage = open_tracker.stage
             made.make()
-    assert len(all_runs(client(home))) == 1 + 12
+    assert len(all_runs(client(home))) == 1 + 13
     reward = nested(client(home), home / "run", "reward").info.run_id
     assert len(client(home).get_metric_history(reward, "loss")) == 8
 
