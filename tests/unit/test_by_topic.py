@@ -40,7 +40,7 @@ def test_pairs_without_a_topic_are_a_part_unless_none_has_one() -> None:
 
 
 def test_stage_reads_topics_from_either_table_and_only_held_out_labels_count(tmp_path: Path) -> None:
-    # Held out are s0, ranked right, and s1, ranked wrong; s2 is a training pair, and r0 is labelled by the reward model.
+    # Held out are s0, ranked right, and s1, ranked wrong; s2 is a training pair, r0 is labelled by the reward model.
     right = {"s0": 1.0, "s1": -1.0, "s2": -1.0, "r0": -1.0}
     known = [
         {"response_id": f"{key}{side}", "features": [sign * value]}
