@@ -130,6 +130,7 @@ _STRAIGHT = dict.fromkeys(map(ord, "\u00b4`\u02b9\u02bb\u02bc\u02c8\u2018\u2019\
 _STRAIGHT |= dict.fromkeys(map(ord, "\u2010\u2011"), "-") | dict.fromkeys(map(ord, "\u201c\u201d"), '"')
 _UNSEEN = ("Cf", "Mn")  # soft hyphens, zero-width characters and the like; marks drawn onto a letter
 _MARKS = re.compile(r"[-*_~\"']+")
+_PAUSES = re.compile(r"\.{2,}|--+|[\u2013\u2014]|(?<=\s)-(?=\s)")
 _KINDS = {kind: re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})") for kind, phrases in PHRASES.items()}
 
 
@@ -140,7 +141,7 @@ def flag(text: str) -> bool:
 
 def kinds(*texts: str) -> list[str]:
     """The kinds of crisis that the texts hold a phrase of, in the order of PHRASES."""
-    plain = [_plain(text) for text in texts]
+    plain = [reading for text in texts for reading in _readings(text)]
     return [kind for kind, phrases in _KINDS.items() if any(_holds(words, phrases) for words in plain)]
 
 
@@ -153,6 +154,12 @@ def spoken(messages: Iterable[tuple[str, str]]) -> list[str]:
     heard = ((role, text) for role, text in messages if role in ("user", "assistant") and text.strip())
     runs = [[text for _, text in run] for role, run in groupby(heard, lambda said: said[0]) if role == "user"]
     return [text for run in runs for text in (*run, *([" ".join(run)] if len(run) > 1 else ()))]
+
+
+def _readings(text: str) -> set[str]:
+    """The plain text as it stands, and without its pauses: "I want to ... die" is one sentence."""
+    plain = _plain(text)
+    return {plain, " ".join(_PAUSES.sub(" ", plain).split())}
 
 
 def _plain(text: str) -> str:

@@ -152,6 +152,8 @@ TYPED = [
     "my mother-in-law hits me",
     "is it over? it is not - suicidal since March",
     "it is not--suicidal since March",
+    *(f"I just want to{pause}die" for pause in ("...", " ... ", "\u2026 ", " - ", "--", " \u2013 ", "\u2014")),
+    "I'm going to kill .. my self",
 ]
 
 
@@ -161,7 +163,14 @@ def test_ordinary_typing_hides_nothing(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["I'm *not* suicidal", "I`m not suicidal", "I\u00b4m \u00adnot suicidal", "I'm _never_ suicidal"]
+    "text",
+    [
+        "I'm *not* suicidal",
+        "I`m not suicidal",
+        "I\u00b4m \u00adnot suicidal",
+        "I'm _never_ suicidal",
+        "I don't want to... die",
+    ],
 )
 def test_nor_does_it_hide_a_denial(text: str) -> None:
     assert not flag(text)
