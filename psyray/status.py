@@ -1,4 +1,7 @@
-"""How far a run is, read from its folder alone: while it goes on, after a crash, and when it is done."""
+"""How far a run is, read from its folder alone: while it goes on, after a crash, and when it is done.
+
+Whom a round waits for that asks experts is read from the label ledger.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from psyray.errors import PsyrayError
 from psyray.run import Artifact, read_json, read_settings, read_stages, run_path
 from psyray.times import by_round
 
@@ -292,6 +296,8 @@ def _facts(path: Path, lines: list[Line]) -> list[str]:
     if any(name.endswith("/labels") for name in stages):
         spend = label_spend(stages)
         facts.append("Labels: " + ", ".join(f"{count:,} {key.replace('_', '-')}" for key, count in spend.items()))
+    if any(line.name.endswith("/labels") and line.state not in ("done", "waiting") for line in lines):
+        facts += _waits(path)
     gates = [n for n in round_numbers(stages) if n and f"round-{n}/gate" in stages]
     if gates:
         facts.append(f"Latest gate, round {gates[-1]}: {gate_note(stats_of(stages, f'round-{gates[-1]}/gate'))}")
@@ -300,6 +306,16 @@ def _facts(path: Path, lines: list[Line]) -> list[str]:
     report = path / "report.html"
     facts.append(f"Report: {report}" if report.exists() else f"Report: none yet; `psyray report {path}` writes one")
     return facts
+
+
+def _waits(path: Path) -> list[str]:
+    from psyray.active.waiting import wait_of  # which reads runs with what is here
+
+    try:
+        told = wait_of(path)
+    except PsyrayError as error:  # tolerated: a ledger out of reach hides nothing else of the run
+        told = str(error)
+    return [f"Experts: {told}"] if told else []
 
 
 def time_fact(stages: Mapping[str, Artifact], round_: int) -> str:

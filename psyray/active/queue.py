@@ -76,6 +76,17 @@ class Lease:
     said: Said | None = None  # what the expert had answered and took back just now
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """An open question that lacks answers, and what those who have come did with it."""
+
+    question_id: str
+    lacking: int
+    answered: tuple[str, ...]
+    skipped: tuple[str, ...]
+    may: tuple[str, ...]  # who has come and has neither answered nor skipped it
+
+
 class ExpertQueue:
     """The questions that are open to experts: all in the database, or those that some runs asked."""
 
@@ -242,6 +253,36 @@ class ExpertQueue:
             for ids in chunks(question_ids):
                 rows = sa.select(ITEM.c.question_id, ITEM.c.opened_at).where(ITEM.c.question_id.in_(ids), ITEM.c.open)
                 found.update({row.question_id: row.opened_at for row in connection.execute(rows)})
+        return found
+
+    def waiting(self) -> list[Waiting]:
+        """The open questions that lack answers, in the order in which they were opened.
+
+        Who has answered or skipped a question of this queue, or holds one, has come; of others it knows nothing.
+        """
+        lacking = (
+            sa.select(ITEM.c.question_id, ITEM.c.overlap)
+            .where(ITEM.c.open, self._of_run(ITEM.c.question_id))
+            .order_by(ITEM.c.opened_at, ITEM.c.place)
+        )
+        live = sa.or_(TICKET.c.vote.is_not(None), TICKET.c.until > self._clock())
+        columns = (TICKET.c.question_id, TICKET.c.expert, TICKET.c.vote)
+        tickets = sa.select(*columns).where(live, self._of_run(TICKET.c.question_id))
+        with self._database.transaction(reading=True) as connection:
+            items, rows = connection.execute(lacking).all(), connection.execute(tickets).all()
+        come = sorted({row.expert for row in rows})
+        votes: dict[str, dict[str, str]] = {item.question_id: {} for item in items}
+        for row in rows:
+            if row.vote is not None and row.question_id in votes:
+                votes[row.question_id][row.expert] = row.vote
+        found = []
+        for item in items:
+            had = votes[item.question_id]
+            skipped = tuple(sorted(name for name, vote in had.items() if vote == Vote.SKIP))
+            answered = tuple(sorted(set(had) - set(skipped)))
+            may = tuple(name for name in come if name not in had)
+            if len(answered) < item.overlap:
+                found.append(Waiting(item.question_id, item.overlap - len(answered), answered, skipped, may))
         return found
 
     def settle(self, question_ids: Collection[str], *, undo_s: float, price: float = 0.0) -> None:

@@ -258,6 +258,20 @@ def test_questions_that_others_answered_come_first_then_those_opened_first(place
     assert place.say("anna") == "q7"
 
 
+def test_which_open_questions_wait_for_whom(place: Place):
+    place.ask(3, overlap=2)
+    assert [(w.question_id, w.lacking, w.may) for w in place.queue.waiting()] == [(f"q{i}", 2, ()) for i in range(3)]
+    place.say("anna")
+    place.say("anna", Choice.SKIP)
+    assert place.say("ben") == "q0"  # complete, and can still be taken back
+    one, two = place.queue.waiting()
+    assert (one.question_id, one.lacking, one.answered, one.skipped, one.may) == ("q1", 2, (), ("anna",), ("ben",))
+    assert (two.question_id, two.may) == ("q2", ("anna", "ben"))
+    assert place.queue.lease("cleo", 60) and place.queue.waiting()[0].may == ("ben", "cleo")
+    place.clock.now += 61
+    assert place.queue.waiting()[0].may == ("ben",)  # who let a lease run out and answered nothing has left
+
+
 def test_time_that_is_over_keeps_what_is_decided_and_fails_the_rest(place: Place):
     ids = place.ask(4, overlap=3)
     for expert, choices in (("anna", ["good", "good", Choice.HARMFUL]), ("ben", ["good", "bad 1"])):
