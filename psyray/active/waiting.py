@@ -10,7 +10,7 @@ from pathlib import Path
 from psyray.active.database import Database, parsed
 from psyray.active.place import place_of
 from psyray.active.queue import ExpertQueue, Waiting
-from psyray.run import run_path
+from psyray.run import find_run
 from psyray.status import read_config
 
 NAMED = 3  # questions that a message names
@@ -57,7 +57,7 @@ class Wait:
 
 def wait_of(run: Path) -> str:
     """What a run that asks experts waits for, from its ledger; empty where it asks nobody or lacks nothing."""
-    oracle = read_config(run_path(run)).get("oracle") or {}
+    oracle = read_config(find_run(run)).get("oracle") or {}
     if "experts" not in (oracle.get("kind"), oracle.get("of") if oracle.get("kind") == "noisy" else ""):
         return ""
     place = place_of(run)
