@@ -9,7 +9,7 @@ raylet and all under it, SIGKILL) while round 0 is sampled; the node that holds 
 the round's policy has taken a step. Nothing else is done. Exit status 1 where the run does not end by itself, an id is
 missing or there twice, or a label was bought twice.
 
-It takes about three minutes, too long for the tests.
+It takes about three minutes, too long for the tests; tests/integration/test_nodes.py loses one node under one stage.
 """
 
 from __future__ import annotations

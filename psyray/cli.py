@@ -80,9 +80,9 @@ def status(folder: RunFolder) -> None:
 def report(folder: RunFolder) -> None:
     """Write RUN/report.html anew from what the run has so far."""
     from psyray.report import write_report
-    from psyray.run import run_path
+    from psyray.run import find_run
 
-    say(f"report: {write_report(run_path(folder))}")
+    say(f"report: {write_report(find_run(folder))}")
 
 
 @app.command()
@@ -118,11 +118,11 @@ def lineage(
     import json
 
     from psyray.lineage import facts, find, show
-    from psyray.run import run_path
+    from psyray.run import find_run
     from psyray.sections.place import TrackSection
     from psyray.track import tracking_uri
 
-    runs = run_path(runs)
+    runs = find_run(runs)
     # The tracking database beside the run folders is where runs register, unless MLFLOW_TRACKING_URI says otherwise.
     known = facts(find(model, runs, tracking_uri(TrackSection(), runs / "any")))
     if as_json:
@@ -142,11 +142,11 @@ def promote(
                psyray promote psyray-policy/3      an earlier version: going back
     """
     from psyray.registry import promote
-    from psyray.run import run_path
+    from psyray.run import find_run
     from psyray.sections.place import TrackSection
     from psyray.track import tracking_uri
 
-    runs = run_path(runs)
+    runs = find_run(runs)
     for name, version in promote(model, runs, tracking_uri(TrackSection(), runs / "any")).items():
         say(f"{name}: version {version} is champion")
 

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
@@ -31,6 +31,9 @@ QUIET = {
     # Ray Train replaces print, which breaks the capture that datasets' fingerprints rely on and fills the log.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+
+
+TOLD_AFTER_S, TOLD_EVERY_S = 30.0, 300.0  # when a stage that waits for room says so first, and how often then
 
 
 @contextmanager
@@ -147,21 +150,33 @@ def at_hand(config: Config) -> tuple[list[Bundle], str]:
         return found, f"the Ray at {address}, {len(found)} nodes"
 
 
-def require(bundles: Sequence[Bundle], wait_s: float, what: str) -> None:
+def _say(line: str) -> None:
+    print(line, flush=True)  # a job's output is a file, which would keep it until the wait is over
+
+
+def require(bundles: Sequence[Bundle], wait_s: float, what: str, say: Callable[[str], None] = _say) -> None:
     """Wait until the cluster has room for the bundles that nobody else holds, asking an autoscaler for it.
 
-    PsyrayError that names the missing resource after `wait_s` seconds.
+    It says what it waits for while it does. PsyrayError that names the missing resource after `wait_s` seconds.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    deadline, asked = time.monotonic() + wait_s, False
+    began, asked = time.monotonic(), False
+    deadline, due = began + wait_s, began + TOLD_AFTER_S
     try:
         while lacking := missing(bundles, nodes(), ray.available_resources()):
+            now = time.monotonic()
+            if now >= due:
+                due = now + TOLD_EVERY_S
+                say(
+                    f"{what} waits for room: the cluster lacks {lacking} after {now - began:.0f} s; it stops after "
+                    f"{wait_s:.0f} s (cluster.wait_s). Add nodes, end what holds them, or stop and ask for less"
+                )
             if not asked:
                 request_resources(bundles=[{name: ceil(n) for name, n in bundle.items()} for bundle in bundles])
                 asked = True
-            if time.monotonic() > deadline:
+            if now > deadline:
                 raise PsyrayError(
                     f"{what} cannot be placed: the cluster lacks {lacking} after {wait_s:.0f} s; "
                     "add nodes, ask for less, or raise cluster.wait_s"

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from psyray.errors import PsyrayError
-from psyray.run import Artifact, read_json, read_stages, run_path
+from psyray.run import Artifact, find_run, read_json, read_stages
 from psyray.status import key_numbers, number
 from psyray.track import registered
 
@@ -38,7 +38,7 @@ class Place:
 def find(model: str, runs: Path, tracking: str) -> Place:
     """The stage that a run folder, a model folder, an id or a registered name means; PsyrayError if there is none."""
     given = Path(model).expanduser()
-    for path in (run_path(given), given.absolute()):  # a run lies under $PSYRAY_HOME, a model's folder may lie here
+    for path in (find_run(given), given.absolute()):  # a run lies under $PSYRAY_HOME, a model's folder may lie here
         if path.exists():
             return _at(path)
     if re.fullmatch(r"[0-9a-f]{6,}", model):

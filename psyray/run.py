@@ -68,6 +68,25 @@ def run_path(path: Path) -> Path:
     return path if path.is_absolute() else runs_home() / path
 
 
+def whereabouts(path: Path) -> list[Path]:
+    """Where a run that is there already may be: where a run of that path would be written from here, the current
+    folder, and $PSYRAY_HOME, or without it ~/.psyray, where jobs write.
+    """
+    asked = run_path(path)
+    jobs = Path(os.environ.get("PSYRAY_HOME") or "~/.psyray").expanduser().absolute()
+    return list(dict.fromkeys((asked, Path.cwd() / path, jobs / path)))
+
+
+def find_run(path: Path) -> Path:
+    """The absolute folder of a run, or of runs, that is there already; where it is nowhere, where one would be made."""
+    return next((place for place in whereabouts(path) if place.exists()), run_path(path))
+
+
+def no_run(path: Path) -> str:
+    """Where a run was looked for and is not, in words."""
+    return f"no run at {' or '.join(map(str, whereabouts(path)))}"
+
+
 @contextmanager
 def draft(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its place if the block ends well, and is gone if it does not."""
@@ -407,9 +426,9 @@ def fetch_run(mirror: Mirror) -> list[str]:
 
 def read_stages(path: Path) -> list[Artifact]:
     """The finished stages of a run's latest pass, in order; PsyrayError where there is no run."""
-    path = run_path(path)
+    asked, path = path, find_run(path)
     if not (path / "run.json").exists():
-        raise PsyrayError(f"no run at {path}; start one with `psyray run configs/demo.yaml run.path={path}`")
+        raise PsyrayError(f"{no_run(asked)}; start one with `psyray run configs/demo.yaml run.path={path}`")
     found = []
     for entry in read_json(path / "run.json", "stages")["stages"]:
         folder = path / "stages" / entry["name"] / entry["fingerprint"]

@@ -1,4 +1,7 @@
-"""How far a run is, read from its folder alone: while it goes on, after a crash, and when it is done."""
+"""How far a run is, read from its folder alone: while it goes on, after a crash, and when it is done.
+
+Whom a round waits for that asks experts is read from the label ledger.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from psyray.run import Artifact, read_json, read_settings, read_stages, run_path
+from psyray.errors import PsyrayError
+from psyray.run import Artifact, find_run, read_json, read_settings, read_stages
 from psyray.times import by_round
 
 DASH = "–"  # noqa: RUF001  what is not known, here and in the report
@@ -53,7 +57,7 @@ def duration(seconds: Any) -> str:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The resolved settings of the run's latest pass; empty where none were written, PsyrayError where broken."""
-    kept = run_path(path) / "config.yaml"
+    kept = find_run(path) / "config.yaml"
     return read_settings(kept) if kept.exists() else {}
 
 
@@ -116,13 +120,13 @@ class Line:
 
 def stopped_at(path: Path) -> str:
     """When the run's latest pass was stopped on purpose; empty where it was not."""
-    listed = run_path(path) / "run.json"
+    listed = find_run(path) / "run.json"
     return str(read_json(listed).get("stopped", "")) if listed.exists() else ""
 
 
 def driver(path: Path) -> tuple[int | None, bool]:
     """The process id of the run's latest pass and whether that process is alive on this machine."""
-    listed = run_path(path) / "run.json"
+    listed = find_run(path) / "run.json"
     pid = read_json(listed).get("pid") if listed.exists() else None
     return pid, pid is not None and _alive(int(pid), listed.stat().st_mtime)
 
@@ -138,7 +142,7 @@ def _alive(pid: int, seen: float) -> bool:
 
 def stage_lines(path: Path) -> list[Line]:
     """The state of every stage, in the order of the run; PsyrayError where there is no run."""
-    path = run_path(path)
+    path = find_run(path)
     done = stages_by_name(path)
     state = "stopped" if stopped_at(path) else "running" if driver(path)[1] else "cut off"
     listed = read_json(path / "run.json", "stages")["stages"]
@@ -272,7 +276,7 @@ def key_numbers(name: str, stats: Mapping[str, Any]) -> str:
 
 def show_status(run: Path, console: Console) -> None:
     """Print the run's stages, driver, label spend, latest gate and report; PsyrayError where there is no run."""
-    path = run_path(run)
+    path = find_run(run)
     lines = stage_lines(path)
     table = Table(title=Text(f"Run {path}"), title_justify="left")
     for heading, justify in (("Stage", "left"), ("State", "left"), ("Rows", "right"), ("Time", "right")):
@@ -292,6 +296,8 @@ def _facts(path: Path, lines: list[Line]) -> list[str]:
     if any(name.endswith("/labels") for name in stages):
         spend = label_spend(stages)
         facts.append("Labels: " + ", ".join(f"{count:,} {key.replace('_', '-')}" for key, count in spend.items()))
+    if any(line.name.endswith("/labels") and line.state not in ("done", "waiting") for line in lines):
+        facts += _waits(path)
     gates = [n for n in round_numbers(stages) if n and f"round-{n}/gate" in stages]
     if gates:
         facts.append(f"Latest gate, round {gates[-1]}: {gate_note(stats_of(stages, f'round-{gates[-1]}/gate'))}")
@@ -300,6 +306,16 @@ def _facts(path: Path, lines: list[Line]) -> list[str]:
     report = path / "report.html"
     facts.append(f"Report: {report}" if report.exists() else f"Report: none yet; `psyray report {path}` writes one")
     return facts
+
+
+def _waits(path: Path) -> list[str]:
+    from psyray.active.waiting import wait_of  # which reads runs with what is here
+
+    try:
+        told = wait_of(path)
+    except PsyrayError as error:  # tolerated: a ledger out of reach hides nothing else of the run
+        told = str(error)
+    return [f"Experts: {told}"] if told else []
 
 
 def time_fact(stages: Mapping[str, Artifact], round_: int) -> str:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from psyray.errors import PsyrayError
 from psyray.models import resolve_model
-from psyray.run import followed, run_path
+from psyray.run import find_run, followed, no_run
 from psyray.sections.data import EngineSection
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -117,8 +117,10 @@ class Args(Words):
         """The words with every folder absolute, so that they mean the same in another process."""
         places = {name: Path(place).expanduser() for name, place in self.beside.items()}
         beside = {name: str(p.absolute()) if p.exists() else self.beside[name] for name, p in places.items()}
-        run = run_path(self.run) if self.run else None
-        return self.model_copy(update={"run": run, "runs": run_path(self.runs), "beside": beside})
+        run = find_run(self.run) if self.run else None
+        if self.run and run and not run.is_dir():
+            raise PsyrayError(f"{no_run(self.run)}; give the folder of a finished run")
+        return self.model_copy(update={"run": run, "runs": find_run(self.runs), "beside": beside})
 
     @property
     def looks_every_s(self) -> float | None:
@@ -185,7 +187,7 @@ def read_champion(run: Path, *, reward: bool = True) -> Champion:
     A run folder that was moved as a whole is still found: paths inside it follow the folder. Without `reward` the
     reward model's files need not be there.
     """
-    folder = run_path(run)
+    folder = find_run(run)
     mend = f"finish it with `psyray run CONFIG run.path={folder}`"
     if not folder.is_dir():
         raise PsyrayError(f"no run folder at {folder}; give the folder of a finished run, or {mend}")

@@ -7,7 +7,7 @@ meanwhile. The experts' page is an application of its own (serve/annotate.py) an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from psyray.active.ledger import Question
 from psyray.active.oracles import Label, Pair, buy, pair_question
 from psyray.active.queue import ExpertQueue
 from psyray.active.votes import Vote, among
+from psyray.active.waiting import Wait
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
 from psyray.run import Folder
@@ -26,6 +27,8 @@ from psyray.stream import Progress
 
 UNANSWERED = "unanswered: too few experts in the time given"
 POLL_S = 1.0
+LOOK_S = 30.0  # how often a round that waits looks whether it waits for nobody
+AGAIN_S = 3600.0  # and says so again where nothing has changed
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Experts:
     section: OracleSection
     say: Callable[[str], None] = print
     poll_s: float = POLL_S
+    look_s: float = LOOK_S
 
     @property
     def id(self) -> str:
@@ -108,8 +112,9 @@ class Experts:
     def _wait(self, folder: Folder, queue: ExpertQueue, ids: Sequence[str], title: str) -> bool:
         """Whether all questions are settled; False when their time is over, after which nobody may undo any more."""
         with Progress(folder, f"{title}: experts", len(ids) * self.section.overlap, unit="answers") as progress:
-            over = False
+            over, lookout = False, self._lookout(title)
             while True:
+                next(lookout)
                 queue.settle(ids, undo_s=0 if over else self.section.undo_s, price=self.section.price)
                 progress.reach(queue.progress(question_ids=ids)["given"])
                 opened = queue.still_open(ids)
@@ -118,3 +123,16 @@ class Experts:
                 over = self.section.wait_s is not None and time.time() >= max(opened.values()) + self.section.wait_s
                 if not over:
                     time.sleep(self.poll_s)
+
+    def _lookout(self, title: str) -> Iterator[None]:
+        """Say now and then, between two looks at the queue, that a round waits for nobody and how to mend it."""
+        queue = ExpertQueue(self.desk.ledger.database, {self.desk.run_id})
+        looked, told, told_at = time.monotonic(), "", -AGAIN_S
+        while True:
+            now = time.monotonic()
+            if now >= looked + self.look_s:
+                looked, wait = now, Wait(queue.waiting())
+                if wait.stuck and (wait.told() != told or now >= told_at + AGAIN_S):
+                    told, told_at = wait.told(), now
+                    self.say(f"{title}: {told}")
+            yield

@@ -8,7 +8,7 @@ from pathlib import Path
 from psyray.active.ledger import ledger_url
 from psyray.config import Config, checked
 from psyray.errors import PsyrayError
-from psyray.run import run_path
+from psyray.run import find_run, no_run, run_path
 from psyray.status import read_config
 
 
@@ -24,9 +24,9 @@ class Place:
 
 def place_of(run: Path, mend: str = "start one with `psyray run CONFIG run.path={folder}`") -> Place:
     """The place of a run that was started once; PsyrayError with the way to mend it where there is none."""
-    folder = run_path(run)
+    folder = find_run(run)
     if not (tree := read_config(folder)):
-        raise PsyrayError(f"no run at {folder}; {mend.format(folder=folder)}")
+        raise PsyrayError(f"{no_run(run)}; {mend.format(folder=folder)}")
     config = checked(tree, f"{folder / 'config.yaml'}: ")
     # By the name of its latest pass, or by the path that it was started with.
     runs = frozenset(map(str, filter(None, (folder, folder.resolve(), run_path(config.run.path), config.run.mirror))))

@@ -10,7 +10,8 @@ The promises:
 - A question is shown to no more experts at once than still have to answer it. A lease that has run out is free for
   others; who held it may still answer as long as nobody took the place.
 - One expert has one ticket for a question, so there is at most one answer of theirs; sent twice it counts once.
-- An answer can be taken back until its question is settled: then it is in the ledger and final.
+- An answer can be taken back until its question is settled: then it is in the ledger and final. A skip can while
+  nobody else has taken the place that it left.
 - Every call is one transaction that locks one question, so that several processes and machines may call at once and a
   `kill -9` leaves either all of a call or nothing.
 """
@@ -73,6 +74,17 @@ class Lease:
     right: str
     until: float  # Unix seconds
     said: Said | None = None  # what the expert had answered and took back just now
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An open question that lacks answers, and what those who have come did with it."""
+
+    question_id: str
+    lacking: int
+    answered: tuple[str, ...]
+    skipped: tuple[str, ...]
+    may: tuple[str, ...]  # who has come and has neither answered nor skipped it
 
 
 class ExpertQueue:
@@ -158,28 +170,38 @@ class ExpertQueue:
             connection.execute(_of(TICKET.update(), question_id, expert).values(values))
 
     def undo(self, expert: str, seconds: float = LEASE_S) -> Lease:
-        """Take the expert's last answer back; its question is theirs again for so long.
+        """Take back the last of the expert's answers that is not final; its question is theirs again for so long.
 
-        Raises NoTicket where there is no answer, Gone where it is in the ledger already.
+        Raises NoTicket where there is no answer, Gone where all are final: in the ledger, or skips whose place
+        another expert has taken.
         """
+        mine = sa.and_(_MINE.c.expert == expert, _MINE.c.vote.is_not(None), self._of_run(_MINE.c.question_id))
+        taken = self._taken(ITEM.c.question_id, expert).correlate(ITEM).scalar_subquery()
         last = (
-            sa.select(TICKET.c.question_id)
-            .where(TICKET.c.expert == expert, TICKET.c.vote.is_not(None), self._of_run(TICKET.c.question_id))
-            .order_by(TICKET.c.answered_at.desc())
+            sa.select(ITEM.c.question_id)
+            .join(_MINE, _MINE.c.question_id == ITEM.c.question_id)
+            .where(mine, ITEM.c.open, taken < ITEM.c.overlap)
+            .order_by(_MINE.c.answered_at.desc())
             .limit(1)
+            .with_for_update(of=ITEM)
         )
         with self._database.transaction() as connection:
             question_id = connection.scalar(last)
-            if question_id is None:
+            if question_id is None and connection.scalar(sa.select(sa.func.count()).where(mine)) == 0:
                 raise NoTicket("you have given no answer that could be taken back")
-            if not self._lock(connection, question_id):
-                raise Gone("your last answer is final: its question is settled")
+            # Before the lock was there another may have taken the place.
+            if question_id is None or not self._room(connection, question_id, expert):
+                raise Gone("what you said last is final: its question is settled, or another expert has it now")
             said = _said(self._ticket(connection, question_id, expert))
             return replace(self._give(connection, question_id, expert, seconds), said=said)
 
     def release(self, expert: str, question_id: str | None = None) -> int:
-        """Give the expert's leases, or one of them, back to others; returns how many there were."""
-        mine = TICKET.delete().where(TICKET.c.expert == expert, TICKET.c.vote.is_(None))
+        """Give the expert's leases, or one of them, back to others; returns how many there were.
+
+        Those on other runs' questions stay: the same person may be at work there.
+        """
+        held = sa.and_(TICKET.c.expert == expert, TICKET.c.vote.is_(None))
+        mine = TICKET.delete().where(held, self._of_run(TICKET.c.question_id))
         with self._database.transaction() as connection:
             return connection.execute(
                 mine.where(TICKET.c.question_id == question_id) if question_id else mine
@@ -231,6 +253,36 @@ class ExpertQueue:
             for ids in chunks(question_ids):
                 rows = sa.select(ITEM.c.question_id, ITEM.c.opened_at).where(ITEM.c.question_id.in_(ids), ITEM.c.open)
                 found.update({row.question_id: row.opened_at for row in connection.execute(rows)})
+        return found
+
+    def waiting(self) -> list[Waiting]:
+        """The open questions that lack answers, in the order in which they were opened.
+
+        Who has answered or skipped a question of this queue, or holds one, has come; of others it knows nothing.
+        """
+        lacking = (
+            sa.select(ITEM.c.question_id, ITEM.c.overlap)
+            .where(ITEM.c.open, self._of_run(ITEM.c.question_id))
+            .order_by(ITEM.c.opened_at, ITEM.c.place)
+        )
+        live = sa.or_(TICKET.c.vote.is_not(None), TICKET.c.until > self._clock())
+        columns = (TICKET.c.question_id, TICKET.c.expert, TICKET.c.vote)
+        tickets = sa.select(*columns).where(live, self._of_run(TICKET.c.question_id))
+        with self._database.transaction(reading=True) as connection:
+            items, rows = connection.execute(lacking).all(), connection.execute(tickets).all()
+        come = sorted({row.expert for row in rows})
+        votes: dict[str, dict[str, str]] = {item.question_id: {} for item in items}
+        for row in rows:
+            if row.vote is not None and row.question_id in votes:
+                votes[row.question_id][row.expert] = row.vote
+        found = []
+        for item in items:
+            had = votes[item.question_id]
+            skipped = tuple(sorted(name for name, vote in had.items() if vote == Vote.SKIP))
+            answered = tuple(sorted(set(had) - set(skipped)))
+            may = tuple(name for name in come if name not in had)
+            if len(answered) < item.overlap:
+                found.append(Waiting(item.question_id, item.overlap - len(answered), answered, skipped, may))
         return found
 
     def settle(self, question_ids: Collection[str], *, undo_s: float, price: float = 0.0) -> None:

@@ -26,7 +26,7 @@ from psyray.data.card import facts, render
 from psyray.data.layout import ROWS_PER_GROUP, to_layout, write_batches
 from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
-from psyray.run import ROWS_PER_FILE, Artifact, read_stages, run_path, write_atomic
+from psyray.run import ROWS_PER_FILE, Artifact, find_run, read_stages, write_atomic
 from psyray.status import read_config
 from psyray.tables import connect, cut, in_order, view
 
@@ -104,15 +104,15 @@ def read_source(run: Path) -> Source:
     """The finished stages of the run's latest pass; PsyrayError where pairs are missing or the rubric changed."""
     stages = {stage.name: stage for stage in read_stages(run)}
     if "pairs" not in stages:
-        raise PsyrayError(f"{run_path(run)} has no finished stage `pairs` yet; see `psyray status {run}`")
+        raise PsyrayError(f"{find_run(run)} has no finished stage `pairs` yet; see `psyray status {run}`")
     config = read_config(run)
     rubric = load_rubric(config["rubric"])
     if rubric.id != stages["pairs"].manifest["config"]["rubric"]:
         raise PsyrayError(
-            f"the rubric {config['rubric']} has changed since the pairs of {run_path(run)} were made; "
+            f"the rubric {config['rubric']} has changed since the pairs of {find_run(run)} were made; "
             "bring the old one back, or run the same command again to rate by the new one"
         )
-    return Source(run_path(run), stages, config, rubric)
+    return Source(find_run(run), stages, config, rubric)
 
 
 def open_views(database: duckdb.DuckDBPyConnection, source: Source, rounds: bool) -> None:

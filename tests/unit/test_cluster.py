@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 import ray
 
-from psyray.cluster import ray_session
+from psyray import cluster
+from psyray.cluster import ray_session, require
 from psyray.config import Config
 from psyray.errors import PsyrayError
 
@@ -26,3 +28,27 @@ def test_a_ray_that_does_not_start_is_one_clear_error(monkeypatch: pytest.Monkey
         ray_session(Config()),
     ):
         pass
+
+
+def test_a_stage_that_waits_for_room_says_within_a_minute_what_is_lacking_and_goes_on_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, said, asked = [0.0], list[tuple[float, str]](), list[Any]()
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    one_gpu_comes_at = 1000.0
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(cluster, "nodes", lambda: [{"CPU": 8.0, "GPU": float(now[0] >= one_gpu_comes_at)}])
+    monkeypatch.setattr(ray, "available_resources", lambda: cluster.nodes()[0])
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    require([{"GPU": 1, "CPU": 1}], 1800, "the policy", lambda line: said.append((now[0], line)))
+    assert one_gpu_comes_at <= now[0] < one_gpu_comes_at + 1 and asked == [[{"GPU": 1, "CPU": 1}], []]
+    assert [round(at) for at, _ in said] == [30, 330, 630, 930]
+    assert "the policy waits for room: the cluster lacks 1 GPU (has 0) after 30 s; it stops after 1800 s" in said[0][1]
+
+    one_gpu_comes_at, now[0] = 1e9, 0.0
+    with pytest.raises(PsyrayError, match=r"the policy cannot be placed: the cluster lacks 1 GPU \(has 0\) after 60 s"):
+        require([{"GPU": 1, "CPU": 1}], 60, "the policy", lambda line: said.append((now[0], line)))
+    assert len(said) == 5

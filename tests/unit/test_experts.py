@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -23,6 +25,7 @@ from psyray.active.oracle_kinds import ORACLES, JudgeOracle, make_oracle
 from psyray.active.oracles import buy, exchanged, pair_question
 from psyray.active.queue import ExpertQueue, Gone
 from psyray.active.votes import Choice, Vote, among
+from psyray.active.waiting import Wait
 from psyray.config import Config, load_config
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
@@ -209,6 +212,56 @@ def test_what_nobody_answered_in_time_is_left_out(desk, folder):
     assert counts["unanswered"] == 2 and "2 of 4 questions go by oracle.fall_back leave_out" in said[-1]
     again, counts = ask(people(desk, overlap=2, wait_s=0, fall_back="leave_out"), folder, 4)
     assert again == labels and counts["unanswered"] == 2 and desk.ledger.spent("run") == {"round-1": 4}
+
+
+def waits(desk: Desk, folder: Folder, overlap: int, **picks: Pick) -> list[str]:
+    """What a round without an end says of a wait for nobody, once `picks` have answered what they may."""
+    with pytest.raises(PsyrayError):
+        ask(people(desk, overlap=overlap, wait_s=0), folder, 2)  # puts the questions up
+    queue = ExpertQueue(desk.ledger.database)
+    for name, pick in picks.items():
+        while lease := queue.lease(name):
+            queue.answer(name, lease.question_id, pick(lease.left, lease.right))
+    said, polls = list[str](), iter(range(30))
+
+    def poll(seconds: float) -> None:
+        if next(polls, None) is None:
+            raise KeyboardInterrupt
+        time.sleep(seconds)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(experts_module, "time", SimpleNamespace(sleep=poll, monotonic=time.monotonic))
+        ask(replace(people(desk, said, overlap=overlap), look_s=0.05), folder, 2)
+    return [line for line in said if "wait for nobody" in line]
+
+
+def test_a_round_that_waits_for_nobody_says_so_once_and_how_to_mend_it(desk, folder):
+    [told] = waits(desk, folder, 1, anna=lambda *_: Choice.SKIP, ben=lambda *_: Choice.SKIP)
+    assert "round-1: 2 open questions lack answers; 2 wait for nobody (" in told
+    assert "anna, ben had them, and 2 answers are lacking" in told
+    assert "Give another expert a key, have anna or ben undo a skip, or stop" in told
+    assert "oracle.wait_s and oracle.fall_back" in told
+
+
+def test_more_answers_wanted_than_people_come_is_a_wait_for_nobody(desk, folder):
+    [told] = waits(desk, folder, 3, anna=prefers_good, ben=prefers_good)
+    assert "anna, ben had them, and 2 answers are lacking" in told and "undo" not in told
+
+
+def test_a_round_to_which_nobody_has_come_says_so(desk, folder):
+    [told] = waits(desk, folder, 2)
+    assert "no expert has answered yet. Give an expert a key, or stop" in told
+
+
+def test_a_round_whose_questions_somebody_may_answer_says_nothing_of_it(desk, folder):
+    queue = ExpertQueue(desk.ledger.database)
+    with pytest.raises(PsyrayError):
+        ask(people(desk, overlap=1, wait_s=0), folder, 2)
+    queue.answer("anna", queue.lease("anna").question_id, Choice.SKIP)
+    assert not Wait(queue.waiting()).stuck
+    assert re.fullmatch(r"2 open questions lack answers: anna may answer 1; 1 wait .*", Wait(queue.waiting()).told())
+    assert waits(desk, folder, 1) == []
+    assert not Wait([]).stuck and Wait([]).told() == ""
 
 
 def test_harm_makes_a_question_invalid(desk, folder):

@@ -197,6 +197,45 @@ def test_undo_reaches_back_until_the_question_is_settled(place: Place):
         place.queue.undo("anna")
 
 
+def test_a_skip_is_taken_back_only_while_nobody_has_its_place(place: Place):
+    place.ask(2)
+    place.say("anna", "good")
+    place.say("anna", Choice.SKIP)
+    assert place.queue.undo("anna").question_id == "q1"
+    place.say("anna", Choice.SKIP)
+    lease = place.queue.lease("ben", 60)
+    assert lease and lease.question_id == "q1"
+    assert place.queue.undo("anna").question_id == "q0"  # the last one that is still hers
+    with pytest.raises(Gone, match="another expert has it"):
+        place.queue.undo("anna")
+    assert place.queue.lease("ben", 60).question_id == "q1"
+    place.queue.answer("ben", "q1", Choice.LEFT)
+    assert place.queue.progress()["leased"] == 1  # q0, anna's
+
+
+def test_an_undo_passes_over_what_is_settled(place: Place):
+    ids = place.ask(2, overlap=1)
+    place.say("anna", "good")
+    place.say("anna", Choice.SKIP)
+    assert place.say("ben") == "q1"
+    place.queue.settle(["q1"], undo_s=0)
+    assert place.queue.undo("anna").question_id == "q0"
+    place.say("anna", "good")
+    place.queue.settle(ids, undo_s=0)
+    with pytest.raises(Gone, match="final"):
+        place.queue.undo("anna")
+
+
+def test_a_release_leaves_the_leases_in_other_runs(place: Place):
+    place.ask(1)
+    place.ask(1, run="other", start=5)
+    other = ExpertQueue(place.ledger.database, ["other"], place.clock)
+    assert place.queue.lease("anna") and other.lease("anna")
+    assert place.queue.release("anna", "q5") == 0 and place.queue.release("anna") == 1
+    assert other.progress()["leased"] == 1 and place.queue.progress()["leased"] == 0
+    assert other.release("anna") == 1
+
+
 def test_a_skip_leaves_the_question_to_others(place: Place):
     place.ask(1, overlap=2)
     assert place.say("anna", Choice.SKIP) == "q0" and place.queue.lease("anna") is None
@@ -217,6 +256,20 @@ def test_questions_that_others_answered_come_first_then_those_opened_first(place
     place.queue.release("anna")
     assert place.say("ben") == "q0"
     assert place.say("anna") == "q7"
+
+
+def test_which_open_questions_wait_for_whom(place: Place):
+    place.ask(3, overlap=2)
+    assert [(w.question_id, w.lacking, w.may) for w in place.queue.waiting()] == [(f"q{i}", 2, ()) for i in range(3)]
+    place.say("anna")
+    place.say("anna", Choice.SKIP)
+    assert place.say("ben") == "q0"  # complete, and can still be taken back
+    one, two = place.queue.waiting()
+    assert (one.question_id, one.lacking, one.answered, one.skipped, one.may) == ("q1", 2, (), ("anna",), ("ben",))
+    assert (two.question_id, two.may) == ("q2", ("anna", "ben"))
+    assert place.queue.lease("cleo", 60) and place.queue.waiting()[0].may == ("ben", "cleo")
+    place.clock.now += 61
+    assert place.queue.waiting()[0].may == ("ben",)  # who let a lease run out and answered nothing has left
 
 
 def test_time_that_is_over_keeps_what_is_decided_and_fails_the_rest(place: Place):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from psyray.errors import PsyrayError
-from psyray.run import Run, read_stages, run_path
+from psyray.run import Run, find_run, read_stages, run_path
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
 
@@ -144,3 +144,25 @@ def test_a_run_in_a_ray_job_does_not_land_in_the_jobs_throw_away_folder(monkeypa
     assert run_path(Path("runs/demo")) == Path.home() / ".psyray/runs/demo"
     monkeypatch.setenv("PSYRAY_HOME", "/shared")
     assert run_path(Path("runs/demo")) == Path("/shared/runs/demo")
+
+
+def test_a_run_that_is_there_is_found_here_and_where_jobs_write(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PSYRAY_HOME", raising=False)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    demo, here, of_job = Path("runs/demo"), tmp_path / "here/runs/demo", tmp_path / "home/.psyray/runs/demo"
+    assert find_run(demo) == here  # nowhere yet: where one would be made
+    with pytest.raises(PsyrayError, match=f"no run at {here} or {of_job}; start one with"):
+        read_stages(demo)
+    of_job.mkdir(parents=True)
+    assert find_run(demo) == of_job and find_run(of_job) == of_job
+    here.mkdir(parents=True)
+    assert find_run(demo) == here
+    monkeypatch.setenv("PSYRAY_HOME", str(tmp_path / "shared"))
+    assert find_run(demo) == here
+    (tmp_path / "shared/runs/demo").mkdir(parents=True)
+    assert find_run(demo) == tmp_path / "shared/runs/demo"  # where a run would go on from here
+    with pytest.raises(PsyrayError, match="a URI goes into"):
+        find_run(Path("s3://bucket/run"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from psyray.errors import PsyrayError
@@ -20,6 +21,7 @@ from serve.policy import engine_settings, with_defaults
 from serve.request import serve_once
 from serve.reward import MAX_ITEMS, ScoreRequest, features_together, judged
 
+SERVE_FILE = Path(__file__).parents[2] / "configs/serve.yaml"
 CLIENT = {"role": "user", "content": "I keep putting off the phone call to my sister."}
 
 
@@ -59,10 +61,27 @@ def test_settled_words_mean_the_same_in_another_folder(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PSYRAY_HOME", raising=False)
     (tmp_path / "adapter").mkdir()
+    (tmp_path / "runs/demo").mkdir(parents=True)
     settled = Args.read({"run": "runs/demo", "beside": "a=adapter,b=org/model"}).settled()
     assert (settled.run, settled.runs) == (tmp_path / "runs/demo", tmp_path / "runs")
     assert settled.beside == {"a": str(tmp_path / "adapter"), "b": "org/model"}
     assert Args.read({}).settled().run is None
+
+
+def test_the_run_of_a_job_is_found_by_the_words_of_the_serve_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PSYRAY_HOME", raising=False)
+    [words] = [app["args"] for app in yaml.safe_load(SERVE_FILE.read_text())["applications"]]
+    with pytest.raises(
+        PsyrayError, match=rf"no run at {tmp_path}/runs/demo or {tmp_path}/home/.psyray/runs/demo; give"
+    ):
+        Args.read(words).settled()
+    run = finished_run(tmp_path / "home/.psyray/runs/demo")  # where a job writes with PSYRAY_HOME unset
+    assert Args.read(words).settled().run == run
+    assert read_champion(Path("runs/demo")).policy.path == str(run / "policy")
 
 
 def test_replicas_are_a_number_or_scale_between_two() -> None:

@@ -15,6 +15,9 @@ from made_run import MadeRun
 from rich.console import Console
 
 from psyray import status
+from psyray.active.ledger import Ledger, Question
+from psyray.active.queue import ExpertQueue
+from psyray.active.votes import Choice
 from psyray.errors import PsyrayError
 
 
@@ -137,3 +140,23 @@ def test_missing_numbers_are_dashes() -> None:
     assert (status.number(1234), status.share(0.0), status.change(-0.031)) == ("1,234", "0.0 %", "-3.1 %")
     for name in [*status.KEY_NUMBERS, "round-0/gate", "round-1/gate", "something else"]:
         assert isinstance(status.key_numbers(name, {}), str)
+
+
+def test_a_round_that_waits_for_nobody_is_told_with_its_mend_and_no_ledger_is_made_by_looking(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", until="round-1/labels")
+    made.config |= {"oracle": {"kind": "experts"}, "judge": {}}
+    made.make()
+    assert "Experts:" not in shown(tmp_path / "run") and not (tmp_path / "labels.db").exists()
+    ledger = Ledger(f"sqlite:///{tmp_path}/labels.db")
+    question = Question("q0", "comparison", "experts", "r", {"messages": [], "a": "x", "b": "y"})
+    queue = ExpertQueue(ledger.database)
+    queue.open(ledger.reserve(str(tmp_path / "run"), "round-1", [question], None).to_ask, 2)
+    queue.lease("anna")
+    queue.answer("anna", "q0", Choice.TIE)
+    assert (
+        "Experts: 1 open questions lack answers; 1 wait for nobody (q0): anna had them, and 1 answers are lacking. "
+        "Give another expert a key, or stop and run the same command with oracle.wait_s and oracle.fall_back"
+    ) in shown(tmp_path / "run")
+    ledger.close()
+    (tmp_path / "labels.db").write_text("no database " * 100)
+    assert "Experts: the label ledger at " in shown(tmp_path / "run")  # and the rest is there as ever
