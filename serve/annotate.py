@@ -31,6 +31,7 @@ from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
 from serve.access import VARIABLE, Key, Limits, read_keys
 from serve.champion import Words
+from serve.door import put_up
 from serve.pages import asker, page_app
 
 MAX_BODY = 64 * 1024  # bytes; an answer is a note of MAX_NOTE characters and a few ratings
@@ -65,6 +66,7 @@ class Desk:
 
 def build(args: dict[str, str]) -> Any:
     """The Serve application of a run's expert queue; PsyrayError names what is wrong with the arguments or the run."""
+    put_up()
     desk = open_desk(Args.read(args))
     from ray import serve  # takes seconds: a mistake above is told at once, and the page itself needs no Ray
 

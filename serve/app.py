@@ -25,6 +25,7 @@ from psyray.sections.place import TrackSection
 from psyray.track import tracking_uri
 from serve.access import VARIABLE, Limits, read_keys
 from serve.champion import Args
+from serve.door import put_up
 from serve.guard import read_replies
 from serve.ingress import application
 from serve.lineup import Order
@@ -32,6 +33,7 @@ from serve.lineup import Order
 
 def build(args: dict[str, Any]) -> Any:
     """The Serve application; PsyrayError names what is wrong with the arguments, the run or the registry."""
+    put_up()
     asked = Args.read(args).settled()
     order = Order(asked, tracking_uri(TrackSection(), asked.runs / "any"), gpus=use_gpu("auto"))
     order.read("check")  # a mistake is told here, not in a replica's log

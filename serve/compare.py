@@ -38,6 +38,7 @@ from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
 from serve.access import VARIABLE, Key, Limits, read_keys
 from serve.champion import Words
+from serve.door import put_up
 from serve.endpoint import Endpoint, NoAnswer
 from serve.pages import asker, page_app
 from serve.turn import SIDES, Turn
@@ -89,6 +90,7 @@ class Room:
 
 def build(args: dict[str, str]) -> Any:
     """The Serve application; PsyrayError names what is wrong with the arguments or the run."""
+    put_up()
     room = open_room(Args.read(args))
     from ray import serve  # takes seconds: a mistake above is told at once, and the page itself needs no Ray
 

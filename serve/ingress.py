@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from serve.access import Gate, Key, Limits
 from serve.best import BestRequest, answer
 from serve.chat import ChatRequest, Refusal
+from serve.door import look
 from serve.guard import Replies, crisis_kinds, safe_reply
 from serve.keeper import ASK_S, Keeper
 from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
@@ -54,6 +55,7 @@ class Ingress:
         replies: Replies | None,
         timeout_s: float,
     ) -> None:
+        look()
         self.keeper, self.keys, self.limits = keeper, keys, limits
         self.replies, self.timeout_s = replies, timeout_s
         about = "chat requests whose words speak of a crisis, by kind"

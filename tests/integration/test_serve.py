@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from email.message import Message as Headers
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -292,6 +294,28 @@ def test_hostile_requests_break_nothing_and_learn_nothing(server: str, monkeypat
     assert not report.wrong, report.wrong[:10]
     assert report.statuses.total() > 350 and report.statuses[422] > 100 and report.statuses[200] > 5
     assert call(f"{server}/healthz")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"X-Request-Id: \xff", b"400"),
+        (b"X-\xff: 1", b"400"),
+        (b"X-Session-Id: \xff", b"200"),
+        (b"serve_multiplexed_model_id: \xff", b"200"),
+        (b"X-Request-Timeout-Seconds: \xff", b"200"),
+        (b"X-Request-Timeout-Seconds: 0.0001", b"200"),
+        (b"X-Request-Disconnect-Disabled: \xff", b"200"),
+    ],
+)
+def test_no_header_steers_or_breaks_rays_proxy(server: str, header: bytes, status: bytes) -> None:
+    place = urlsplit(server)
+    with socket.create_connection((place.hostname, place.port), timeout=60) as line:
+        key = f"Authorization: Bearer {TOKEN}".encode()
+        line.sendall(
+            b"\r\n".join([b"GET /v1/models HTTP/1.1", b"Host: x", key, header, b"Connection: close", b"", b""])
+        )
+        assert line.makefile("rb").readline().split()[1] == status
 
 
 def engines() -> dict[str, psutil.Process]:
