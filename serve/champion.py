@@ -96,7 +96,7 @@ class Args(Words):
     in_flight: int = Field(256, ge=1, description="requests under way at once; one more gets 503; of one key half")
     guard: Literal["reply", "mark"] = Field("reply", description="what a client in a crisis gets (serve/guard.py)")
     replies: Path | None = Field(None, description="file of those replies by locale; none: the shipped ones")
-    timeout_s: float = Field(300, gt=0, description="how long an answer may take")
+    timeout_s: float = Field(300, gt=0, description="how long an answer, or each piece of a stream, may take")
 
     @field_validator("replicas", "reward_replicas", mode="before")
     @classmethod

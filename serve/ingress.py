@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
@@ -42,6 +43,16 @@ def application(order: Order, keys: tuple[Key, ...], limits: Limits, replies: Re
     keeper = serve.deployment(Keeper, name="Keeper", **options).bind(order)
     port = serve.deployment(serve.ingress()(Ingress), name="Ingress", **options)
     return port.bind(keeper, keys, limits, replies, order.asked.timeout_s)
+
+
+class Pieces(Protocol):
+    """An engine's answer as it comes, as Serve's handle gives it."""
+
+    def __anext__(self) -> Awaitable[str | Refusal]: ...
+
+    def __aiter__(self) -> Pieces: ...
+
+    def cancel(self) -> None: ...
 
 
 class Ingress:
@@ -124,12 +135,16 @@ class Ingress:
     async def _ask(self, served: Served, tree: dict[str, Any]) -> Response:
         """The engine's answer, whole or as its stream."""
         # The engine gets the request alone: headers hold the key, and some that vLLM knows would steer it.
-        pieces = aiter(self._handle(served.app, stream=True).answer.remote(tree, served.name))
-        first: str | Refusal = await anext(pieces)
+        pieces: Pieces = self._handle(served.app, stream=True).answer.remote(tree, served.name)
+        try:
+            first = await anext(pieces)
+        except asyncio.CancelledError:  # it took too long, or its client went away
+            pieces.cancel()
+            raise
         if not isinstance(first, str):
             raise HTTPException(first.status, first.words)
         if tree.get("stream"):
-            return StreamingResponse(events(first, pieces), media_type="text/event-stream")
+            return StreamingResponse(events(first, pieces, self.timeout_s), media_type="text/event-stream")
         return Response(first, media_type="application/json")
 
     async def best(self, body: BestRequest, request: Request) -> Response:
@@ -192,12 +207,19 @@ def card(served: Served, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "psyray", "metadata": about}
 
 
-async def events(first: str, rest: AsyncIterator[str | Refusal]) -> AsyncIterator[str]:
-    """The engine's server-sent events as they come; a stream that breaks off ends without its [DONE]."""
+async def events(first: str, rest: Pieces, timeout_s: float) -> AsyncIterator[str]:
+    """The engine's server-sent events as they come; a stream that breaks off, or stalls, ends without its [DONE].
+
+    The engine's work ends with it.
+    """
     yield first
-    async for piece in rest:
-        if isinstance(piece, str):
+    try:
+        while isinstance(piece := await asyncio.wait_for(anext(rest, None), timeout_s), str):
             yield piece
+    except TimeoutError:
+        logging.getLogger("ray.serve").warning("a stream stood still for %g s and was ended", timeout_s)
+    finally:
+        rest.cancel()
 
 
 def http_app(routes: Ingress, keys: tuple[Key, ...], limits: Limits) -> FastAPI:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -24,14 +25,31 @@ CLIENT = {"role": "user", "content": "The flat is too quiet."}
 TOKENS = {"ann": "ann-" + "a" * 20, "bob": "bob-" + "b" * 20}
 
 
+class MadePieces:
+    """A stand-in for the answer that Serve's handle gives: its pieces, and a way to end the work on them."""
+
+    def __init__(self, pieces: AsyncIterator[str | Refusal], cancel: Callable[[], None]) -> None:
+        self.pieces, self.cancel = pieces, cancel
+
+    def __aiter__(self) -> MadePieces:
+        return self
+
+    async def __anext__(self) -> str | Refusal:
+        return await anext(self.pieces)
+
+
 class MadeEngine:
     """A stand-in for an engine's handle: says what it was asked, as an engine would."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.says: list[str | Refusal | Exception] | None = None
+        self.says: list[str | Refusal | Exception | float] | None = None  # a number: seconds that it is silent
         self.meanwhile: Callable[[], None] = lambda: None
-        self.answer = SimpleNamespace(remote=self.reply)
+        self.cancelled = 0
+        self.answer = SimpleNamespace(remote=lambda tree, name: MadePieces(self.reply(tree, name), self.cancel))
+
+    def cancel(self) -> None:
+        self.cancelled += 1
 
     async def reply(self, tree: dict[str, Any], name: str) -> AsyncIterator[str | Refusal]:
         self.asked.append(tree)
@@ -41,7 +59,10 @@ class MadeEngine:
         for piece in self.says or [json.dumps(whole)]:
             if isinstance(piece, Exception):
                 raise piece
-            yield piece
+            if isinstance(piece, float):
+                await asyncio.sleep(piece)
+            else:
+                yield piece
 
 
 class MadeReward:
@@ -118,6 +139,17 @@ def test_streams_are_passed_on_as_they_come(port: TestClient, engine: MadeEngine
     reply = chat(port, stream=True)
     assert reply.text == 'data: {"a": 1}\n\ndata: [DONE]\n\n'
     assert reply.headers["content-type"].startswith("text/event-stream")
+
+
+def test_a_stream_that_stands_still_ends_without_its_done_and_its_work_too(
+    port: TestClient, engine: MadeEngine, routes: Ingress
+) -> None:
+    routes.timeout_s = 0.2
+    engine.says = ["data: 1\n\n", 0.1, "data: 2\n\n", 0.15, "data: 3\n\n", 30.0, "data: [DONE]\n\n"]
+    assert chat(port, stream=True).text == "data: 1\n\ndata: 2\n\ndata: 3\n\n" and engine.cancelled == 1
+    for stream in (True, False):  # or before its first piece
+        engine.says, engine.cancelled = [30.0], 0
+        assert chat(port, stream=stream).status_code == 503 and engine.cancelled == 1
 
 
 def test_a_part_that_fails_is_a_503_to_come_back_after(port: TestClient, engine: MadeEngine) -> None:
