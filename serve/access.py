@@ -148,7 +148,10 @@ class Gate:
         self.rate, self.under_way = Rate(limits.per_minute), Counter[str]()  # by the key's name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or path_of(scope) in self.free:
+        if scope["type"] not in ("http", "lifespan"):  # no route here speaks anything else, so none looks for a key
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] == "lifespan" or path_of(scope) in self.free:
             await self.app(scope, receive, send)
             return
         refusal, name = self._refusal(scope)

@@ -40,6 +40,7 @@ from serve.access import VARIABLE, Key, Limits, read_keys
 from serve.champion import Words
 from serve.door import put_up
 from serve.endpoint import Endpoint, NoAnswer
+from serve.health import Health
 from serve.pages import asker, page_app
 from serve.turn import SIDES, Turn
 
@@ -162,7 +163,13 @@ def http_app(room: Room) -> FastAPI:
     limits = Limits(body_bytes=MAX_BODY, per_minute=room.per_minute)
     app = page_app("psyray conversations", "compare", (turns, health), room.keys, limits)
     app.state.room, app.state.open = room, dict[str, Turn]()  # each person's latest turn
-    app.state.ledger = Ledger(room.ledger) if room.ledger else None
+    app.state.ledger = ledger = Ledger(room.ledger) if room.ledger else None
+
+    async def look() -> None:
+        if ledger:
+            await asyncio.to_thread(ledger.spent, room.run)
+
+    app.state.health = Health(look)
     app.add_exception_handler(NoAnswer, _no_answer)
     return app
 
@@ -220,11 +227,10 @@ async def choose(given: Given, person: Person, room: Here, request: Request) -> 
 
 
 @health.get("/healthz")
-def healthz(request: Request) -> JSONResponse:
+async def healthz(request: Request) -> JSONResponse:
     """Whether the ledger answers, where there is one."""
-    if ledger := request.app.state.ledger:
-        ledger.spent(request.app.state.room.run)
-    return JSONResponse({"status": "ok"})
+    answer: JSONResponse = await request.app.state.health.reply()
+    return answer
 
 
 async def _lines(turn: Turn, endpoint: Endpoint, language: str) -> AsyncIterator[str]:

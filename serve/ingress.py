@@ -25,6 +25,7 @@ from serve.best import BestRequest, answer
 from serve.chat import ChatRequest, Refusal
 from serve.door import look
 from serve.guard import Replies, crisis_kinds, safe_reply
+from serve.health import Health
 from serve.keeper import ASK_S, Keeper
 from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
 from serve.policy import with_defaults
@@ -71,6 +72,7 @@ class Ingress:
         self.replies, self.timeout_s = replies, timeout_s
         about = "chat requests whose words speak of a crisis, by kind"
         self.crises = Counter("psyray_crisis_requests", description=about, tag_keys=("kind", "guard"))
+        self.health = Health(self._check)
         self._handles: dict[tuple[str, bool], DeploymentHandle] = {}
         self.lineup: Lineup = await keeper.lineup.remote()
         self._following = asyncio.create_task(self._follow())
@@ -191,14 +193,11 @@ class Ingress:
 
     async def healthz(self) -> JSONResponse:
         """Whether the engine behind the port answers."""
-        champion, scoring = self.lineup.models[0], self.lineup.reward
-        names = {"policy": champion.name, "reward": scoring.name if scoring else None}
-        try:
-            health = self._handle(champion.app).check_health.remote()
-            await asyncio.wait_for(health, HEALTH_TIMEOUT_S)
-        except Exception as error:  # whatever ails the engine, the answer to this question is "not well"
-            return JSONResponse({"status": "unavailable", "error": type(error).__name__, **names}, 503)
-        return JSONResponse({"status": "ok", **names})
+        return await self.health.reply()
+
+    async def _check(self) -> None:
+        health = self._handle(self.lineup.models[0].app).check_health.remote()
+        await asyncio.wait_for(health, HEALTH_TIMEOUT_S)
 
 
 def card(served: Served, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from serve.access import Limits, parse_keys
 from serve.champion import Policy
 from serve.chat import Refusal
 from serve.guard import read_replies
+from serve.health import Health
 from serve.ingress import Ingress, description, http_app
 from serve.lineup import BASE, Lineup, Scoring, Served
 from serve.reward import Score
@@ -90,6 +91,7 @@ def routes(engine: MadeEngine) -> Ingress:
     routes.lineup = Lineup(models, Scoring("scorer", "export1", "app.reward.y"), ())
     routes.replies, routes.timeout_s = read_replies(None), 5.0
     routes.crises = SimpleNamespace(inc=lambda tags: None)  # type: ignore[assignment]
+    routes.health = Health(routes._check)
     routes._handles = {("app.policy.x", True): engine, ("app.reward.y", False): MadeReward()}  # type: ignore[dict-item]
     return routes
 
@@ -207,6 +209,18 @@ def test_odd_languages_get_some_reply(port: TestClient, value: bytes) -> None:
     crisis = {"messages": [{"role": "user", "content": "I want to kill myself."}]}
     reply = port.post("/v1/chat/completions", json=crisis, headers={b"accept-language": value})  # type: ignore[arg-type]
     assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
+
+
+def test_health_names_nobody_and_asks_the_engine_once_for_a_flood(port: TestClient, routes: Ingress) -> None:
+    asked = []
+
+    async def check() -> None:
+        asked.append(1)
+
+    handle = SimpleNamespace(check_health=SimpleNamespace(remote=check))
+    routes._handles["app.policy.x", False] = handle  # type: ignore[assignment]
+    replies = [port.get("/healthz", headers={"Authorization": ""}) for _ in range(20)]
+    assert {(r.status_code, r.text) for r in replies} == {(200, '{"status":"ok"}')} and asked == [1]
 
 
 def test_what_is_refused_while_it_comes_is_told_in_openais_format(port: TestClient) -> None:
