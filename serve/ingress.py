@@ -29,7 +29,7 @@ from serve.health import Health
 from serve.keeper import ASK_S, Keeper
 from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
 from serve.policy import with_defaults
-from serve.refusals import invalid, openai_error
+from serve.refusals import invalid, openai_error, too_much
 from serve.reward import ScoreReply, ScoreRequest
 
 HEALTH_TIMEOUT_S = 5.0
@@ -116,6 +116,8 @@ class Ingress:
         return await self._chat(body, request)
 
     async def _chat(self, body: ChatRequest, request: Request) -> Response:
+        if (said := len(body.messages)) > self.limits.messages:
+            raise too_much(said, self.limits.messages, "messages", "messages")
         served, tree = self._called(body.model), body.tree()
         kinds = crisis_kinds(tree["messages"])
         response: Response
@@ -123,6 +125,9 @@ class Ingress:
             text = self.replies.for_language(request.headers.get("Accept-Language", ""))
             response = safe_reply(text, served.name, stream=bool(tree.get("stream")))
         else:
+            if (tokens := body.tokens(served.policy.max_tokens)) > self.limits.tokens:
+                raise too_much(tokens, self.limits.tokens, "new tokens over all answers", "max_tokens")
+            request.scope["psyray.more"](body.answers - 1)  # each answer is a request's work
             tree |= {"model": served.called, "request_id": uuid4().hex}  # an id of the client's may be another's too
             if key := request.scope.get("psyray.key"):
                 tree["cache_salt"] = key  # or the time of an answer told what another key has asked
@@ -172,6 +177,9 @@ class Ingress:
 
     async def score_answers(self, body: ScoreRequest, response: Response) -> ScoreReply:
         """Scores of answers by the reward model."""
+        for place, item in enumerate(body.items):
+            if (said := len(item.messages)) > self.limits.messages:
+                raise too_much(said, self.limits.messages, "messages", "items", place, "messages")
         scoring = self._scoring()
         response.headers[ID] = scoring.export
         scores = await self._in_time(self._handle(scoring.app).score.remote(body.items))

@@ -89,6 +89,7 @@ def routes(engine: MadeEngine) -> Ingress:
     warm = policy.model_copy(update={"name": "warm"})
     models = (Served(policy, "export2", "app.policy.x", BASE), Served(warm, "stage7", "app.policy.x", "warm"))
     routes.lineup = Lineup(models, Scoring("scorer", "export1", "app.reward.y"), ())
+    routes.limits = Limits(messages=5, tokens=400)
     routes.replies, routes.timeout_s = read_replies(None), 5.0
     routes.crises = SimpleNamespace(inc=lambda tags: None)  # type: ignore[assignment]
     routes.health = Health(routes._check)
@@ -101,7 +102,7 @@ def port(routes: Ingress) -> TestClient:
     """The application over these routes."""
     keys = parse_keys([f"{name} chat,score {token}" for name, token in TOKENS.items()], "keys")
     # What is raised past the application would be a 500.
-    return TestClient(http_app(routes, keys, Limits()), headers=bearer("ann"), raise_server_exceptions=False)
+    return TestClient(http_app(routes, keys, routes.limits), headers=bearer("ann"), raise_server_exceptions=False)
 
 
 def bearer(name: str) -> dict[str, str]:
@@ -227,6 +228,55 @@ def test_what_is_refused_while_it_comes_is_told_in_openais_format(port: TestClie
     pieces = (b" " * 1_000_000 for _ in range(5))
     reply = port.post("/v1/chat/completions", content=pieces, headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["message"]) == (413, "the request is too large")
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "words"),
+    [
+        ("/v1/chat/completions", {"messages": [CLIENT] * 6}, "messages: 6 messages; at most 5"),
+        ("/v1/chat/completions", {"max_tokens": 401}, "max_tokens: 401 new tokens over all answers; at most 400"),
+        ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 401}, "401 new tokens"),
+        ("/v1/chat/completions", {"n": 5}, "480 new tokens"),  # of 96 each, the policy's own
+        ("/v1/chat/best", {"of": 5, "max_tokens": 81}, "405 new tokens"),
+        ("/v1/chat/best", {"of": 5, "n": 1}, "480 new tokens"),
+    ],
+)
+def test_a_request_is_bounded_by_what_it_asks_for(
+    port: TestClient, engine: MadeEngine, path: str, more: dict[str, Any], words: str
+) -> None:
+    reply = port.post(path, json={"messages": [CLIENT], **more})
+    assert reply.status_code == 422 and words in reply.json()["error"]["message"] and engine.asked == []
+
+
+def test_the_bounds_themselves_are_taken(port: TestClient) -> None:
+    assert chat(port, messages=[CLIENT] * 5, max_tokens=100, n=4).status_code == 200
+    items = [{"messages": [CLIENT] * said, "response": "x"} for said in (5, 6)]
+    assert port.post("/reward/score", json={"items": items[:1]}).status_code == 200
+    refused = port.post("/reward/score", json={"items": items})
+    assert refused.status_code == 422
+    assert refused.json()["detail"] == [{"loc": ["body", "items", 1, "messages"], "msg": "6 messages; at most 5"}]
+
+
+def test_each_answer_counts_against_the_rate_of_its_key(routes: Ingress) -> None:
+    keys = parse_keys([f"ann chat {TOKENS['ann']}", f"bob chat {TOKENS['bob']}"], "keys")
+    routes.limits = Limits(per_minute=8)
+    port = TestClient(http_app(routes, keys, routes.limits), headers=bearer("ann"))
+    best = {"messages": [CLIENT], "of": 4}
+    codes = [port.post("/v1/chat/best", json=best).status_code for _ in range(3)]
+    assert codes == [200, 200, 429]
+    refused = chat(port)
+    assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 8
+    other = port.post("/v1/chat/completions", json={"messages": [CLIENT], "n": 8}, headers=bearer("bob"))
+    assert other.status_code == 200 and port.get("/v1/models", headers=bearer("bob")).status_code == 429
+    routes.limits = Limits(per_minute=2)  # more answers than a minute has: all of it, and not never
+    port = TestClient(http_app(routes, keys, routes.limits), headers=bearer("ann"))
+    assert chat(port, n=16).status_code == 200
+
+
+def test_who_is_in_a_crisis_is_answered_whatever_was_asked_for(port: TestClient) -> None:
+    said = {"role": "user", "content": "I want to kill myself."}
+    reply = chat(port, messages=[said], n=16, max_tokens=9_999)
+    assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
 
 
 def test_names_in_refusals_are_short_and_ascii(port: TestClient) -> None:
