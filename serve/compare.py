@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -216,12 +217,12 @@ async def view(of: OfTurn, person: Person, room: Here, request: Request) -> JSON
 @turns.post("/choose")
 async def choose(given: Given, person: Person, room: Here, request: Request) -> JSONResponse:
     """Take the choice, keep it in the ledger, and say with which side the conversation goes on."""
-    turn = _turn(request, person, given.turn_id)
-    if turn.choice not in (None, given.choice):
+    turn, ledger = _turn(request, person, given.turn_id), request.app.state.ledger
+    write = partial(keep, ledger, room.run, _chosen(turn, given, person, room.rubric)) if ledger else None
+    keeps = write is not None and not turn.same
+    # In a thread, so that it is written to the end though the person may go away.
+    if await asyncio.to_thread(turn.settle, given.choice, write if keeps else None) != given.choice:
         raise HTTPException(409, "you have chosen already, and otherwise; a choice is final")
-    turn.choice, keeps = given.choice, request.app.state.ledger is not None and not turn.same
-    if keeps:
-        await asyncio.to_thread(keep, request.app.state.ledger, room.run, _chosen(turn, given, person, room.rubric))
     goes_on = {Choice.RIGHT: "right", Choice.HARMFUL: None}.get(given.choice, "left")
     return JSONResponse({"kept": keeps, "goes_on": goes_on, "policies": turn.policies if room.reveal else None})
 
