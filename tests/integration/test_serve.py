@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import ray
 from made_exports import register, save_adapter, save_run
 from pydantic import SecretStr
 from ray import serve
@@ -316,6 +318,19 @@ def test_no_header_steers_or_breaks_rays_proxy(server: str, header: bytes, statu
             b"\r\n".join([b"GET /v1/models HTTP/1.1", b"Host: x", key, header, b"Connection: close", b"", b""])
         )
         assert line.makefile("rb").readline().split()[1] == status
+
+
+def test_crises_and_the_champions_trouble_reach_prometheus(server: str) -> None:
+    words = [{"role": "user", "content": "Some nights I want to kill myself."}]
+    assert call(f"{server}/v1/chat/completions", {"messages": words})[0] == 200
+    tags = r'(?=.*guard="reply")(?=.*kind="self-harm")'
+    counted = re.compile(rf"^ray_psyray_crisis_requests_total\{{{tags}.*\}} [1-9]", re.M)
+    trouble = re.compile(r"^ray_psyray_champion_trouble\{.*\} 0\.0$", re.M)
+    deadline, text = time.monotonic() + 90, ""
+    while time.monotonic() < deadline and not (counted.search(text) and trouble.search(text)):
+        time.sleep(1)  # Ray's processes report every few seconds
+        text = call(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics")[2]
+    assert counted.search(text) and trouble.search(text) and "kill myself" not in text
 
 
 def engines() -> dict[str, psutil.Process]:

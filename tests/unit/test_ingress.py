@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from starlette.testclient import TestClient
 from serve.access import Limits, parse_keys
 from serve.champion import Policy
 from serve.chat import Refusal
-from serve.guard import read_replies
+from serve.guard import crisis_kinds, read_replies
 from serve.health import Health
 from serve.ingress import Ingress, description, http_app
 from serve.lineup import BASE, Lineup, Scoring, Served
@@ -76,6 +77,18 @@ class MadeReward:
         return [Score(score=float(len(item.response)), spread=0.5) for item in items]
 
 
+class MadeCounter:
+    """A stand-in for Ray's counter: by kind and guard, how often."""
+
+    def __init__(self) -> None:
+        self.counted = Counter[tuple[str, str]]()
+
+    def inc(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+        tags = tags or {}
+        assert set(tags) == {"kind", "guard"}
+        self.counted[tags["kind"], tags["guard"]] += int(value)
+
+
 @pytest.fixture
 def engine() -> MadeEngine:
     return MadeEngine()
@@ -91,7 +104,7 @@ def routes(engine: MadeEngine) -> Ingress:
     routes.lineup = Lineup(models, Scoring("scorer", "export1", "app.reward.y"), ())
     routes.limits = Limits(messages=5, tokens=400)
     routes.replies, routes.timeout_s = read_replies(None), 5.0
-    routes.crises = SimpleNamespace(inc=lambda tags: None)  # type: ignore[assignment]
+    routes.crises = MadeCounter()  # type: ignore[assignment]
     routes.health = Health(routes._check)
     routes._handles = {("app.policy.x", True): engine, ("app.reward.y", False): MadeReward()}  # type: ignore[dict-item]
     return routes
@@ -271,6 +284,19 @@ def test_each_answer_counts_against_the_rate_of_its_key(routes: Ingress) -> None
     routes.limits = Limits(per_minute=2)  # more answers than a minute has: all of it, and not never
     port = TestClient(http_app(routes, keys, routes.limits), headers=bearer("ann"))
     assert chat(port, n=16).status_code == 200
+
+
+@pytest.mark.parametrize("guard", ["reply", "mark"])
+def test_crises_are_counted_by_kind_and_by_what_the_guard_does(port: TestClient, routes: Ingress, guard: str) -> None:
+    routes.replies = routes.replies if guard == "reply" else None
+    chat(port)
+    said = {"role": "user", "content": "I want to kill myself. He beats me every night."}
+    for path, more in (("chat/completions", {}), ("chat/completions", {"stream": True}), ("chat/best", {"of": 2})):
+        reply = port.post(f"/v1/{path}", json={"messages": [said], **more})
+        assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
+    kinds = crisis_kinds([said])
+    assert len(kinds) == 2
+    assert routes.crises.counted == dict.fromkeys(((kind, guard) for kind in kinds), 3)  # type: ignore[attr-defined]
 
 
 def test_who_is_in_a_crisis_is_answered_whatever_was_asked_for(port: TestClient) -> None:
