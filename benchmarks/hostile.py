@@ -65,6 +65,10 @@ HEADERS: tuple[dict[str, str | bytes], ...] = (
     {"X-Forwarded-For": "127.0.0.1, " * 200}, {"Host": "evil.example"}, {"Cookie": "a=" + "b" * 4000},
     {"Expect": "100-continue"}, {"serve_multiplexed_model_id": "x:y"}, {"serve_session_id": "\xff\xfe"},
     {"Authorization": "Bearer \xff\xfe"}, {"Authorization": "Bearer " + "x" * 8000}, {"X-HTTP-Method-Override": "PUT"},
+    {"X-Request-Id": "\xff"}, {"X-Request-Id": ""}, {"x-session-id": "\xff"}, {"serve_multiplexed_model_id": "\xff"},
+    {"Serve-Multiplexed-Model-Id": "\xff"}, {"X-Request-Timeout-Seconds": "\xff"}, {"X-Request-Timeout-Seconds": "0"},
+    {"X-Request-Timeout-Seconds": "0.001"}, {"X-Request-Timeout-Seconds": "nan"}, {"X-Session-Id": "x" * 4000},
+    {"X-Request-Disconnect-Disabled": "\xff"}, {"X-Request-Disconnect-Disabled": "?1"},
 )  # fmt: skip
 BODIES = (
     b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe\x00", b"{" * 50_000, b"[" * 100_000, b'{"a":' * 20_000,
@@ -91,6 +95,8 @@ RAW = (
     b"GET /v1/models HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 200_000 + b"\r\n\r\n",
     b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
+    b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-\xff: b\r\n\r\n",
+    b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Request-Id: ok\r\nX-Request-Id: \xff\r\n\r\n",
     b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX: a\r\n b\x00c\r\n\r\n", b"GET http://evil.example/ HTTP/1.1\r\n\r\n",
 )  # fmt: skip
 

@@ -31,6 +31,8 @@ QUIET = {
     # Ray Train replaces print, which breaks the capture that datasets' fingerprints rely on and fills the log.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+# What Ray Serve's proxy loads when it starts: serve/door.py looks at requests before the proxy does.
+HOOK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.door:middlewares"}
 
 
 TOLD_AFTER_S, TOLD_EVERY_S = 30.0, 300.0  # when a stage that waits for room says so first, and how often then
@@ -39,7 +41,7 @@ TOLD_AFTER_S, TOLD_EVERY_S = 30.0, 300.0  # when a stage that waits for room say
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Attach to the configured Ray, or start one on this machine that ends with the run."""
-    for key, value in QUIET.items():
+    for key, value in (QUIET | HOOK).items():
         os.environ.setdefault(key, value)
     # The newer Parquet reader is slow to start; set before ray is imported.
     os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
@@ -62,7 +64,7 @@ def _start(ray: Any, config: Config, address: str | None) -> None:
     common: dict[str, Any] = {"log_to_driver": bool(os.environ.get("PSYRAY_WORKER_LOGS")), "logging_level": "ERROR"}
     if address:
         try:
-            ray.init(address=address, runtime_env={"env_vars": QUIET}, **common)
+            ray.init(address=address, runtime_env={"env_vars": QUIET | HOOK}, **common)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise PsyrayError(f"no Ray at {address}: {error} (RAY_AUTH_MODE=token if it asks for one)") from error
         return

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from psyray.errors import PsyrayError
+from psyray.origin import ORIGIN, origin
 from psyray.run import Artifact, find_run, read_json, read_stages
 from psyray.status import key_numbers, number
 from psyray.track import registered
@@ -56,6 +57,9 @@ def _at(path: Path) -> Place:
         if "export" not in stages:
             raise PsyrayError(f"the run at {path} is not finished (no export); see `psyray status {path}`")
         return Place(path, stages["export"])
+    if (path / ORIGIN).exists():
+        known = origin(path)
+        return _by_fingerprint(known["fingerprint"], [Path(known["run"])], f"{known['run']}, where {path} was made")
     for folder in (path, *path.parents):
         if (folder / "manifest.json").exists():
             stage = _read(folder)
@@ -130,6 +134,7 @@ def facts(place: Place) -> dict[str, Any]:
         "judges": sorted({str(config["judge"]) for config in settings if config.get("judge")}),
         "rubrics": sorted({str(config["rubric"]) for config in settings if config.get("rubric")}),
         "responders": sorted({name for config in settings for name in config.get("responders") or ()}),
+        "oracles": [oracle(here.stage) for here in behind.values() if here.stage.name.endswith("/labels")],
         "labels_bought": sum(
             int(h.stage.stats.get("bought") or 0) for h in behind.values() if "/labels" in h.stage.name
         ),
@@ -137,11 +142,31 @@ def facts(place: Place) -> dict[str, Any]:
     }
 
 
+def oracle(labels: Artifact) -> dict[str, Any]:
+    """Who labelled a round's pairs: the kind, and of experts how many people; their names are nobody's business."""
+    config, stats = labels.manifest["config"], labels.stats
+    kind = next((kind for kind in ("experts", "replay") if kind in config), "judge")
+    told = {"round": int(labels.name[6:].partition("/")[0]), "kind": kind, "noisy": "noise" in config}
+    if kind == "experts":
+        by_judge = (stats.get("by_judge") or {}).get("asked", 0)
+        told |= {"people": (stats.get("experts") or {}).get("people", 0), "by_judge": by_judge}
+    return told
+
+
+def oracle_words(told: dict[str, Any]) -> str:
+    """The same for people."""
+    words = f"noisy {told['kind']}" if told["noisy"] else str(told["kind"])
+    if told["kind"] == "experts":
+        words += f" ({told['people']} people" + (f", {told['by_judge']} by the judge" if told["by_judge"] else "") + ")"
+    return f"{words} in round {told['round']}"
+
+
 def show(known: dict[str, Any], console: Console) -> None:
     """The facts for people: what matters in lines, then each stage over those it was made from, told once."""
     console.print(Text(f"{known['stage']} {known['fingerprint'][:SHOWN]} of {known['run']}"))
     for key in ("rounds", "judges", "rubrics", "responders"):
         console.print(Text(f"{key + ':':12}{', '.join(map(str, known[key])) or 'none'}"))
+    console.print(Text(f"{'oracles:':12}{', '.join(map(oracle_words, known['oracles'])) or 'none'}"))
     console.print(Text(f"{'labels:':12}{number(known['labels_bought'])} bought in the rounds"))
     by_fingerprint = {entry["fingerprint"]: entry for entry in known["stages"]}
     seen: set[str] = set()

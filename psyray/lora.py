@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from psyray.engines.vllm import ADAPTER, adapter_base, is_adapter
 from psyray.errors import PsyrayError
+from psyray.origin import note_origin
 
 
 def adapter_config(train: Mapping[str, Any], task: Literal["SEQ_CLS", "CAUSAL_LM"]) -> Any | None:
@@ -66,6 +67,8 @@ def chain(adapter: Path) -> list[Path]:
 def stack(adapters: Sequence[Path], out: Path) -> int:
     """Write one adapter on the first one's base that adds what all of them add; its rank, the sum of theirs.
 
+    Its origin (psyray/origin.py) is the last one's.
+
     W + s1 B1 A1 + s2 B2 A2 = W + [s1 B1, s2 B2] [A1; A2]: exact, where merging one after the other rounds each time.
     PsyrayError for an adapter that is more than such a product.
     """
@@ -92,4 +95,5 @@ def stack(adapters: Sequence[Path], out: Path) -> int:
     (out / ADAPTER).write_text(
         json.dumps({**settings[0], "r": rank, "lora_alpha": rank, "use_rslora": False}, indent=1)
     )
+    note_origin(adapters[-1], out)
     return rank

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,7 +36,9 @@ VARIABLE = "PSYRAY_KEYS"
 ROLES = ("chat", "score", "annotate", "compare", "admin")
 FREE = ("/healthz",)  # for load balancers; tells no more than whether the engine answers
 TOO_LARGE, TOO_SLOW = "the request is too large", "the request did not come in time"
+TOO_OFTEN = "too many requests"
 _NAME = re.compile(r"[\w.-]{1,64}")
+MAX_MESSAGES = 1024  # of one conversation, whatever a server is set to
 SHORTEST = 16  # characters of a token that is worth the name
 
 
@@ -61,6 +64,8 @@ class Limits(BaseModel):
     per_minute: int = Field(120, ge=1, description="requests a minute of one key; without keys: of all together")
     in_flight: int = Field(256, ge=1, description="requests under way at once; of one key at most half of them")
     body_s: float = Field(30, gt=0, description="seconds in which a request's body must be there")
+    messages: int = Field(64, ge=1, le=MAX_MESSAGES, description="messages of one conversation")
+    tokens: int = Field(16_384, ge=1, description="new tokens that one request may ask for, over all its answers")
 
     @property
     def of_one_key(self) -> int:
@@ -127,20 +132,21 @@ class Rate:
         self.per_minute, self.clock = per_minute, clock
         self._full: dict[str, float] = {}  # when the name's bucket will be full again
 
-    def wait(self, name: str) -> float:
-        """Take one request; 0, or the seconds after which one is left, in which case none is taken."""
-        now, each = self.clock(), 60 / self.per_minute
+    def wait(self, name: str, count: int = 1) -> float:
+        """Take so many requests; 0, or the seconds after which as many are left, in which case none is taken."""
+        now, cost = self.clock(), count * 60 / self.per_minute
         full = max(self._full.get(name, now), now)
-        if (over := full + each - now - 60) > 1e-9:
+        if (over := full + cost - now - 60) > 1e-9:
             return over
-        self._full[name] = full + each
+        self._full[name] = full + cost
         return 0.0
 
 
 class Gate:
     """ASGI middleware that lets a request in by its key, size and rate, and counts what is under way.
 
-    The key's name is put into the request's `scope["psyray.key"]`, for routes that remember who asked.
+    The key's name is put into the request's `scope["psyray.key"]`, for routes that remember who asked, and under
+    `psyray.more` what takes further requests from its rate, for routes where one request is the work of several.
     """
 
     def __init__(self, app: ASGIApp, keys: tuple[Key, ...], limits: Limits, free: Collection[str] = FREE) -> None:
@@ -148,7 +154,10 @@ class Gate:
         self.rate, self.under_way = Rate(limits.per_minute), Counter[str]()  # by the key's name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or path_of(scope) in self.free:
+        if scope["type"] not in ("http", "lifespan"):  # no route here speaks anything else, so none looks for a key
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] == "lifespan" or path_of(scope) in self.free:
             await self.app(scope, receive, send)
             return
         refusal, name = self._refusal(scope)
@@ -157,9 +166,15 @@ class Gate:
             return
         self.under_way[name] += 1
         try:
-            await self.app({**scope, "psyray.key": name}, Metered(receive, self.limits), send)
+            known = {"psyray.key": name, "psyray.more": partial(self._more, name)}
+            await self.app({**scope, **known}, Metered(receive, self.limits), send)
         finally:
             self.under_way[name] -= 1
+
+    def _more(self, name: str, count: int) -> None:
+        """Take `count` more requests, of a full minute's all at most; HTTPException where they are not left."""
+        if wait := self.rate.wait(name, min(count, self.limits.per_minute - 1)):
+            raise HTTPException(429, TOO_OFTEN, {"Retry-After": str(math.ceil(wait))})
 
     def _refusal(self, scope: Scope) -> tuple[JSONResponse | None, str]:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -176,7 +191,7 @@ class Gate:
         if key is not None and self.under_way[name] >= self.limits.of_one_key:
             return refuse(429, "too many requests at once", {"Retry-After": "1"}), ""
         if wait := self.rate.wait(name):
-            return refuse(429, "too many requests", {"Retry-After": str(math.ceil(wait))}), ""
+            return refuse(429, TOO_OFTEN, {"Retry-After": str(math.ceil(wait))}), ""
         return None, name
 
     def _key(self, header: bytes) -> Key | None:

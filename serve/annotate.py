@@ -15,6 +15,7 @@ logged or stands in errors.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,8 @@ from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
 from serve.access import VARIABLE, Key, Limits, read_keys
 from serve.champion import Words
+from serve.door import put_up
+from serve.health import Health
 from serve.pages import asker, page_app
 
 MAX_BODY = 64 * 1024  # bytes; an answer is a note of MAX_NOTE characters and a few ratings
@@ -65,6 +68,7 @@ class Desk:
 
 def build(args: dict[str, str]) -> Any:
     """The Serve application of a run's expert queue; PsyrayError names what is wrong with the arguments or the run."""
+    put_up()
     desk = open_desk(Args.read(args))
     from ray import serve  # takes seconds: a mistake above is told at once, and the page itself needs no Ray
 
@@ -113,7 +117,8 @@ def http_app(desk: Desk) -> FastAPI:
     """The application around the run's queue."""
     limits = Limits(body_bytes=MAX_BODY, per_minute=desk.per_minute)
     app = page_app("psyray experts", "annotate", (experts, health), desk.keys, limits)
-    app.state.desk, app.state.queue = desk, ExpertQueue(Ledger(desk.ledger).database, desk.runs)
+    app.state.desk, app.state.queue = desk, (queue := ExpertQueue(Ledger(desk.ledger).database, desk.runs))
+    app.state.health = Health(lambda: asyncio.to_thread(queue.progress, question_ids=[]))
     app.add_exception_handler(QueueError, _cannot)
     return app
 
@@ -179,10 +184,10 @@ def rubric(expert: Expert, request: Request) -> JSONResponse:
 
 
 @health.get("/healthz")
-def healthz(queue: Queue) -> JSONResponse:
+async def healthz(request: Request) -> JSONResponse:
     """Whether the ledger answers."""
-    queue.progress(question_ids=[])
-    return JSONResponse({"status": "ok"})
+    answer: JSONResponse = await request.app.state.health.reply()
+    return answer
 
 
 def _shown(lease: Lease) -> JSONResponse:

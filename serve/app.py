@@ -23,8 +23,9 @@ from typing import Any
 from psyray.cluster import use_gpu
 from psyray.sections.place import TrackSection
 from psyray.track import tracking_uri
-from serve.access import VARIABLE, Limits, read_keys
+from serve.access import VARIABLE, read_keys
 from serve.champion import Args
+from serve.door import put_up
 from serve.guard import read_replies
 from serve.ingress import application
 from serve.lineup import Order
@@ -32,10 +33,11 @@ from serve.lineup import Order
 
 def build(args: dict[str, Any]) -> Any:
     """The Serve application; PsyrayError names what is wrong with the arguments, the run or the registry."""
+    put_up()
     asked = Args.read(args).settled()
     order = Order(asked, tracking_uri(TrackSection(), asked.runs / "any"), gpus=use_gpu("auto"))
     order.read("check")  # a mistake is told here, not in a replica's log
-    keys, limits = read_keys(asked.keys), Limits(per_minute=asked.per_minute, in_flight=asked.in_flight)
+    keys = read_keys(asked.keys)
     if not keys:
         logging.getLogger(__name__).warning("no keys (keys=FILE or %s): anyone who reaches the port may ask", VARIABLE)
-    return application(order, keys, limits, read_replies(asked.replies) if asked.guard == "reply" else None)
+    return application(order, keys, asked.limits, read_replies(asked.replies) if asked.guard == "reply" else None)

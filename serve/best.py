@@ -24,6 +24,11 @@ class BestRequest(ChatRequest):
     of: int = Field(4, ge=2, le=MOST, description="answers to pick from")
     caution: float = Field(0.0, ge=0, le=10, description="standard deviations taken off each score")
 
+    @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        return self.of
+
     def tree(self) -> dict[str, Any]:
         """The chat request that brings the answers."""
         left_out = {"user", "of", "caution", "stream", "stream_options"}

@@ -17,6 +17,7 @@ from psyray.errors import PsyrayError
 from psyray.models import resolve_model
 from psyray.run import find_run, followed, no_run
 from psyray.sections.data import EngineSection
+from serve.access import MAX_MESSAGES, Limits
 
 Model = TypeVar("Model", bound=BaseModel)
 CHAMPION = "champion.json"
@@ -92,11 +93,14 @@ class Args(Words):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     reward_gpus: float = Field(0, ge=0, le=1, description="GPU share of the reward model; 0: it runs on CPU")
     keys: Path | None = Field(None, description="file of keys (serve/access.py); none: PSYRAY_KEYS, else an open port")
-    per_minute: int = Field(120, ge=1, description="requests a minute of one key")
+    per_minute: int = Field(120, ge=1, description="requests a minute of one key; each answer of a request counts")
     in_flight: int = Field(256, ge=1, description="requests under way at once; one more gets 503; of one key half")
+    body_bytes: int = Field(4_000_000, ge=1_000, description="largest request")
+    messages: int = Field(64, ge=1, le=MAX_MESSAGES, description="messages of one conversation")
+    tokens: int = Field(16_384, ge=1, description="new tokens that one request may ask for, over all its answers")
     guard: Literal["reply", "mark"] = Field("reply", description="what a client in a crisis gets (serve/guard.py)")
     replies: Path | None = Field(None, description="file of those replies by locale; none: the shipped ones")
-    timeout_s: float = Field(300, gt=0, description="how long an answer may take")
+    timeout_s: float = Field(300, gt=0, description="how long an answer, or each piece of a stream, may take")
 
     @field_validator("replicas", "reward_replicas", mode="before")
     @classmethod
@@ -121,6 +125,11 @@ class Args(Words):
         if self.run and run and not run.is_dir():
             raise PsyrayError(f"{no_run(self.run)}; give the folder of a finished run")
         return self.model_copy(update={"run": run, "runs": find_run(self.runs), "beside": beside})
+
+    @property
+    def limits(self) -> Limits:
+        """What the port takes."""
+        return Limits.model_validate(self.model_dump(include=set(Limits.model_fields)))
 
     @property
     def looks_every_s(self) -> float | None:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve.reward import MAX_CHARS, MAX_MESSAGES
+from serve.access import MAX_MESSAGES
+from serve.reward import MAX_CHARS
 
 MOST = 16  # answers to one request
 MAX_CHAT_CHARS = 100_000  # of one request's messages: some 25,000 tokens; the port itself reads them, one after another
@@ -88,6 +89,15 @@ class ChatRequest(Strict):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs: true")
         return self
+
+    @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        return self.n or 1
+
+    def tokens(self, default: int) -> int:
+        """New tokens that all answers together may have; `default` is one's where the client names no length."""
+        return self.answers * (max(self.max_tokens or 0, self.max_completion_tokens or 0) or default)
 
     def tree(self) -> dict[str, Any]:
         """What the client gave, as plain data."""

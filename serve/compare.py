@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -38,7 +39,9 @@ from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
 from serve.access import VARIABLE, Key, Limits, read_keys
 from serve.champion import Words
+from serve.door import put_up
 from serve.endpoint import Endpoint, NoAnswer
+from serve.health import Health
 from serve.pages import asker, page_app
 from serve.turn import SIDES, Turn
 
@@ -89,6 +92,7 @@ class Room:
 
 def build(args: dict[str, str]) -> Any:
     """The Serve application; PsyrayError names what is wrong with the arguments or the run."""
+    put_up()
     room = open_room(Args.read(args))
     from ray import serve  # takes seconds: a mistake above is told at once, and the page itself needs no Ray
 
@@ -160,7 +164,13 @@ def http_app(room: Room) -> FastAPI:
     limits = Limits(body_bytes=MAX_BODY, per_minute=room.per_minute)
     app = page_app("psyray conversations", "compare", (turns, health), room.keys, limits)
     app.state.room, app.state.open = room, dict[str, Turn]()  # each person's latest turn
-    app.state.ledger = Ledger(room.ledger) if room.ledger else None
+    app.state.ledger = ledger = Ledger(room.ledger) if room.ledger else None
+
+    async def look() -> None:
+        if ledger:
+            await asyncio.to_thread(ledger.spent, room.run)
+
+    app.state.health = Health(look)
     app.add_exception_handler(NoAnswer, _no_answer)
     return app
 
@@ -207,22 +217,21 @@ async def view(of: OfTurn, person: Person, room: Here, request: Request) -> JSON
 @turns.post("/choose")
 async def choose(given: Given, person: Person, room: Here, request: Request) -> JSONResponse:
     """Take the choice, keep it in the ledger, and say with which side the conversation goes on."""
-    turn = _turn(request, person, given.turn_id)
-    if turn.choice not in (None, given.choice):
+    turn, ledger = _turn(request, person, given.turn_id), request.app.state.ledger
+    write = partial(keep, ledger, room.run, _chosen(turn, given, person, room.rubric)) if ledger else None
+    keeps = write is not None and not turn.same
+    # In a thread, so that it is written to the end though the person may go away.
+    if await asyncio.to_thread(turn.settle, given.choice, write if keeps else None) != given.choice:
         raise HTTPException(409, "you have chosen already, and otherwise; a choice is final")
-    turn.choice, keeps = given.choice, request.app.state.ledger is not None and not turn.same
-    if keeps:
-        await asyncio.to_thread(keep, request.app.state.ledger, room.run, _chosen(turn, given, person, room.rubric))
     goes_on = {Choice.RIGHT: "right", Choice.HARMFUL: None}.get(given.choice, "left")
     return JSONResponse({"kept": keeps, "goes_on": goes_on, "policies": turn.policies if room.reveal else None})
 
 
 @health.get("/healthz")
-def healthz(request: Request) -> JSONResponse:
+async def healthz(request: Request) -> JSONResponse:
     """Whether the ledger answers, where there is one."""
-    if ledger := request.app.state.ledger:
-        ledger.spent(request.app.state.room.run)
-    return JSONResponse({"status": "ok"})
+    answer: JSONResponse = await request.app.state.health.reply()
+    return answer
 
 
 async def _lines(turn: Turn, endpoint: Endpoint, language: str) -> AsyncIterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
@@ -22,11 +23,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from serve.access import Gate, Key, Limits
 from serve.best import BestRequest, answer
 from serve.chat import ChatRequest, Refusal
+from serve.door import look
 from serve.guard import Replies, crisis_kinds, safe_reply
+from serve.health import Health
 from serve.keeper import ASK_S, Keeper
 from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
 from serve.policy import with_defaults
-from serve.refusals import invalid, openai_error
+from serve.refusals import invalid, openai_error, too_much
 from serve.reward import ScoreReply, ScoreRequest
 
 HEALTH_TIMEOUT_S = 5.0
@@ -43,6 +46,16 @@ def application(order: Order, keys: tuple[Key, ...], limits: Limits, replies: Re
     return port.bind(keeper, keys, limits, replies, order.asked.timeout_s)
 
 
+class Pieces(Protocol):
+    """An engine's answer as it comes, as Serve's handle gives it."""
+
+    def __anext__(self) -> Awaitable[str | Refusal]: ...
+
+    def __aiter__(self) -> Pieces: ...
+
+    def cancel(self) -> None: ...
+
+
 class Ingress:
     """The routes: chat goes to an engine, scores to the reward model, whoever they are at that moment."""
 
@@ -54,10 +67,12 @@ class Ingress:
         replies: Replies | None,
         timeout_s: float,
     ) -> None:
+        look()
         self.keeper, self.keys, self.limits = keeper, keys, limits
         self.replies, self.timeout_s = replies, timeout_s
         about = "chat requests whose words speak of a crisis, by kind"
         self.crises = Counter("psyray_crisis_requests", description=about, tag_keys=("kind", "guard"))
+        self.health = Health(self._check)
         self._handles: dict[tuple[str, bool], DeploymentHandle] = {}
         self.lineup: Lineup = await keeper.lineup.remote()
         self._following = asyncio.create_task(self._follow())
@@ -101,6 +116,8 @@ class Ingress:
         return await self._chat(body, request)
 
     async def _chat(self, body: ChatRequest, request: Request) -> Response:
+        if (said := len(body.messages)) > self.limits.messages:
+            raise too_much(said, self.limits.messages, "messages", "messages")
         served, tree = self._called(body.model), body.tree()
         kinds = crisis_kinds(tree["messages"])
         response: Response
@@ -108,6 +125,9 @@ class Ingress:
             text = self.replies.for_language(request.headers.get("Accept-Language", ""))
             response = safe_reply(text, served.name, stream=bool(tree.get("stream")))
         else:
+            if (tokens := body.tokens(served.policy.max_tokens)) > self.limits.tokens:
+                raise too_much(tokens, self.limits.tokens, "new tokens over all answers", "max_tokens")
+            request.scope["psyray.more"](body.answers - 1)  # each answer is a request's work
             tree |= {"model": served.called, "request_id": uuid4().hex}  # an id of the client's may be another's too
             if key := request.scope.get("psyray.key"):
                 tree["cache_salt"] = key  # or the time of an answer told what another key has asked
@@ -122,12 +142,16 @@ class Ingress:
     async def _ask(self, served: Served, tree: dict[str, Any]) -> Response:
         """The engine's answer, whole or as its stream."""
         # The engine gets the request alone: headers hold the key, and some that vLLM knows would steer it.
-        pieces = aiter(self._handle(served.app, stream=True).answer.remote(tree, served.name))
-        first: str | Refusal = await anext(pieces)
+        pieces: Pieces = self._handle(served.app, stream=True).answer.remote(tree, served.name)
+        try:
+            first = await anext(pieces)
+        except asyncio.CancelledError:  # it took too long, or its client went away
+            pieces.cancel()
+            raise
         if not isinstance(first, str):
             raise HTTPException(first.status, first.words)
         if tree.get("stream"):
-            return StreamingResponse(events(first, pieces), media_type="text/event-stream")
+            return StreamingResponse(events(first, pieces, self.timeout_s), media_type="text/event-stream")
         return Response(first, media_type="application/json")
 
     async def best(self, body: BestRequest, request: Request) -> Response:
@@ -153,6 +177,9 @@ class Ingress:
 
     async def score_answers(self, body: ScoreRequest, response: Response) -> ScoreReply:
         """Scores of answers by the reward model."""
+        for place, item in enumerate(body.items):
+            if (said := len(item.messages)) > self.limits.messages:
+                raise too_much(said, self.limits.messages, "messages", "items", place, "messages")
         scoring = self._scoring()
         response.headers[ID] = scoring.export
         scores = await self._in_time(self._handle(scoring.app).score.remote(body.items))
@@ -174,14 +201,11 @@ class Ingress:
 
     async def healthz(self) -> JSONResponse:
         """Whether the engine behind the port answers."""
-        champion, scoring = self.lineup.models[0], self.lineup.reward
-        names = {"policy": champion.name, "reward": scoring.name if scoring else None}
-        try:
-            health = self._handle(champion.app).check_health.remote()
-            await asyncio.wait_for(health, HEALTH_TIMEOUT_S)
-        except Exception as error:  # whatever ails the engine, the answer to this question is "not well"
-            return JSONResponse({"status": "unavailable", "error": type(error).__name__, **names}, 503)
-        return JSONResponse({"status": "ok", **names})
+        return await self.health.reply()
+
+    async def _check(self) -> None:
+        health = self._handle(self.lineup.models[0].app).check_health.remote()
+        await asyncio.wait_for(health, HEALTH_TIMEOUT_S)
 
 
 def card(served: Served, name: str) -> dict[str, Any]:
@@ -190,12 +214,19 @@ def card(served: Served, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "psyray", "metadata": about}
 
 
-async def events(first: str, rest: AsyncIterator[str | Refusal]) -> AsyncIterator[str]:
-    """The engine's server-sent events as they come; a stream that breaks off ends without its [DONE]."""
+async def events(first: str, rest: Pieces, timeout_s: float) -> AsyncIterator[str]:
+    """The engine's server-sent events as they come; a stream that breaks off, or stalls, ends without its [DONE].
+
+    The engine's work ends with it.
+    """
     yield first
-    async for piece in rest:
-        if isinstance(piece, str):
+    try:
+        while isinstance(piece := await asyncio.wait_for(anext(rest, None), timeout_s), str):
             yield piece
+    except TimeoutError:
+        logging.getLogger("ray.serve").warning("a stream stood still for %g s and was ended", timeout_s)
+    finally:
+        rest.cancel()
 
 
 def http_app(routes: Ingress, keys: tuple[Key, ...], limits: Limits) -> FastAPI:

@@ -17,6 +17,7 @@ from psyray.cluster import QUIET
 from psyray.engines.vllm import adapter_base, is_adapter
 from psyray.errors import PsyrayError
 from psyray.models import model_identity, resolve_model
+from psyray.origin import called
 from psyray.records import content_id
 from psyray.reward.engine_body import environment
 from psyray.reward.ratings import RATINGS
@@ -169,7 +170,9 @@ def of_rounds(wanted: str, champion: Champion) -> Iterator[tuple[Policy, str]]:
     if not wanted:
         return
     start = ((read_config(champion.run) or {}).get("policy") or {}).get("model")
-    known: dict[int, tuple[str, str]] = {0: (resolve_model(start), "")} if start else {}
+    known: dict[int, tuple[str, str]] = {}
+    if start:
+        known[0] = (resolve_model(start), called(start, Path(resolve_model(start))))
     for stage in read_stages(champion.run):
         if stage.name.endswith("/policy"):
             known[int(stage.name[6:].partition("/")[0])] = (str(stage.path / "model"), stage.fingerprint)
@@ -185,12 +188,7 @@ def of_rounds(wanted: str, champion: Champion) -> Iterator[tuple[Policy, str]]:
 
 
 def beside(policies: Mapping[str, str], champion: Champion) -> Iterator[tuple[Policy, str]]:
-    """The policies that `beside=` names, sampled as the champion is, with the stage that each came from."""
+    """The policies that `beside=` names, sampled as the champion is, with where each came from."""
     for name, place in policies.items():
         path = place if is_adapter(place) else resolve_model(place)
-        yield champion.policy.model_copy(update={"name": name, "path": path}), _stage_of(Path(path))
-
-
-def _stage_of(folder: Path) -> str:
-    """The fingerprint of the stage whose folder holds the model, or nothing where no run made it."""
-    return folder.parent.name if (folder.parent / "manifest.json").exists() else ""
+        yield champion.policy.model_copy(update={"name": name, "path": path}), called(place, Path(path))

@@ -17,6 +17,11 @@ def openai_error(code: int, message: str, kind: str, headers: Mapping[str, str] 
     return JSONResponse({"error": error}, code, headers=dict(headers or {}))
 
 
+def too_much(what: int, most: int, unit: str, *place: int | str) -> RequestValidationError:
+    """The error for a field whose bound this server sets itself; `place` is where it stands in the body."""
+    return RequestValidationError([{"loc": ("body", *place), "msg": f"{what} {unit}; at most {most}"}])
+
+
 async def invalid(request: Request, error: Exception) -> JSONResponse:
     """422 for a request that is not as a route takes it; in OpenAI's format where the route is one of theirs."""
     assert isinstance(error, RequestValidationError)

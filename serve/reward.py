@@ -20,13 +20,14 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
+from serve.access import MAX_MESSAGES
+
 if TYPE_CHECKING:
     from psyray.reward.body import Body, Chat
     from psyray.reward.engine_body import EngineBody
 
 FloatArray = npt.NDArray[np.float64]
 MAX_ITEMS = 256
-MAX_MESSAGES = 64
 MAX_CHARS = 16_000  # of one text
 MAX_TOTAL_CHARS = 2_000_000  # of one request
 MAX_TOGETHER = 64  # texts that are read at once

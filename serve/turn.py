@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from psyray.active.votes import Choice
+from psyray.active.votes import Choice, Vote
 from psyray.records import Message, content_id
 from serve.endpoint import Endpoint, NoAnswer
 
@@ -31,6 +32,7 @@ class Turn:
     scores: list[dict[str, Any]] | None = None  # left, right
     seen: bool = False
     choice: Choice | None = None
+    choosing: threading.Lock = field(default_factory=threading.Lock)  # held while a choice is written down
 
     @classmethod
     def draw(cls, messages: list[Message], models: tuple[str, str]) -> Turn:
@@ -48,6 +50,16 @@ class Turn:
     def same(self) -> bool:
         """Whether there is nothing to choose: a guard's fixed reply, or two policies of one mind."""
         return self.texts["left"].strip() == self.texts["right"].strip()
+
+    def settle(self, choice: Choice, write: Callable[[], Vote] | None) -> Choice:
+        """The turn's choice, for good: the first that was written down, or where `write` is none, that came.
+
+        Blocks while another is written. A choice that could not be written is none: what `write` raises is raised.
+        """
+        with self.choosing:
+            if self.choice is None:
+                self.choice = write().choice(self.a_left) if write else choice
+            return self.choice
 
     async def events(self, endpoint: Endpoint, language: str = "") -> AsyncGenerator[dict[str, Any]]:
         """What happens, as it happens: words of a side, a side's end or failure, and what came out at the end.

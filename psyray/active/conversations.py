@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from psyray.active.database import CHARGE, QUESTION
 from psyray.active.ledger import ANSWERED, Answer, Ledger, Question
 from psyray.active.place import Place
-from psyray.active.votes import Choice, consensus
+from psyray.active.votes import Choice, Vote, consensus
 from psyray.errors import PsyrayError
 from psyray.records import Message, Verdict, content_id
 from psyray.run import draft
@@ -48,8 +48,11 @@ class Chosen:
     note: str = ""
 
 
-def keep(ledger: Ledger, run_id: str, chosen: Chosen) -> None:
-    """Write the choice down for the run; the same turn sent again changes nothing. LedgerError where it cannot."""
+def keep(ledger: Ledger, run_id: str, chosen: Chosen) -> Vote:
+    """Write the choice down for the run; what the ledger holds of the turn then, its first choice.
+
+    LedgerError where it cannot.
+    """
     payload = {
         "messages": list(chosen.messages),
         "a": chosen.texts[0],
@@ -71,6 +74,8 @@ def keep(ledger: Ledger, run_id: str, chosen: Chosen) -> None:
         "note": chosen.note,
     }
     ledger.answer([Answer(key, ok=True, answer=said, latency_s=chosen.seconds, who=chosen.who)])
+    held = ledger.answers([key])[key].answer or {}
+    return Vote(held["vote"])
 
 
 def kept(ledger: Ledger, runs: Collection[str]) -> Iterator[dict[str, Any]]:

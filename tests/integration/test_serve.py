@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import socket
 import threading
 import time
 import urllib.error
@@ -13,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from email.message import Message as Headers
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import ray
 from made_exports import register, save_adapter, save_run
 from pydantic import SecretStr
 from ray import serve
@@ -86,7 +90,7 @@ def call(url: str, body: Any = None, token: str = TOKEN) -> tuple[int, Headers, 
 
 def test_health_and_models(server: str) -> None:
     status, _, text = call(f"{server}/healthz")
-    assert (status, json.loads(text)["policy"]) == (200, "psyray-round-1")
+    assert (status, json.loads(text)) == (200, {"status": "ok"})
     status, _, text = call(f"{server}/v1/models")
     assert (status, [m["id"] for m in json.loads(text)["data"]]) == (
         200,
@@ -292,6 +296,41 @@ def test_hostile_requests_break_nothing_and_learn_nothing(server: str, monkeypat
     assert not report.wrong, report.wrong[:10]
     assert report.statuses.total() > 350 and report.statuses[422] > 100 and report.statuses[200] > 5
     assert call(f"{server}/healthz")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"X-Request-Id: \xff", b"400"),
+        (b"X-\xff: 1", b"400"),
+        (b"X-Session-Id: \xff", b"200"),
+        (b"serve_multiplexed_model_id: \xff", b"200"),
+        (b"X-Request-Timeout-Seconds: \xff", b"200"),
+        (b"X-Request-Timeout-Seconds: 0.0001", b"200"),
+        (b"X-Request-Disconnect-Disabled: \xff", b"200"),
+    ],
+)
+def test_no_header_steers_or_breaks_rays_proxy(server: str, header: bytes, status: bytes) -> None:
+    place = urlsplit(server)
+    with socket.create_connection((place.hostname, place.port), timeout=60) as line:
+        key = f"Authorization: Bearer {TOKEN}".encode()
+        line.sendall(
+            b"\r\n".join([b"GET /v1/models HTTP/1.1", b"Host: x", key, header, b"Connection: close", b"", b""])
+        )
+        assert line.makefile("rb").readline().split()[1] == status
+
+
+def test_crises_and_the_champions_trouble_reach_prometheus(server: str) -> None:
+    words = [{"role": "user", "content": "Some nights I want to kill myself."}]
+    assert call(f"{server}/v1/chat/completions", {"messages": words})[0] == 200
+    tags = r'(?=.*guard="reply")(?=.*kind="self-harm")'
+    counted = re.compile(rf"^ray_psyray_crisis_requests_total\{{{tags}.*\}} [1-9]", re.M)
+    trouble = re.compile(r"^ray_psyray_champion_trouble\{.*\} 0\.0$", re.M)
+    deadline, text = time.monotonic() + 90, ""
+    while time.monotonic() < deadline and not (counted.search(text) and trouble.search(text)):
+        time.sleep(1)  # Ray's processes report every few seconds
+        text = call(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics")[2]
+    assert counted.search(text) and trouble.search(text) and "kill myself" not in text
 
 
 def engines() -> dict[str, psutil.Process]:

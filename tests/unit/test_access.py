@@ -56,6 +56,19 @@ def test_a_key_opens_what_its_roles_say_and_refusals_tell_nothing():
     assert asked.get("/healthz").status_code == 200
 
 
+def test_what_is_no_http_is_refused():
+    async def app(scope, receive, send):
+        raise AssertionError("let in")
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Gate(app, (), Limits())({"type": "websocket", "path": "/healthz", "headers": []}, None, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
 def test_paths_that_nobody_named_are_the_admins():
     assert [role_of(path) for path in ("/v1/models", "/reward/score", "/experts/next", "/turns/say", "/docs", "/")] == [
         "chat", "score", "annotate", "compare", "admin", "admin"

@@ -50,7 +50,7 @@ def test_what_the_client_gave_is_passed_on_and_nothing_else() -> None:
         ("top_logprobs", 1),
         ("stream_options", {"include_usage": True}),
         ("messages", []),
-        ("messages", [CLIENT] * 65),
+        ("messages", [CLIENT] * 1025),
         ("messages", [{"role": "tool", "content": "x"}]),
         ("messages", [{"role": "user", "content": "lone \ud800 surrogate"}]),
         ("messages", [{"role": "user", "content": None}]),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from aiohttp.test_utils import TestServer
 from starlette.testclient import TestClient
 
 from psyray.active.conversations import KIND, Chosen, keep, kept, show, tally, write_pairs
+from psyray.active.database import LedgerError
 from psyray.active.ledger import Ledger
 from psyray.active.place import place_of
 from psyray.active.queue import ExpertQueue
-from psyray.active.votes import Choice
+from psyray.active.votes import Choice, Vote
 from psyray.config import Config, load_config
 from psyray.data.ready import pairs_of
 from psyray.data.scrub import scrubber
@@ -171,6 +174,57 @@ def test_a_turn_without_both_answers_cannot_be_chosen(url, endpoint):
         body = {"turn_id": turn_id} | ({"choice": "left"} if path == "choose" else {})
         assert client.post(f"/turns/{path}", json=body, headers=by("carla")).status_code == 409
     assert endpoint.scored == 0
+
+
+def test_a_choice_that_the_ledger_did_not_take_is_no_choice(url, monkeypatch):
+    client = client_of(url, MadeEndpoint(a="one", b="two"))
+    turn_id, _, _ = say(client)
+
+    def fails(*_: object) -> None:
+        raise LedgerError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "answer", fails)
+        assert choose(client, turn_id, "left").status_code == 503
+    assert choose(client, turn_id, "right").json()["kept"] is True
+    assert choose(client, turn_id, "left").status_code == 409
+    ledger = Ledger(url)
+    [row] = kept(ledger, {"run"})
+    assert Vote(row["vote"]).choice(row["a_left"]) is Choice.RIGHT
+    ledger.close()
+
+
+def test_one_that_the_ledger_took_though_nobody_heard_of_it_stays(url, monkeypatch):
+    client = client_of(url, MadeEndpoint(a="one", b="two"))
+    turn_id, _, _ = say(client)
+
+    def fails(*_: object) -> None:
+        raise LedgerError("the connection was lost after the commit")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "answers", fails)
+        assert choose(client, turn_id, "left").status_code == 503
+    assert choose(client, turn_id, "right").status_code == 409
+    assert choose(client, turn_id, "left").json()["kept"] is True
+
+
+def test_of_two_choices_at_once_one_is_kept_and_the_other_is_told(url, monkeypatch):
+    client, write = client_of(url, MadeEndpoint(a="one", b="two")), Ledger.answer
+    turn_id, _, _ = say(client)
+
+    def slow(ledger: Ledger, answers: Any) -> None:
+        time.sleep(0.2)
+        write(ledger, answers)
+
+    monkeypatch.setattr(Ledger, "answer", slow)
+    with ThreadPoolExecutor(2) as pool:
+        asked = {choice: pool.submit(choose, client, turn_id, choice) for choice in ("left", "right")}
+    replies = {choice: reply.result() for choice, reply in asked.items()}
+    assert sorted(reply.status_code for reply in replies.values()) == [200, 409]
+    ledger = Ledger(url)
+    [row] = kept(ledger, {"run"})
+    assert replies[Vote(row["vote"]).choice(row["a_left"])].status_code == 200
+    ledger.close()
 
 
 def test_equal_answers_and_a_server_that_keeps_nothing_leave_no_row(url):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +17,8 @@ from starlette.testclient import TestClient
 from serve.access import Limits, parse_keys
 from serve.champion import Policy
 from serve.chat import Refusal
-from serve.guard import read_replies
+from serve.guard import crisis_kinds, read_replies
+from serve.health import Health
 from serve.ingress import Ingress, description, http_app
 from serve.lineup import BASE, Lineup, Scoring, Served
 from serve.reward import Score
@@ -24,14 +27,31 @@ CLIENT = {"role": "user", "content": "The flat is too quiet."}
 TOKENS = {"ann": "ann-" + "a" * 20, "bob": "bob-" + "b" * 20}
 
 
+class MadePieces:
+    """A stand-in for the answer that Serve's handle gives: its pieces, and a way to end the work on them."""
+
+    def __init__(self, pieces: AsyncIterator[str | Refusal], cancel: Callable[[], None]) -> None:
+        self.pieces, self.cancel = pieces, cancel
+
+    def __aiter__(self) -> MadePieces:
+        return self
+
+    async def __anext__(self) -> str | Refusal:
+        return await anext(self.pieces)
+
+
 class MadeEngine:
     """A stand-in for an engine's handle: says what it was asked, as an engine would."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.says: list[str | Refusal | Exception] | None = None
+        self.says: list[str | Refusal | Exception | float] | None = None  # a number: seconds that it is silent
         self.meanwhile: Callable[[], None] = lambda: None
-        self.answer = SimpleNamespace(remote=self.reply)
+        self.cancelled = 0
+        self.answer = SimpleNamespace(remote=lambda tree, name: MadePieces(self.reply(tree, name), self.cancel))
+
+    def cancel(self) -> None:
+        self.cancelled += 1
 
     async def reply(self, tree: dict[str, Any], name: str) -> AsyncIterator[str | Refusal]:
         self.asked.append(tree)
@@ -41,7 +61,10 @@ class MadeEngine:
         for piece in self.says or [json.dumps(whole)]:
             if isinstance(piece, Exception):
                 raise piece
-            yield piece
+            if isinstance(piece, float):
+                await asyncio.sleep(piece)
+            else:
+                yield piece
 
 
 class MadeReward:
@@ -52,6 +75,18 @@ class MadeReward:
 
     async def reply(self, items: list[Any]) -> list[Score]:
         return [Score(score=float(len(item.response)), spread=0.5) for item in items]
+
+
+class MadeCounter:
+    """A stand-in for Ray's counter: by kind and guard, how often."""
+
+    def __init__(self) -> None:
+        self.counted = Counter[tuple[str, str]]()
+
+    def inc(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+        tags = tags or {}
+        assert set(tags) == {"kind", "guard"}
+        self.counted[tags["kind"], tags["guard"]] += int(value)
 
 
 @pytest.fixture
@@ -67,8 +102,10 @@ def routes(engine: MadeEngine) -> Ingress:
     warm = policy.model_copy(update={"name": "warm"})
     models = (Served(policy, "export2", "app.policy.x", BASE), Served(warm, "stage7", "app.policy.x", "warm"))
     routes.lineup = Lineup(models, Scoring("scorer", "export1", "app.reward.y"), ())
+    routes.limits = Limits(messages=5, tokens=400)
     routes.replies, routes.timeout_s = read_replies(None), 5.0
-    routes.crises = SimpleNamespace(inc=lambda tags: None)  # type: ignore[assignment]
+    routes.crises = MadeCounter()  # type: ignore[assignment]
+    routes.health = Health(routes._check)
     routes._handles = {("app.policy.x", True): engine, ("app.reward.y", False): MadeReward()}  # type: ignore[dict-item]
     return routes
 
@@ -78,7 +115,7 @@ def port(routes: Ingress) -> TestClient:
     """The application over these routes."""
     keys = parse_keys([f"{name} chat,score {token}" for name, token in TOKENS.items()], "keys")
     # What is raised past the application would be a 500.
-    return TestClient(http_app(routes, keys, Limits()), headers=bearer("ann"), raise_server_exceptions=False)
+    return TestClient(http_app(routes, keys, routes.limits), headers=bearer("ann"), raise_server_exceptions=False)
 
 
 def bearer(name: str) -> dict[str, str]:
@@ -118,6 +155,17 @@ def test_streams_are_passed_on_as_they_come(port: TestClient, engine: MadeEngine
     reply = chat(port, stream=True)
     assert reply.text == 'data: {"a": 1}\n\ndata: [DONE]\n\n'
     assert reply.headers["content-type"].startswith("text/event-stream")
+
+
+def test_a_stream_that_stands_still_ends_without_its_done_and_its_work_too(
+    port: TestClient, engine: MadeEngine, routes: Ingress
+) -> None:
+    routes.timeout_s = 0.2
+    engine.says = ["data: 1\n\n", 0.1, "data: 2\n\n", 0.15, "data: 3\n\n", 30.0, "data: [DONE]\n\n"]
+    assert chat(port, stream=True).text == "data: 1\n\ndata: 2\n\ndata: 3\n\n" and engine.cancelled == 1
+    for stream in (True, False):  # or before its first piece
+        engine.says, engine.cancelled = [30.0], 0
+        assert chat(port, stream=stream).status_code == 503 and engine.cancelled == 1
 
 
 def test_a_part_that_fails_is_a_503_to_come_back_after(port: TestClient, engine: MadeEngine) -> None:
@@ -177,10 +225,84 @@ def test_odd_languages_get_some_reply(port: TestClient, value: bytes) -> None:
     assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
 
 
+def test_health_names_nobody_and_asks_the_engine_once_for_a_flood(port: TestClient, routes: Ingress) -> None:
+    asked = []
+
+    async def check() -> None:
+        asked.append(1)
+
+    handle = SimpleNamespace(check_health=SimpleNamespace(remote=check))
+    routes._handles["app.policy.x", False] = handle  # type: ignore[assignment]
+    replies = [port.get("/healthz", headers={"Authorization": ""}) for _ in range(20)]
+    assert {(r.status_code, r.text) for r in replies} == {(200, '{"status":"ok"}')} and asked == [1]
+
+
 def test_what_is_refused_while_it_comes_is_told_in_openais_format(port: TestClient) -> None:
     pieces = (b" " * 1_000_000 for _ in range(5))
     reply = port.post("/v1/chat/completions", content=pieces, headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["message"]) == (413, "the request is too large")
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "words"),
+    [
+        ("/v1/chat/completions", {"messages": [CLIENT] * 6}, "messages: 6 messages; at most 5"),
+        ("/v1/chat/completions", {"max_tokens": 401}, "max_tokens: 401 new tokens over all answers; at most 400"),
+        ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 401}, "401 new tokens"),
+        ("/v1/chat/completions", {"n": 5}, "480 new tokens"),  # of 96 each, the policy's own
+        ("/v1/chat/best", {"of": 5, "max_tokens": 81}, "405 new tokens"),
+        ("/v1/chat/best", {"of": 5, "n": 1}, "480 new tokens"),
+    ],
+)
+def test_a_request_is_bounded_by_what_it_asks_for(
+    port: TestClient, engine: MadeEngine, path: str, more: dict[str, Any], words: str
+) -> None:
+    reply = port.post(path, json={"messages": [CLIENT], **more})
+    assert reply.status_code == 422 and words in reply.json()["error"]["message"] and engine.asked == []
+
+
+def test_the_bounds_themselves_are_taken(port: TestClient) -> None:
+    assert chat(port, messages=[CLIENT] * 5, max_tokens=100, n=4).status_code == 200
+    items = [{"messages": [CLIENT] * said, "response": "x"} for said in (5, 6)]
+    assert port.post("/reward/score", json={"items": items[:1]}).status_code == 200
+    refused = port.post("/reward/score", json={"items": items})
+    assert refused.status_code == 422
+    assert refused.json()["detail"] == [{"loc": ["body", "items", 1, "messages"], "msg": "6 messages; at most 5"}]
+
+
+def test_each_answer_counts_against_the_rate_of_its_key(routes: Ingress) -> None:
+    keys = parse_keys([f"ann chat {TOKENS['ann']}", f"bob chat {TOKENS['bob']}"], "keys")
+    routes.limits = Limits(per_minute=8)
+    port = TestClient(http_app(routes, keys, routes.limits), headers=bearer("ann"))
+    best = {"messages": [CLIENT], "of": 4}
+    codes = [port.post("/v1/chat/best", json=best).status_code for _ in range(3)]
+    assert codes == [200, 200, 429]
+    refused = chat(port)
+    assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 8
+    other = port.post("/v1/chat/completions", json={"messages": [CLIENT], "n": 8}, headers=bearer("bob"))
+    assert other.status_code == 200 and port.get("/v1/models", headers=bearer("bob")).status_code == 429
+    routes.limits = Limits(per_minute=2)  # more answers than a minute has: all of it, and not never
+    port = TestClient(http_app(routes, keys, routes.limits), headers=bearer("ann"))
+    assert chat(port, n=16).status_code == 200
+
+
+@pytest.mark.parametrize("guard", ["reply", "mark"])
+def test_crises_are_counted_by_kind_and_by_what_the_guard_does(port: TestClient, routes: Ingress, guard: str) -> None:
+    routes.replies = routes.replies if guard == "reply" else None
+    chat(port)
+    said = {"role": "user", "content": "I want to kill myself. He beats me every night."}
+    for path, more in (("chat/completions", {}), ("chat/completions", {"stream": True}), ("chat/best", {"of": 2})):
+        reply = port.post(f"/v1/{path}", json={"messages": [said], **more})
+        assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
+    kinds = crisis_kinds([said])
+    assert len(kinds) == 2
+    assert routes.crises.counted == dict.fromkeys(((kind, guard) for kind in kinds), 3)  # type: ignore[attr-defined]
+
+
+def test_who_is_in_a_crisis_is_answered_whatever_was_asked_for(port: TestClient) -> None:
+    said = {"role": "user", "content": "I want to kill myself."}
+    reply = chat(port, messages=[said], n=16, max_tokens=9_999)
+    assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
 
 
 def test_names_in_refusals_are_short_and_ascii(port: TestClient) -> None:

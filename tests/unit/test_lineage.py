@@ -108,3 +108,24 @@ def test_the_command_tells_people_and_programs(runs):
     assert stage(runs, "speeches").fingerprint[:12] in told and "as above" not in told.splitlines()[6]
     as_json = CliRunner().invoke(app, ["lineage", str(runs / "demo"), "--json"])
     assert json.loads(as_json.output)["fingerprint"] == stage(runs, "export").fingerprint
+
+
+def test_who_labelled_each_round_is_told_by_kind_and_of_people_how_many(tmp_path):
+    run = Run(tmp_path / "runs/demo", lambda line: None)
+    people = {"experts": {"people": 3, "agree": 0.8}, "by_judge": {"asked": 4}, "who": "anna"}
+    made = []
+    for number, settings, stats in (
+        (1, {"rubric": "r", "experts": {"overlap": 2, "fall_back": "judge"}, "judge": "rule"}, people),
+        (2, {"rubric": "r", "replay": "0f2e", "noise": {"flip": 0.1}}, {}),
+        (3, {"rubric": "r", "judge": "rule"}, {}),
+    ):
+        made += [run.stage(f"round-{number}/labels", settings, made[-1:], lambda folder, stats=stats: stats)]
+    known = found(made[-1].fingerprint, tmp_path / "runs")
+    assert known["oracles"] == [
+        {"round": 1, "kind": "experts", "noisy": False, "people": 3, "by_judge": 4},
+        {"round": 2, "kind": "replay", "noisy": True},
+        {"round": 3, "kind": "judge", "noisy": False},
+    ]
+    shown = CliRunner().invoke(app, ["lineage", made[-1].fingerprint, "--runs", str(tmp_path / "runs")])
+    told = "experts (3 people, 4 by the judge) in round 1, noisy replay in round 2, judge in round 3"
+    assert told in " ".join(shown.output.split()) and "anna" not in shown.output

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from psyray.errors import PsyrayError
+from psyray.origin import called, note_origin
 from psyray.sections.data import EngineSection
 from serve.champion import Args, Champion, Policy, Reward
-from serve.lineup import BASE, Lineup, lineup, of_rounds
+from serve.lineup import BASE, Lineup, beside, lineup, of_rounds
 
 
 def model(folder: Path) -> Path:
@@ -111,7 +112,8 @@ def made_rounds(home: Path) -> Champion:
     for number in (1, 2, 3):
         folder = home / f"stages/round-{number}/policy/f{number}"
         model(folder / "model")
-        (folder / "manifest.json").write_text('{"stats": {}}')
+        made = {"stage": f"round-{number}/policy", "fingerprint": f"f{number}", "stats": {}}
+        (folder / "manifest.json").write_text(json.dumps(made))
         stages.append({"name": f"round-{number}/policy", "fingerprint": f"f{number}"})
     (home / "run.json").write_text(json.dumps({"stages": stages}))
     (home / "config.yaml").write_text(f"policy: {{model: {model(home / 'start')}}}")
@@ -122,7 +124,7 @@ def test_rounds_are_found_in_the_run(tmp_path: Path) -> None:
     who = made_rounds(tmp_path)
     rounds = {policy.name: (policy.path, export) for policy, export in of_rounds("all", who)}
     assert rounds == {
-        "psyray-round-0": (str(tmp_path / "start"), ""),
+        "psyray-round-0": (str(tmp_path / "start"), "start"),
         "psyray-round-1": (str(tmp_path / "stages/round-1/policy/f1/model"), "f1"),
         "psyray-round-3": (str(tmp_path / "stages/round-3/policy/f3/model"), "f3"),
     }
@@ -136,3 +138,15 @@ def test_rounds_are_found_in_the_run(tmp_path: Path) -> None:
         ("psyray-round-1", "f1"),
         ("late", "f3"),
     ]
+
+
+def test_what_stands_beside_says_where_it_came_from_or_what_it_is_called(tmp_path: Path) -> None:
+    who = made_rounds(tmp_path)
+    base = tmp_path / "stages/round-3/policy/f3/model"
+    inside, outside = adapter(base.parent / "adapter", base), adapter(tmp_path / "adapters/late", base)
+    note_origin(inside, outside)
+    plain = adapter(tmp_path / "adapters/own-é", base)
+    words = f"inside={inside},outside={outside},plain={plain}"
+    ids = {policy.name: export for policy, export in beside(Args.read({"beside": words}).settled().beside, who)}
+    assert ids == {"inside": "f3", "outside": "f3", "plain": "own-?"}
+    assert called("org/model", Path("org/model")) == "org/model"

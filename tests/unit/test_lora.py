@@ -11,8 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from psyray import lineage
 from psyray.errors import PsyrayError
 from psyray.lora import chain, stack
+from psyray.origin import origin
 
 
 def learn(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
@@ -39,13 +41,25 @@ def test_two_rounds_stacked_are_the_second_rounds_model(tiny_model: Path, tmp_pa
     second = learn(first / "model", tmp_path / "2", 2, r=6, lora_alpha=3, target_modules=layers, use_rslora=True)
     parts = chain(second / "adapter")
     assert parts == [first / "adapter", second / "adapter"] and chain(first / "adapter") == parts[:1]
-    assert stack(parts, tmp_path / "both") == 10
+    assert stack(parts, tmp_path / "both") == 10 and origin(tmp_path / "both") == {}
     start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     plain = logits(start)
     stacked = logits(PeftModel.from_pretrained(start, tmp_path / "both"))
     merged = logits(AutoModelForCausalLM.from_pretrained(second / "model", dtype=torch.float32))
     torch.testing.assert_close(stacked, merged, atol=1e-4, rtol=1e-4)
     assert (plain - merged).abs().max() > 0.01
+
+
+def test_an_adapter_of_a_runs_round_tells_which_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    stage = tmp_path / "runs/demo/stages/round-2/policy/0f2e"
+    made = {"stage": "round-2/policy", "fingerprint": "0f2e", "config": {}, "inputs": {}, "stats": {}, "rows": 0}
+    learn(tiny_model, stage, 1, r=2, target_modules=["q_proj"])
+    (stage / "manifest.json").write_text(json.dumps(made | {"finished": ""}))
+    stack(chain(stage / "adapter"), tmp_path / "adapters/two")
+    stack([tmp_path / "adapters/two"], tmp_path / "adapters/again")
+    known = {"run": str(tmp_path / "runs/demo"), "stage": "round-2/policy", "fingerprint": "0f2e"}
+    assert origin(tmp_path / "adapters/again") == origin(stage / "adapter") == known
+    assert lineage.find(str(tmp_path / "adapters/again"), tmp_path, "").stage.path == stage
 
 
 def test_what_does_not_add_up_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from psyray.errors import PsyrayError
 from psyray.sections.data import EngineSection
+from serve.access import Limits
 from serve.champion import Args, Policy, Replicas, read_champion, read_engine
 from serve.guard import crisis_kinds
 from serve.policy import engine_settings, with_defaults
@@ -46,6 +47,12 @@ def test_words_are_read() -> None:
     assert args.beside == {"a": "x", "b": "y"} and (args.replicas.least, args.replicas.most) == (1, 4)
     assert args.looks_every_s is None and Args.read({}).looks_every_s == 30
     assert Args.read({"run": "x", "follow_s": "5"}).looks_every_s == 5
+
+
+def test_words_for_limits_are_the_ports_and_have_its_defaults() -> None:
+    assert Args.read({}).limits == Limits()
+    limits = Args.read({"body_bytes": "9000", "messages": "7", "tokens": "99", "in_flight": "3"}).limits
+    assert (limits.body_bytes, limits.messages, limits.tokens, limits.in_flight) == (9000, 7, 99, 3)
 
 
 def test_every_serve_command_in_the_docs_is_one() -> None:
