@@ -1,14 +1,15 @@
 """How often the crisis flag fires where it must, and where it must not, by kind and form, with Wilson intervals.
 
-    python benchmarks/crisis_rates.py                                   the speeches that ship, in their two parts
+    python benchmarks/crisis_rates.py                                   the speeches that ship, in their parts
     python benchmarks/crisis_rates.py --part mend --misread             also the misread speeches of the open part
     python benchmarks/crisis_rates.py FILE.jsonl --misread              your own, as one part
     python benchmarks/crisis_rates.py FILE.jsonl --text questionText    speeches without labels: how many are flagged
 
 A line is {"text", "crisis": true or false, "kind", "form"}; `kind` and `form` may be missing, and without `crisis` a
-speech is unlabelled. The speeches that ship (psyray/assets/crisis_speeches.jsonl, or _de) fall into two parts by the
-hash of their text. The phrase lists may be changed by what the rule does with `mend`. `held-out` is only ever counted,
-so that its rates say what to expect of other text: no option prints its speeches.
+speech is unlabelled. The speeches that ship (psyray/assets/crisis_speeches.jsonl) fall into two parts by the hash of
+their text. The phrase lists may be changed by what the rule does with `mend`. `held-out` and `later`
+(crisis_speeches_later.jsonl, written when the phrases stood) are only ever counted, so that their rates say what to
+expect of other text: no option prints their speeches. docs/crisis.md says how far each can be trusted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from psyray import crisis
 
 ASSETS = Path(crisis.__file__).parent / "assets"
 SHIPPED = ASSETS / "crisis_speeches.jsonl"
-MEND, HELD_OUT = "mend", "held-out"
+LATER_FILE = ASSETS / "crisis_speeches_later.jsonl"
+MEND, HELD_OUT, LATER = "mend", "held-out", "later"
 Z = 1.959964  # of a 95 % interval
 
 
@@ -49,6 +51,14 @@ def read(file: Path, text: str = "text") -> list[Case]:
 def part(case: Case) -> str:
     """Which part of the shipped file a case belongs to: by its text alone, so that no one chooses."""
     return HELD_OUT if int(hashlib.sha256(case.text.encode()).hexdigest(), 16) % 2 else MEND
+
+
+def shipped() -> dict[str, list[Case]]:
+    """The speeches that ship, by part."""
+    cases = read(SHIPPED)
+    return {name: [case for case in cases if part(case) == name] for name in (MEND, HELD_OUT)} | {
+        LATER: read(LATER_FILE)
+    }
 
 
 def wilson(hits: int, of: int) -> tuple[float, float]:
@@ -98,18 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, help="labelled speeches; by default those that ship")
     parser.add_argument("--text", default="text", help="the field that holds the words")
-    parser.add_argument("--part", choices=[MEND, HELD_OUT], help="one part of the speeches that ship")
-    parser.add_argument("--misread", action="store_true", help="also print what is misread, held-out apart")
+    parser.add_argument("--part", choices=[MEND, HELD_OUT, LATER], help="one part of the speeches that ship")
+    parser.add_argument("--misread", action="store_true", help="also print what is misread, of `mend` or of the file")
     asked = parser.parse_args()
-    cases = read(asked.file or SHIPPED, asked.text)
-    if asked.file and asked.file.resolve().parent != ASSETS:
-        parts = {asked.file.name: cases}
-    else:
-        parts = {name: [case for case in cases if part(case) == name] for name in (MEND, HELD_OUT)}
+    parts = {asked.file.name: read(asked.file, asked.text)} if asked.file else shipped()
     for name, some in parts.items():
-        if asked.part in (None, name):
+        if asked.file or asked.part in (None, name):
             print(table(name, some))
-            if asked.misread and name != HELD_OUT:
+            if asked.misread and (asked.file or name == MEND):
                 print("\n".join(f"{case.crisis} {case.kind} {case.form}: {case.text}" for case in misread(some)), "\n")
 
 

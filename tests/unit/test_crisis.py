@@ -245,7 +245,17 @@ def test_case_spaces_and_apostrophes_do_not_matter() -> None:
 
 @pytest.mark.parametrize(
     "unit",
-    ["my ", "i ", "I said no ", "wish i was a ", "hope a car ", "took 40 ", "a novel of the ", "voices a a a a ", "i just "],
+    [
+        "my ",
+        "i ",
+        "I said no ",
+        "wish i was a ",
+        "hope a car ",
+        "took 40 ",
+        "a novel of the ",
+        "voices a a a a ",
+        "i just ",
+    ],
 )
 def test_a_long_text_of_beginnings_is_read_in_good_time(unit: str) -> None:
     """Half a second would be much; a repetition without a bound would take hours."""

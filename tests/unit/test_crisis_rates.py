@@ -21,13 +21,14 @@ def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 FLOORS = {  # part: (fewest hits of, most false alarms of)
     "mend": (91, 98, 3, 117),
-    "held-out": (0, 75, 108, 108),
+    "held-out": (71, 75, 6, 108),
+    "later": (20, 60, 7, 61),
 }
 
 
 @pytest.mark.parametrize("part", FLOORS)
 def test_the_rates_of_the_shipped_speeches_do_not_fall(command: ModuleType, part: str) -> None:
-    rates = command.rates(case for case in command.read(command.SHIPPED) if command.part(case) == part)
+    rates = command.rates(command.shipped()[part])
     (hits, must), (alarms, must_not) = rates["must be flagged"], rates["must not be"]
     fewest, of, most, of_calm = FLOORS[part]
     assert (must, must_not) == (of, of_calm), "the speeches changed: their rates in docs/crisis.md are others too"
@@ -35,7 +36,7 @@ def test_the_rates_of_the_shipped_speeches_do_not_fall(command: ModuleType, part
 
 
 def test_every_shipped_speech_says_what_it_is(command: ModuleType) -> None:
-    cases = command.read(command.SHIPPED)
+    cases = [case for part in command.shipped().values() for case in part]
     assert len({case.text for case in cases}) == len(cases)
     assert {case.kind for case in cases if case.crisis} == {"suicide", "self-harm", "abuse", "danger"}
     assert all(case.kind != "-" and (case.form != "-") == case.crisis for case in cases)
@@ -70,5 +71,5 @@ def test_what_is_held_out_is_never_shown(
     monkeypatch.setattr(sys, "argv", ["crisis_rates", "--misread"])
     command.main()
     shown = capsys.readouterr().out
-    for case in command.read(command.SHIPPED):
-        assert (case.text in shown) == (bool(case.crisis) and command.part(case) == "mend")
+    for part, cases in command.shipped().items():
+        assert all((case.text in shown) == (bool(case.crisis) and part == "mend") for case in cases)
