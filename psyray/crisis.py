@@ -1,9 +1,10 @@
 """Whether a client's words speak of a crisis, and of which kind: a transparent phrase list, not a diagnosis.
 
-A hit says that a person should look at the conversation; no hit says nothing. The list (psyray/assets/crisis_phrases.yaml)
-covers plain English in three kinds (`KINDS`): self-harm with suicide, abuse of the client or those around them, and
-danger to others. It reads words, not meaning: hints, other languages and most slang go by unseen, and a sentence about
-somebody else or the past counts as much as one about now. Where it must err it flags. How often: docs/crisis.md.
+A hit says that a person should look at the conversation; no hit says nothing. The list
+(psyray/assets/crisis_phrases.yaml) covers plain English in three kinds (`KINDS`): self-harm with suicide, abuse of the
+client or those around them, and danger to others. It reads words, not meaning: hints, other languages and most slang go
+by unseen, and a sentence about somebody else or the past counts as much as one about now. Where it must err it flags.
+How often: docs/crisis.md.
 
 A phrase does not count where the words just before it deny it ("I have no thoughts of suicide", "I'm not suicidal") or
 set it in a story or in the work of those who help ("in the novel she wants to die"). "Trying not to hurt myself" is no
