@@ -1,129 +1,31 @@
 """Whether a client's words speak of a crisis, and of which kind: a transparent phrase list, not a diagnosis.
 
-A hit says that a person should look at the conversation; no hit says nothing. The list covers plain English in
-three kinds (`PHRASES`): self-harm with suicide, abuse of the client or those around them, and danger to others. It
-reads words, not meaning: hints, other languages and most slang go by unseen, and a sentence about somebody else, the
-past or a film counts as much as one about now. Where it must err it flags. How often: docs/crisis.md.
+A hit says that a person should look at the conversation; no hit says nothing. The list
+(psyray/assets/crisis_phrases.yaml) covers plain English in three kinds (`KINDS`): self-harm with suicide, abuse of the
+client or those around them, and danger to others. It reads words, not meaning: hints, other languages and most slang go
+by unseen, and a sentence about somebody else or the past counts as much as one about now. Where it must err it flags.
+How often: docs/crisis.md.
 
-A phrase does not count where the words just before it deny it ("I have no thoughts of suicide", "I'm not
-suicidal"). "Trying not to hurt myself" is no denial and counts.
+A phrase does not count where the words just before it deny it ("I have no thoughts of suicide", "I'm not suicidal") or
+set it in a story or in the work of those who help ("in the novel she wants to die"). "Trying not to hurt myself" is no
+denial and counts. Idioms ("die of embarrassment") are taken out first.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
-_WISH = r"(?:want|wanted|wanting|wish|hope|hoping|going|planning|plan|planned|decided|ready|deserve)"
-_THEM = r"(?:he|she|they|my [a-z' -]{2,30}?)"
-_KIN = r"(?:mum|mom|mother|dad|father|wife|kids?|children|child|brother|sister|baby|son|daughter)"
-_US = rf"(?:me|us|my {_KIN})"
-_OTHERS = (
-    r"(?:him|her|them|someone|somebody|people|others|other people|everyone|anyone|"
-    rf"my (?:{_KIN}|husband|partner|family|boyfriend|girlfriend|ex|boss|neighbou?rs?|roommate|co[- ]?workers?))"
-)
-_WILL = r"(?:'ll| will| would|'s going to|'re going to| is going to| are going to| might)"
-_HARM = r"(?:hurt|harm|cut|burn|punish)(?:ting|ing|ed|t)?"
-_ATTACK = r"(?:kill|stab|shoot|strangle|strangl|smother|drown|murder|attack|harm)(?:ing)?"
-_MEANS = r"(?:gun|pills|rope|noose|knife)"
-_HAS = rf"(?:has|have|had|got|holding|hold|held|puts?|found|bought) (?:a |the |his |her |my )?{_MEANS}"
-_FEAR = r"(?:afraid|scared|terrified|fear|worried)"
+import yaml
 
-PHRASES: dict[str, tuple[str, ...]] = {
-    "self-harm": (
-        r"(?:kill|hang|shoot|drown|poison)(?:ing|ed)? my ?self(?! (?:laughing|over|at work|with work))",
-        r"suicid(?:e|al)\w*",
-        rf"{_WISH}(?: to| that)?(?: just)? die\b(?! (?:of|from) (?:embarrassment|shame|laughter))",
-        r"(?:wish|wishing) (?:that )?i (?:was|were) (?:dead|never born)",
-        r"(?:rather|want to|wanna) be dead|better off dead",
-        r"(?:better off|be happier|be fine) (?:if i (?:was|were) (?:dead|gone)|without me)",
-        r"(?:end|ending|take|taking|took) my (?:own )?life",
-        r"(?:want|need|ready|going) to (?:end it all|end it(?! with\b)|stop living|stop existing)",
-        r"want (?:it all|everything) to (?:end|be over)",
-        r"(?:don'?t|do not|no longer) (?:want|wish) to (?:live|be alive|exist|wake up|be here any ?more)",
-        r"(?:can'?t|cannot) go on (?:like this|living|any ?more)",
-        # Passive wishes: what people say long before they say the word.
-        r"(?:tired|sick|weary) of (?:being (?:here|alive)|living|life)\b",
-        r"(?:easier|simpler|better|best|nicer) (?:not to be (?:here|alive|around)"
-        r"|if i (?:just )?(?:wasn'?t|weren'?t|was not|were not) (?:around|here|alive))",
-        r"(?:wish|wished|hope|hoped|hoping) (?:that )?i (?:wouldn'?t|would not|don'?t|did not|didn'?t|won'?t) wake up",
-        r"(?:not|never) (?:want(?:ing)? to )?wak(?:e|ing) up (?:any ?more|again|at all)",
-        r"no (?:reason|point) (?:to|in) (?:live|living|go on|going on)",
-        r"overdos(?:e|ed|ing)",
-        r"jump(?:ing|ed)? (?:off|from) (?:a|the) (?:bridge|roof|building|balcony)",
-        r"(?:wrote|written|writing) (?:a |my )?goodbye (?:letter|note)s?",
-        rf"{_HARM} my ?self\b(?! (?:off|short|shaving|cooking|some slack))",
-        r"self[- ]?harm\w*",
-        r"(?:kill|hang|cut|harm|drown)(?:ting|ing|ed)? (?:himself|herself|themselves)",
-        r"(?:hit|hitting|punch|punching) my ?self|(?:hitting|bang|banging) my head (?:on|against|into)",
-        r"hit my head (?:on|against) (?:the |a )?walls?\b",
-        r"better off not (?:being )?(?:in this world|here|alive)",
-        r"(?:care|matters?|cares) (?:if|whether) i (?:live|die)\b",
-        r"(?:cut|cutting|slit|slitting) my (?:wrists?|arms?|thighs?|legs?)",
-        rf"{_HAS} (?:to my head|in my hand|ready|next to me|in front of me|saved up)",
-        r"(?:took|taken|swallowed) (?:all|too many|a (?:whole )?(?:bottle|box|pack|lot|bunch))(?: of)?"
-        r"(?: my| the| his| her)? (?:pills|tablets|medication|meds|paracetamol)",
-        r"(?:not safe|unsafe) (?:right now|tonight|with myself)",
-    ),
-    "abuse": (
-        rf"{_THEM} (?:hits?|beats?|punche[sd]|kick(?:s|ed)|chok(?:es|ed)|strangl(?:es|ed)|slap(?:s|ped)) {_US}\b"
-        r"(?! (?:up for|to it|at|out|off)\b)",
-        rf"{_THEM} (?:is|are|was|were|keeps?|started) (?:hitting|beating|kicking|choking|strangling) {_US}\b",
-        rf"{_THEM} (?:rap(?:es|ed)|molest(?:s|ed)|sexually (?:abuse[sd]?|assault(?:s|ed)?)) {_US}\b",
-        r"(?:was|were|been|being|got|get) (?:\w+ly )?(?:raped|molested|sexually (?:abused|assaulted))",
-        r"raped (?:at|by|when)\b",
-        r"(?:sexual|physical|domestic|child) (?:abuse|violence|assault)\b",
-        r"(?:physically|sexually) (?:(?:and|or) \w+ )?abus(?:ed|es|ing|ive)",
-        r"abusive (?:relationship|marriage|home|house|household|childhood|situation|husband|wife|partner|boyfriend|"
-        r"girlfriend|ex|father|mother|parents?|dad|mom|mum|men|man)",
-        r"(?:hit|hits|hitting|beat|beating) each other(?! at\b)",
-        r"(?:force[sd]?|made|makes) me (?:to )?have sex",
-        r"(?:is|are|am|was|been) being (?:physically |sexually )?abused",
-        rf"(?:going to|gonna|will|(?:he|she|they)'ll|might|wants? to) kill {_US}\b(?! (?:for|if i|when i)\b)",
-        rf"(?:sa(?:id|ys)|threaten(?:s|ed)|swore|swears) (?:that )?{_THEM}{_WILL} (?:kill|hurt|shoot) {_US}\b",
-        rf"(?:threaten(?:s|ed|ing)|tried) to (?:kill|hurt|shoot|strangle|drown) {_US}\b",
-        rf"{_FEAR} (?:that )?{_THEM}{_WILL} (?:kill|hurt) {_US}\b",
-        rf"{_HAS} to my (?:head|throat)",
-        r"(?:not safe|unsafe|in danger) (?:at home|here|right now|tonight|with (?:him|her|them))",
-    ),
-    "danger to others": (
-        rf"(?:going to|gonna|will|i'll|'d like to|might|wants? to|wanted to) kill {_OTHERS}\b"
-        r"(?! (?:for|if i|when i)\b)",
-        rf"(?:sa(?:id|ys)|threaten(?:s|ed)|swore|swears) (?:that )?{_THEM}{_WILL} (?:kill|hurt|shoot) {_OTHERS}\b",
-        rf"(?:threaten(?:s|ed|ing)|tried) to (?:kill|shoot|strangle|drown|stab) {_OTHERS}\b",
-        rf"(?:want|wanted|urges?|impulses?|going|gonna|plan|planning) (?:to )?(?:physically )?"
-        rf"(?:{_ATTACK}|hurt) {_OTHERS}\b",
-        rf"(?:thoughts?|thinking|think|fantas(?:ies|i[sz]e|i[sz]ing)|dream|dreaming|visions) (?:of|about) "
-        rf"(?:{_ATTACK}|hurting) {_OTHERS}\b",
-        rf"{_FEAR} (?:that )?i(?:'ll| will| might| may| could|'m going to) (?:snap and )?"
-        rf"(?:{_ATTACK}|hurt) {_OTHERS}\b",
-        rf"\bi (?:have |once |sometimes )?(?:hit|beat|slapped|shook|punched|choked|strangled|kicked) {_OTHERS}\b"
-        r"(?! (?:up for|to it|at|up with|out|off)\b)",
-        rf"how i (?:could|would|can|might) (?:{_ATTACK}|hurt) {_OTHERS}\b",
-        r"violent (?:thoughts|urges|impulses|fantasies)",
-        r"homicid(?:e|al)\w*",
-        rf"{_HAS} to (?:her|his|their) (?:head|throat)",
-    ),
-}
+_ASSETS = Path(__file__).parent / "assets"
+KINDS = ("self-harm", "abuse", "danger to others")
 
-_NOT = r"\b(?:do not|don'?t|never|did not|didn'?t|have not|haven'?t|would never|wouldn'?t)(?: actually| really| even)?"
-_PLAN = r"(?:thoughts?|plans?|intentions?|intent|desire|wish|history|urges?)(?: (?:of|to|about|for))?(?: or \w+)?"
-# What denies a phrase when it is the last thing said before it.
-_DENIALS = (
-    rf"\b(?:no|without|without any) (?:\w+ )?{_PLAN}",
-    rf"{_NOT} (?:have|had)(?: any)? (?:\w+ )?{_PLAN}",
-    rf"{_NOT} (?:want|wanted|wish|wished) to",
-    rf"(?:{_NOT}|\bnot) (?:thought|think|thinking|considered|considering|felt|feel|feeling|been|planning)"
-    r"(?: (?:of|about|to))?",
-    r"(?:\bam|\bare|\bis|\bwas|'m|'re|'s) (?:definitely |absolutely )?(?:not|never)(?: actually| really| being)?",
-    r"\b(?:isn'?t|aren'?t|wasn'?t)(?: actually| really)?",
-)
-_DENIED = re.compile(rf"(?:{'|'.join(_DENIALS)})\s*$")
-# The wish may be the phrase's own first word, so that the denial stands right before it.
-_WISHED, _DENIED_WISH = re.compile(rf"{_WISH}\b"), re.compile(rf"(?:{_NOT}|\bnot)\s*$")
-_CLAUSE = re.compile(r"[.!?;:,()]|\b(?:but|although|though|except)\b")
 _LOOK_BACK = 120  # characters before a phrase in which a denial of it may stand; the longest have some 80
 # What keyboards put for an apostrophe (acute, grave, prime, modifier letters, quotation marks), and hyphens.
 _STRAIGHT = dict.fromkeys(map(ord, "\u00b4`\u02b9\u02bb\u02bc\u02c8\u2018\u2019\u201b\u2032\u2035\uff40"), "'")
@@ -131,7 +33,81 @@ _STRAIGHT |= dict.fromkeys(map(ord, "\u2010\u2011"), "-") | dict.fromkeys(map(or
 _UNSEEN = ("Cf", "Mn")  # soft hyphens, zero-width characters and the like; marks drawn onto a letter
 _MARKS = re.compile(r"[-*_~\"']+")
 _PAUSES = re.compile(r"\.{2,}|--+|[\u2013\u2014]|(?<=\s)-(?=\s)")
-_KINDS = {kind: re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})") for kind, phrases in PHRASES.items()}
+_PART = re.compile(r"<(\w+)>")
+_LONG = re.compile(r"([^\W\d_])\1{2,}")
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One language's words, from a file like psyray/assets/crisis_phrases.yaml."""
+
+    phrases: Mapping[str, re.Pattern[str]]  # by kind
+    harmless: re.Pattern[str]
+    clause: re.Pattern[str]
+    denied: re.Pattern[str]
+    # The wish may be the phrase's own first word, so that the denial stands right before it.
+    wished: re.Pattern[str]
+    denied_wish: re.Pattern[str]
+    setting: re.Pattern[str]
+    own: re.Pattern[str]  # the client's own words for themselves: no story
+    spellings: Mapping[str, str]
+
+    def holds(self, words: str, kind: str) -> bool:
+        """Whether the plain words hold a phrase of the kind that nothing denies."""
+        return any(not _denied(self, hit) for hit in self.phrases[kind].finditer(words))
+
+    def reading(self, plain: str) -> str:
+        """The plain text with usual short forms and misspellings spelt out, without the idioms."""
+        spelt = _WORD.sub(lambda word: self.spellings.get(word.group(), word.group()), _LONG.sub(r"\1", plain))
+        return self.harmless.sub(";", spelt)
+
+
+def read_rule(file: Path) -> Rule:
+    """The rule of a file; its lines are joined as alternatives, and parts are put in for their names."""
+    tree = yaml.safe_load(file.read_text())
+    parts = {name: _either(block) for name, block in tree["parts"].items()}
+
+    def pattern(block: str, form: str = "{}") -> re.Pattern[str]:
+        return re.compile(_filled(form.format(_either(block)), parts))
+
+    gap = _filled(f"(?: (?!{_either(tree['own'] + tree['here'])}\\b)[\\w'-]+)", parts) + "{{0,10}}"
+    return Rule(
+        phrases={kind: pattern(tree["phrases"].get(kind, "(?!)"), r"(?<!\w){}") for kind in KINDS},
+        harmless=pattern(tree["harmless"], r"(?<!\w){}"),
+        clause=pattern(tree["clause"], r"[.!?;:,()]|\b{}\b"),
+        denied=pattern(tree["denials"], r"{}\s*$"),
+        wished=pattern("<wish>", r"{}\b"),
+        denied_wish=pattern(tree["denied_wish"], r"{}\s*$"),
+        setting=pattern(tree["settings"], rf"\b{{}}{gap}\s*$"),
+        own=pattern(tree["own"], r"\b{}\b"),
+        spellings=dict(_slips(tree["typos"].split())) | tree["spellings"],
+    )
+
+
+def _either(block: str) -> str:
+    lines = (line.strip() for line in block.splitlines())
+    return f"(?:{'|'.join(line for line in lines if line and not line.startswith('#'))})"
+
+
+def _filled(pattern: str, parts: Mapping[str, str]) -> str:
+    """The pattern with each <name> replaced by that part, and the parts within parts."""
+    while _PART.search(pattern):
+        pattern = _PART.sub(lambda name: parts[name.group(1)], pattern)
+    return pattern
+
+
+def _slips(words: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each word mistyped by one inner letter left out or doubled, or by two letters swapped, with the word."""
+    for word in words:
+        for place in range(1, len(word) - 1):
+            yield word[:place] + word[place + 1 :], word
+            yield word[: place + 1] + word[place:], word
+            yield word[:place] + word[place + 1] + word[place] + word[place + 2 :], word
+
+
+FILES = (_ASSETS / "crisis_phrases.yaml",)
+RULES = tuple(map(read_rule, FILES))
 
 
 def flag(text: str) -> bool:
@@ -140,13 +116,15 @@ def flag(text: str) -> bool:
 
 
 def kinds(*texts: str) -> list[str]:
-    """The kinds of crisis that the texts hold a phrase of, in the order of PHRASES."""
+    """The kinds of crisis that the texts hold a phrase of, in the order of KINDS."""
     plain = [reading for text in texts for reading in _readings(text)]
-    return [kind for kind, phrases in _KINDS.items() if any(_holds(words, phrases) for words in plain)]
+    read = [(rule, words) for rule in RULES for words in {rule.reading(text) for text in plain}]
+    return [kind for kind in KINDS if any(rule.holds(words, kind) for rule, words in read)]
 
 
-def _holds(words: str, phrases: re.Pattern[str]) -> bool:
-    return any(not _denied(hit) for hit in phrases.finditer(words))
+def identity() -> list[Any]:
+    """All that the rule reads by, for the fingerprint of what it was used on."""
+    return [yaml.safe_load(file.read_text()) for file in FILES]
 
 
 def spoken(messages: Iterable[tuple[str, str]]) -> list[str]:
@@ -180,11 +158,14 @@ def _spaced(mark: re.Match[str]) -> str:
     return marks if kept else " "
 
 
-def _denied(hit: re.Match[str]) -> bool:
-    """Whether the end of the clause before the phrase denies it."""
+def _denied(rule: Rule, hit: re.Match[str]) -> bool:
+    """Whether the end of the clause before the phrase denies it, or sets it in a story."""
     # Not all that stands before: a text of many phrases would be read once for each of them.
     words, end = hit.string, hit.start()
     start = max(0, end - _LOOK_BACK)
-    start = max((mark.end() for mark in _CLAUSE.finditer(words, start, end)), default=start)
-    wished = _WISHED.match(hit.group())
-    return bool(_DENIED.search(words, start, end) or (wished and _DENIED_WISH.search(words, start, end)))
+    start = max((mark.end() for mark in rule.clause.finditer(words, start, end)), default=start)
+    if rule.denied.search(words, start, end):
+        return True
+    if rule.wished.match(hit.group()) and rule.denied_wish.search(words, start, end):
+        return True
+    return not rule.own.search(hit.group()) and bool(rule.setting.search(words, start, end))

@@ -54,7 +54,7 @@ def speeches_stage(run: Run, section: SpeechesSection) -> Artifact:
     # The text decides, not the path: a copy of the file elsewhere is the same input.
     config = section.model_dump(mode="json", exclude={"path", "sources", "exclude"}) | {
         "sources": [s.model_dump(mode="json", exclude={"path"}) | {"content": identity(s)} for s in sources],
-        "crisis_rule": content_id(crisis.PHRASES),
+        "crisis_rule": content_id(crisis.identity()),
     }
 
     def make(folder: Folder) -> Mapping[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +57,26 @@ CRISES = [
     "He hits me in the face",
     "We usually hit each other",
     "I was violently raped",
+    "I wanna die",
+    "I don't wanna live anymore",
+    "i dont wanna live",
+    "thinking about ending it all",
+    "I'd rather die than go back",
+    "i'm gonna die tonight",
+    "im gonna kill myself",
+    "I hope I die",
+    "I took 40 pills",
+    "swallowed about sixty sleeping tablets",
+    "I'm not sure I want to live anymore",
+    "I want to diiiie",
+    "i think abuot killign myslef",
+    "I'm scared, I am going to kill myself",
+    "I work on a ward for children and I want to kill myself",
+    "In the book club he hits me",
+    "I should just drive off the bridge",
+    "he put his hands round my throat",
+    "His dad hits him for it.",
+    "I snapped and slapped my son",
 ]
 
 CALM = [
@@ -92,6 +114,31 @@ CALM = [
     "Stress is killing me and it hits me harder every time",
     "I hit my head on the door frame and saw stars, but I laughed",
     "I don't want to hurt her feelings",
+    "dying to meet you",
+    "this job is killing me",
+    "my phone died",
+    "I could die of embarrassment",
+    "The deadline is murder",
+    "I killed it at the interview",
+    "I'm gonna die of laughter",
+    "I'd rather die than eat olives",
+    "I have panic attacks and think I'm going to die",
+    "I take 12 pills a day for my heart, and all my meds as prescribed",
+    "I don't want to live with my parents any more",
+    "I don't want to live in a small town",
+    "I don't want to wake up the baby",
+    "We walked under the bridge and then into the bus",
+    "he broke my heart, threw me a party and kicked me out",
+    "He hit on me and I nearly choked",
+    "I gotta cut carbs, I wanna cut costs, I am cutting back",
+    "I used to cut hair and slapped paint on the walls",
+    "My cat is going to die",
+    "In the novel she wants to die",
+    "I teach a course about suicide",
+    "How do I ask a client whether they think of suicide?",
+    "I never tried or contemplated suicide",
+    "I have never hurt myself",
+    "It's going to hurt her to hear that",
 ]
 
 KINDS = {
@@ -196,6 +243,34 @@ def test_case_spaces_and_apostrophes_do_not_matter() -> None:
     assert flag("I  WANT\nTO   DIE") and flag("I don\u2019t want to be alive") and flag("I don't want to be alive")
 
 
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "my ",
+        "i ",
+        "I said no ",
+        "wish i was a ",
+        "hope a car ",
+        "took 40 ",
+        "a novel of the ",
+        "voices a a a a ",
+        "i just ",
+    ],
+)
+def test_a_long_text_of_beginnings_is_read_in_good_time(unit: str) -> None:
+    """Half a second would be much; a repetition without a bound would take hours."""
+    began = time.process_time()
+    kinds(unit * (50_000 // len(unit)))
+    assert time.process_time() - began < 5
+
+
+def test_every_repetition_of_words_has_a_bound() -> None:
+    """`\\w*` ends at the word; what may pass a space must be counted."""
+    for file in crisis.FILES:
+        lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
+        assert not [line for line in lines if re.search(r"\.[*+]|[)\]][*+]", line)]
+
+
 class Counted:
     """A pattern that adds up how many characters it was given."""
 
@@ -211,7 +286,8 @@ def test_what_stands_before_a_phrase_is_read_up_to_a_bound(monkeypatch: pytest.M
     """Or a request of many denied phrases would hold up everybody's for minutes."""
     counted = {}
     for times in (1_000, 2_000):
-        monkeypatch.setattr(crisis, "_CLAUSE", pattern := Counted(re.compile(r"[.,]")))
+        pattern = Counted(re.compile(r"[.,]"))
+        monkeypatch.setattr(crisis, "RULES", (replace(crisis.RULES[0], clause=pattern),))
         assert not flag("i'm not suicidal " * times)
         counted[times] = pattern.characters
     assert 0 < counted[2_000] <= 2.1 * counted[1_000]

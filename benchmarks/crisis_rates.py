@@ -1,0 +1,123 @@
+"""How often the crisis flag fires where it must, and where it must not, by kind and form, with Wilson intervals.
+
+    python benchmarks/crisis_rates.py                                   the speeches that ship, in their parts
+    python benchmarks/crisis_rates.py --part mend --misread             also the misread speeches of the open part
+    python benchmarks/crisis_rates.py FILE.jsonl --misread              your own, as one part
+    python benchmarks/crisis_rates.py FILE.jsonl --text questionText    speeches without labels: how many are flagged
+
+A line is {"text", "crisis": true or false, "kind", "form"}; `kind` and `form` may be missing, and without `crisis` a
+speech is unlabelled. The speeches that ship (psyray/assets/crisis_speeches.jsonl) fall into two parts by the hash of
+their text. The phrase lists may be changed by what the rule does with `mend`. `held-out` and `later`
+(crisis_speeches_later.jsonl, written when the phrases stood) are only ever counted, so that their rates say what to
+expect of other text: no option prints their speeches. docs/crisis.md says how far each can be trusted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+from psyray import crisis
+
+ASSETS = Path(crisis.__file__).parent / "assets"
+SHIPPED = ASSETS / "crisis_speeches.jsonl"
+LATER_FILE = ASSETS / "crisis_speeches_later.jsonl"
+MEND, HELD_OUT, LATER = "mend", "held-out", "later"
+Z = 1.959964  # of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Case:
+    """A client's words, whether they must be flagged (None: nobody has said), and what sort they are."""
+
+    text: str
+    crisis: bool | None
+    kind: str
+    form: str
+
+
+def read(file: Path, text: str = "text") -> list[Case]:
+    """The file's cases; `text` is the name of the field that holds the words."""
+    rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    return [Case(row[text], row.get("crisis"), row.get("kind") or "-", row.get("form") or "-") for row in rows]
+
+
+def part(case: Case) -> str:
+    """Which part of the shipped file a case belongs to: by its text alone, so that no one chooses."""
+    return HELD_OUT if int(hashlib.sha256(case.text.encode()).hexdigest(), 16) % 2 else MEND
+
+
+def shipped() -> dict[str, list[Case]]:
+    """The speeches that ship, by part."""
+    cases = read(SHIPPED)
+    return {name: [case for case in cases if part(case) == name] for name in (MEND, HELD_OUT)} | {
+        LATER: read(LATER_FILE)
+    }
+
+
+def wilson(hits: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share; of nothing, all that a share can be."""
+    if not of:
+        return 0.0, 1.0
+    share, square = hits / of, Z * Z / of
+    half = Z * sqrt(share * (1 - share) / of + square / (4 * of))
+    return max(0.0, (share + square / 2 - half) / (1 + square)), min(1.0, (share + square / 2 + half) / (1 + square))
+
+
+def rates(cases: Iterable[Case]) -> dict[str, tuple[int, int]]:
+    """Flagged and all, by what was wanted and then by kind and form: {"must be flagged": (90, 100), ...}."""
+    hits, of = Counter[str](), Counter[str]()
+    for case in cases:
+        flagged = crisis.flag(case.text)
+        for name in _names(case):
+            of[name] += 1
+            hits[name] += flagged
+    return {name: (hits[name], of[name]) for name in of}
+
+
+def _names(case: Case) -> Iterator[str]:
+    wanted = {True: "must be flagged", False: "must not be", None: "unlabelled"}[case.crisis]
+    yield wanted
+    yield from (f"{wanted}: {sort}" for sort in (case.kind, case.form) if sort != "-")
+    if case.crisis is None:
+        yield from (f"{wanted}: as {kind}" for kind in crisis.kinds(case.text))
+
+
+def misread(cases: Iterable[Case]) -> list[Case]:
+    """The cases that the rule flags and should not, or should and does not; of unlabelled ones, the flagged."""
+    return [case for case in cases if crisis.flag(case.text) != bool(case.crisis)]
+
+
+def table(title: str, cases: Sequence[Case]) -> str:
+    """The rates of some cases as a table in Markdown."""
+    lines = [f"{title}: {len(cases)} speeches", "", "| | flagged | of | share | 95 % |", "|---|---|---|---|---|"]
+    for name, (hits, of) in sorted(rates(cases).items()):
+        low, high = wilson(hits, of)
+        lines.append(f"| {name} | {hits} | {of} | {hits / of:.1%} | {low:.1%} to {high:.1%} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Print the rates of the shipped parts, or of one file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, help="labelled speeches; by default those that ship")
+    parser.add_argument("--text", default="text", help="the field that holds the words")
+    parser.add_argument("--part", choices=[MEND, HELD_OUT, LATER], help="one part of the speeches that ship")
+    parser.add_argument("--misread", action="store_true", help="also print what is misread, of `mend` or of the file")
+    asked = parser.parse_args()
+    parts = {asked.file.name: read(asked.file, asked.text)} if asked.file else shipped()
+    for name, some in parts.items():
+        if asked.file or asked.part in (None, name):
+            print(table(name, some))
+            if asked.misread and (asked.file or name == MEND):
+                print("\n".join(f"{case.crisis} {case.kind} {case.form}: {case.text}" for case in misread(some)), "\n")
+
+
+if __name__ == "__main__":
+    main()
