@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ def labels_stage(
         labels, counts = oracle.label(folder, asked, purpose=purpose, strategy=loop.acquisition, budget=budget)
         if counts["refused"]:
             run.say(beyond_budget(purpose, budget, counts, labels))
+        check_usable(purpose, oracle.id, labels, config)
         held_PKH = penalised(scores_PKH, listed, loop.length_penalty)
         gaps = [Gap.of(held_PKH[p.prompt, p.first] - held_PKH[p.prompt, p.second]) for p in picks]
         decided, numbers = oracle_pairs(asked, labels, gaps, loop, veto)
@@ -86,6 +88,32 @@ def beyond_budget(purpose: str, budget: int, counts: Mapping[str, Any], labels: 
         f"{told}, and none is left to learn from. Give the changed run a run.path of its own, with a budget of its own "
         "(answers that the ledger knows are free there); or raise loop.budget"
     )
+
+
+def check_usable(purpose: str, who: str, labels: Sequence[Label | None], config: Config) -> None:
+    """PsyrayError where too few answers are usable: the reward model would label in the oracle's place, unsaid.
+
+    What a person called harmful is an answer. What was not answered at all counts only where nothing was.
+    """
+    given = [label for label in labels if label]
+    bad = [said for verdict, _, said in given if verdict is Verdict.INVALID and "experts" not in said]
+    own = config.oracle.max_invalid_share
+    ceiling = config.judge.max_invalid_share if own is None else own
+    if labels and not given:
+        raise PsyrayError(
+            f"{purpose}: none of {len(labels)} questions has an answer by {who}: there is nothing but the reward "
+            "model's own labels to learn from. Give them time (oracle.wait_s) or another oracle.fall_back, and run the "
+            "same command again; loop.budget=0 is a round that asks nobody"
+        )
+    if len(bad) > ceiling * len(given):
+        (error, _), *_ = Counter(str(said.get("error") or "invalid") for said in bad).most_common(1)
+        raise PsyrayError(
+            f"{purpose}: {len(bad)} of {len(given)} answers by {who} cannot be used ({len(bad) / len(given):.0%}), more "
+            f"than {'judge' if own is None else 'oracle'}.max_invalid_share ({ceiling:.0%}); most often: {error[:300]}. "
+            "The answers are in the ledger; change who answers (a run with another run.path asks anew where there is "
+            "no usable answer, and buys no other twice), or raise oracle.max_invalid_share to go on with the usable "
+            "ones, the reward model labelling the rest, and run the same command again"
+        )
 
 
 def different(groups: Sequence[Sequence[Row]], K: int) -> BoolArray:

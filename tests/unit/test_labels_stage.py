@@ -1,0 +1,128 @@
+"""A round's labels as a stage: what acquisition gets to see, and oracles that say too little. Without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from psyray.active import labelling
+from psyray.active.labelled_set import UNKNOWN
+from psyray.active.labelling import check_usable, labels_stage
+from psyray.active.ledger import Ledger
+from psyray.config import load_config
+from psyray.data.judge import Desk
+from psyray.errors import PsyrayError
+from psyray.records import RESPONSES, Row, Verdict
+from psyray.reward.ensemble import FEATURES
+from psyray.reward.heads import Heads
+from psyray.rubric import load_rubric
+from psyray.run import Artifact, Folder, Run
+from psyray.sections.data import JudgeSection
+
+RUBRIC = load_rubric("counselling")
+D, K = 6, 3
+USABLE, INVALID = (Verdict.A, 1.0, {}), (Verdict.INVALID, 0.0, {"error": "nonsense"})
+
+
+class Named:
+    """A judge that is never asked."""
+
+    id = "named"
+
+
+class Says:
+    """An oracle with the same answers to everybody, in turn."""
+
+    id, identity = "says", {"says": 1}
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers, self.asked = answers, list[Any]()
+
+    def label(self, folder: Folder, asked: Sequence[Any], **_: Any) -> tuple[list[Any], dict[str, Any]]:
+        self.asked = list(asked)
+        labels = [self.answers[n % len(self.answers)] for n in range(len(asked))]
+        return labels, {"asked": len(asked), "refused": 0}
+
+
+class Round:
+    """A run with the samples, features and heads that a first round starts from: eight speeches of three responses."""
+
+    def __init__(self, home: Path, heads: Heads | None = None, speeches: int = 8) -> None:
+        self.home, self.run = home, Run(home / "run", say=lambda line: None)
+        self.ledger = Ledger(f"sqlite:///{home}/labels.db")
+        rng = np.random.default_rng(0)
+        self.rows = [
+            {"response_id": f"s{s}r{k}", "speech_id": f"s{s}", "messages": [{"role": "user", "content": f"speech {s}"}],
+             "split": "train", "status": "ok", "text": f"reply {k} to {s}", "model": "m", "truncated": False}
+            for s in range(speeches) for k in range(K)
+        ]  # fmt: skip
+        self.features = {r["response_id"]: rng.normal(size=D).astype(np.float32).astype(float) for r in self.rows}
+        self.heads = heads or Heads(rng.normal(size=(4, D)), np.zeros(D), np.ones(D))
+
+    def kept(self, name: str, schema: Any, key: str, rows: list[Row]) -> Artifact:
+        def make(folder: Folder) -> dict[str, Any]:
+            parts = folder.parts(schema, key)
+            parts.append(rows)
+            parts.finish()
+            return {}
+
+        return self.run.stage(name, {}, [], make)
+
+    def features_of(self, name: str = "round-0/features") -> Artifact:
+        rows = [{"response_id": key, "features": feature.tolist()} for key, feature in self.features.items()]
+        return self.kept(name, FEATURES, "response_id", rows)
+
+    def label(self, *words: str, number: int = 1, **more: Any) -> Artifact:
+        config = load_config(None, [f"run.path={self.home}/run", f"loop.k={K}", "loop.budget=4", *words])
+        desk = Desk(Named(), RUBRIC, self.ledger, "run", JudgeSection())  # type: ignore[arg-type]
+        made = self.run.stage("heads", {}, [], lambda folder: self.heads.save(folder.path / "heads.npz") or {})
+        samples = self.kept("round-0/samples", RESPONSES, "response_id", self.rows)
+        return labels_stage(self.run, number, config, desk, made, self.features_of(), samples, **more)
+
+
+def answered_by(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> Says:
+    oracle = Says(*answers)
+    monkeypatch.setattr(labelling, "make_oracle", lambda *_: oracle)
+    return oracle
+
+
+def test_a_round_whose_oracle_says_nothing_usable_stops_and_says_how_to_go_on(tmp_path, monkeypatch):
+    answered_by(monkeypatch, INVALID)
+    made = Round(tmp_path)
+    with pytest.raises(PsyrayError, match=r"round-1: 4 of 4 answers by says cannot be used \(100%\), more than judge\."
+                       r"max_invalid_share \(10%\); most often: nonsense\. .*raise oracle\.max_invalid_share"):  # fmt: skip
+        made.label()
+    found = made.label("oracle.max_invalid_share=1")  # of the same stage: nothing is asked under another name
+    assert {row["source"] for row in found.rows()} == {"reward"} and found.stats["invalid"] == 4
+
+
+def test_what_a_labelled_set_does_not_know_counts_as_unusable_and_stays_in_the_ledger(tmp_path):
+    made = Round(tmp_path)
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"question": "another", "chosen": "a", "rejected": "b"}))
+    with pytest.raises(PsyrayError, match=UNKNOWN):
+        made.label("oracle.kind=replay", f"oracle.path={path}")
+    assert made.ledger.spent("run") == {"round-1": 4}
+
+
+def test_the_ceiling_is_the_judges_unless_the_oracle_has_its_own():
+    config = load_config(None, ["judge.max_invalid_share=0.25"])
+    check_usable("round-1", "x", [INVALID, USABLE, USABLE, USABLE, None], config)
+    with pytest.raises(PsyrayError, match=r"2 of 4 .* judge\.max_invalid_share \(25%\)"):
+        check_usable("round-1", "x", [INVALID, INVALID, USABLE, USABLE], config)
+    own = load_config(None, ["judge.max_invalid_share=0.25", "oracle.max_invalid_share=0"])
+    with pytest.raises(PsyrayError, match=r"1 of 4 .* oracle\.max_invalid_share \(0%\)"):
+        check_usable("round-1", "x", [INVALID, USABLE, USABLE, USABLE], own)
+    check_usable("round-1", "x", [], own)
+
+
+def test_what_people_call_harmful_is_an_answer_and_no_answer_at_all_is_none():
+    harmful = (Verdict.INVALID, 0.0, {"experts": [{"vote": "harmful"}]})
+    check_usable("round-1", "x", [harmful, harmful, None], load_config(None, []))
+    with pytest.raises(PsyrayError, match=r"round-1: none of 2 questions has an answer by experts"):
+        check_usable("round-1", "experts", [None, None], load_config(None, []))
