@@ -87,7 +87,7 @@ class AdaptersSection(Section):
 class HeadsSection(Section):
     kind: Literal["ensemble", "laplace", "mlp"] = Field(
         "ensemble",
-        description="bootstrapped heads; draws of a Bayesian one (last-layer Laplace); heads with a hidden layer",
+        description="bootstrapped heads; a Bayesian one, last-layer Laplace; heads with a hidden layer",
     )
     count: int = Field(10, ge=2)
     ridge: float = Field(10.0, gt=0)
