@@ -13,8 +13,8 @@ from scipy.stats import norm
 
 from psyray.active.acquisition import acquire
 from psyray.active.oracle_kinds import make_oracle
-from psyray.active.oracles import Label
-from psyray.active.pool import Pool, asked_before, keep_asked
+from psyray.active.oracles import Label, Pair
+from psyray.active.pool import Pool, asked_before, keep_asked, why
 from psyray.config import Config
 from psyray.data.judge import Desk
 from psyray.data.rules import Rules
@@ -59,7 +59,7 @@ def labels_stage(
         rng = np.random.default_rng([config.run.seed, number])
         picks = acquire(loop.acquisition, candidates, budget, rng, loop.apart)
         keep_asked(folder, listed, picks)
-        asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], p.value) for p in picks]
+        asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], why(pool, p)) for p in picks]
         purpose = f"round-{number}"
         labels, counts = oracle.label(folder, asked, purpose=purpose, strategy=loop.acquisition, budget=budget)
         if counts["refused"]:
@@ -188,7 +188,7 @@ class Gap:
 
 
 def oracle_pairs(
-    asked: Sequence[tuple[Row, Row, float]],
+    asked: Sequence[Pair],
     labels: Sequence[Label | None],
     gaps: Sequence[Gap],
     loop: LoopSection,

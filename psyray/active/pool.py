@@ -105,3 +105,15 @@ def asked_before(earlier: Sequence[tuple[Artifact, Artifact]], width: int) -> Fl
                     asked.setdefault(pair["speech_id"], []).extend(both)
         found.append(prompt_matrix(load_features([features]), asked))
     return np.concatenate(found)
+
+
+def why(pool: Pool, pick: Pick) -> dict[str, float]:
+    """What speaks for a question, for the ledger: the rule's value, mean and spread of both responses' scores."""
+    found = {"value": pick.value}
+    for side, place in (("a", (pick.prompt, pick.first)), ("b", (pick.prompt, pick.second))):
+        found |= {f"{side}_mean": float(pool.mean_PK[place]), f"{side}_spread": _length(pool.doubt_PKE[place])}
+    return found
+
+
+def _length(doubt_E: FloatArray) -> float:
+    return float(np.linalg.norm(doubt_E))

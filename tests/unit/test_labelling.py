@@ -39,7 +39,7 @@ def alike(mean_PK: list[list[float]]) -> Pool:
 def test_the_oracles_ties_and_invalid_answers_never_become_pairs():
     a, b = responses("a", "b")
     labels = [(Verdict.A, 0.5, {}), (Verdict.B, -0.5, {}), (Verdict.TIE, 0.0, {}), (Verdict.INVALID, 0.0, {}), None]
-    pairs, counts = oracle_pairs([(a, b, 1.0)] * 5, labels, [Gap(0.2, 0.1)] * 5, LOOP)
+    pairs, counts = oracle_pairs([(a, b, {})] * 5, labels, [Gap(0.2, 0.1)] * 5, LOOP)
     assert [(p["chosen_id"], p["rejected_id"], p["margin"]) for p in pairs] == [("s0", "s1", 0.5), ("s1", "s0", 0.5)]
     assert (counts["ties"], counts["invalid"], counts["vetoed"], counts["agreement"]) == (1, 1, 0, 0.5)
     assert (counts["sure"], counts["sure_agreement"]) == (0, None)
@@ -49,7 +49,7 @@ def test_the_oracles_ties_and_invalid_answers_never_become_pairs():
 def test_what_the_reward_model_would_have_labelled_is_held_against_the_oracle():
     a, b = responses("a", "b")
     labels = [(Verdict.A, 0.5, {}), (Verdict.B, -0.5, {}), (Verdict.B, -0.5, {})]
-    _, counts = oracle_pairs([(a, b, 1.0)] * 3, labels, [Gap(2, 1), Gap(-2, 1), Gap(0.1, 1)], LOOP)
+    _, counts = oracle_pairs([(a, b, {})] * 3, labels, [Gap(2, 1), Gap(-2, 1), Gap(0.1, 1)], LOOP)
     assert (counts["sure"], counts["sure_agreement"]) == (2, 1.0)
     assert counts["agreement"] == pytest.approx(2 / 3)
 
@@ -57,7 +57,7 @@ def test_what_the_reward_model_would_have_labelled_is_held_against_the_oracle():
 def test_a_winner_that_was_rated_less_safe_becomes_no_pair_and_ratings_stay_with_the_rest():
     a, b = responses("a", "b")
     said = {"a": {"empathy": 5.0, "safety": 2.0}, "b": {"empathy": 2.0, "safety": 3.0}}
-    asked, gaps = [(a, b, 1.0)], [Gap(1.0, 0.5)]
+    asked, gaps = [(a, b, {})], [Gap(1.0, 0.5)]
     pairs, counts = oracle_pairs(asked, [(Verdict.A, 1.0, said)], gaps, LOOP, veto=["safety"])
     assert pairs == [] and counts["vetoed"] == 1 and counts["agreement"] == 1.0
     for veto in ([], ["empathy"]):

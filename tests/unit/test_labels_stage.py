@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from psyray.active import labelling
 from psyray.active.acquisition import Candidates
+from psyray.active.database import CHARGE, QUESTION
 from psyray.active.labelled_set import UNKNOWN
 from psyray.active.labelling import check_usable, labels_stage
 from psyray.active.ledger import Ledger
@@ -160,6 +162,24 @@ def test_acquisition_sees_the_posterior_itself_where_it_is_known(tmp_path, monke
     assert drawn_PH.std(axis=1) == pytest.approx(exact.spread_N) and drawn_PH.mean(axis=1) == pytest.approx(
         exact.mean_N
     )
+
+
+def test_the_ledger_keeps_why_each_pair_was_asked(tmp_path):
+    made = Round(tmp_path)
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"question": "another", "chosen": "a", "rejected": "b"}))
+    made.label("oracle.kind=replay", f"oracle.path={path}", "oracle.max_invalid_share=1", "loop.acquisition=max_min")
+    belief = made.heads.belief(np.stack([made.features[r["response_id"]] for r in made.rows]))
+    of_text = {row["text"]: pair for row, pair in zip(made.rows, zip(*belief, strict=True), strict=True)}
+    with made.ledger.database.transaction(reading=True) as connection:
+        charges = connection.execute(sa.select(CHARGE.c.strategy, CHARGE.c.scores, QUESTION.c.payload).join(QUESTION))
+        kept = [(strategy, json.loads(scores), json.loads(payload)) for strategy, scores, payload in charges]
+    assert len(kept) == 4
+    for strategy, scores, payload in kept:
+        for side in "ab":
+            mean, spread = of_text[payload[side]]
+            assert scores[f"{side}_mean"] == pytest.approx(mean) and scores[f"{side}_spread"] == pytest.approx(spread)
+        assert strategy == "max_min" and scores["value"] == pytest.approx(abs(scores["a_mean"] - scores["b_mean"]))
 
 
 def test_an_ensemble_is_seen_as_its_heads_scores(tmp_path, monkeypatch):
