@@ -62,13 +62,14 @@ def online_loop(
     scores = scores_stage(run, "round-0/scores", heads, features, samples)
     start = Start(samples, scores, gate_stage(run, 0, config, desk, samples, scores, None))
     probe: Artifact | None = None
-    outcome = Outcome(heads, seen, [policy], [start.gate])
+    outcome, rounds = Outcome(heads, seen, [policy], [start.gate]), list[tuple[Artifact, Artifact]]()
     for number in range(1, config.loop.rounds + 1):
         if not ahead:
             samples = samples_again(run, number - 1, config, speeches, policy)
             name = f"round-{number - 1}/features-again"
             features = features_stage(run, name, config, reward, samples.rows(), samples)
-        labels = labels_stage(run, number, config, desk, outcome.heads, features, samples)
+        labels = labels_stage(run, number, config, desk, outcome.heads, features, samples, rounds)
+        rounds.append((features, labels))
         outcome.seen = seen = seen.with_round(features, labels)
         outcome.heads = heads_stage(run, f"round-{number}/heads", config, reward, seen.features, seen.pairs)
         trained = policy_stage(run, number, config, labels, seen, policy, outcome.policies[0])

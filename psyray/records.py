@@ -166,7 +166,7 @@ PAIRS = pa.schema(
         ("rejected_model", pa.string()),
         ("chosen_ratings", pa.map_(pa.string(), pa.float32())),
         ("rejected_ratings", pa.map_(pa.string(), pa.float32())),
-        ("margin", pa.float32()),
+        ("margin", pa.float32()),  # null where it is not known
         ("split", pa.string()),
         ("crisis", pa.bool_()),
         ("source", pa.string()),  # who labelled it: "judge", "oracle", "reward", "data set"
@@ -183,7 +183,7 @@ SIDE_COLUMNS = (  # of PAIRS, after its side, and of a response
 )
 
 
-def pair_row(speech: Mapping[str, Any], chosen: Row, rejected: Row, *, margin: float, source: str) -> Row:
+def pair_row(speech: Mapping[str, Any], chosen: Row, rejected: Row, *, margin: float | None, source: str) -> Row:
     """One preference pair; `chosen` and `rejected` are response rows, with `ratings` where a judge gave them."""
     return {
         "pair_id": content_id("pair", speech["speech_id"], chosen["response_id"], rejected["response_id"]),

@@ -4,8 +4,8 @@
     -> {"model": "psyray-reward", "scores": [{"score": 0.41, "spread": 0.08, "principles": {"empathy": 3.9, ...}}]}
 
 Requests that arrive together share the engine's steps. A score is the mean over the ensemble's heads, in the reward
-model's own unit; `spread` is their standard deviation, 0 where there is one head; `principles` are the ratings that a
-judge is expected to give, null where the run's judge gave none to learn from.
+model's own unit; `spread` is their standard deviation, or that of the posterior where it is known, 0 where there is one
+head; `principles` are the ratings that a judge is expected to give, null where the run's judge gave none to learn from.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from serve.access import MAX_MESSAGES
 if TYPE_CHECKING:
     from psyray.reward.body import Body, Chat
     from psyray.reward.engine_body import EngineBody
+    from psyray.reward.uncertainty import Belief
 
 FloatArray = npt.NDArray[np.float64]
 MAX_ITEMS = 256
@@ -80,17 +81,17 @@ class ScoreReply(BaseModel):
 class ReadsFeatures(Protocol):
     """The heads of a reward model."""
 
-    def scores(self, features_ND: FloatArray) -> FloatArray: ...
+    def belief(self, features_ND: FloatArray) -> Belief: ...
 
     def ratings(self, features_ND: FloatArray) -> Sequence[dict[str, float]] | None: ...
 
 
 def judged(heads: ReadsFeatures, features_ND: FloatArray) -> list[Score]:
     """What the heads say of answers by their features."""
-    scores_NH = heads.scores(features_ND)
-    ratings: Sequence[dict[str, float] | None] = heads.ratings(features_ND) or [None] * len(scores_NH)
-    found = zip(scores_NH, ratings, strict=True)
-    return [Score(score=float(row.mean()), spread=float(row.std()), principles=said) for row, said in found]
+    belief = heads.belief(features_ND)
+    ratings: Sequence[dict[str, float] | None] = heads.ratings(features_ND) or [None] * len(belief.mean_N)
+    found = zip(*belief, ratings, strict=True)
+    return [Score(score=float(mean), spread=float(spread), principles=said) for mean, spread, said in found]
 
 
 def features_together(body: Body, requests: Sequence[Sequence[Chat]]) -> list[FloatArray]:

@@ -62,8 +62,8 @@ class Experts:
         """The experts' labels in order, with those of the fall-back; counts, `unanswered` for the latter, `by_judge`
         for what it was asked of them, and under `experts` how far people agreed (`votes.among`)."""
         questions = [
-            pair_question("experts", self.desk.rubric.id, self.section.overlap, (a, b), strategy, {"value": value})
-            for a, b, value in asked
+            pair_question("experts", self.desk.rubric.id, self.section.overlap, (a, b), strategy, why)
+            for a, b, why in asked
         ]
         labels, counts = buy(self.desk, questions, partial(self.put, folder, purpose), purpose=purpose, budget=budget)
         said = [label[2]["experts"] for label in labels if label and "experts" in label[2]]

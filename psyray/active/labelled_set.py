@@ -58,8 +58,7 @@ class LabelledPairs:
     ) -> tuple[list[Label | None], dict[str, Any]]:
         """What the set says of each pair, in order, invalid where it knows nothing; counts, and `unknown`."""
         questions = [
-            pair_question(self.id, self.desk.rubric.id, self.scrub, (a, b), strategy, {"value": value})
-            for a, b, value in asked
+            pair_question(self.id, self.desk.rubric.id, self.scrub, (a, b), strategy, why) for a, b, why in asked
         ]
         labels, counts = buy(self.desk, questions, self.put, purpose=purpose, budget=budget)
         unknown = sum(label is not None and label[2].get("error") == UNKNOWN for label in labels)

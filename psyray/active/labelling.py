@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm
 
-from psyray.active.acquisition import Candidates, acquire
+from psyray.active.acquisition import acquire
 from psyray.active.oracle_kinds import make_oracle
-from psyray.active.oracles import Label
+from psyray.active.oracles import Label, Pair
+from psyray.active.pool import Pool, asked_before, keep_asked, why
 from psyray.config import Config
 from psyray.data.judge import Desk
 from psyray.data.rules import Rules
 from psyray.errors import PsyrayError
 from psyray.records import PAIRS, Row, Status, Verdict, normalise, pair_row
-from psyray.reward.ensemble import load_features, prompt_matrix, score_matrix
+from psyray.reward.ensemble import load_features
 from psyray.reward.heads import Heads
 from psyray.run import Artifact, Folder, Run
 from psyray.sections.learning import LoopSection
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+DRAWS = 1  # the posterior's draws have a stream of their own, apart from the rule's
 
 
 def labels_stage(
-    run: Run, number: int, config: Config, desk: Desk, heads: Artifact, features: Artifact, samples: Artifact
-) -> Artifact:
-    """The stage `round-N/labels`: PAIRS within the round's budget."""
+    run: Run, number: int, config: Config, desk: Desk, heads: Artifact, features: Artifact, samples: Artifact,
+    earlier: Sequence[tuple[Artifact, Artifact]] = (),
+) -> Artifact:  # fmt: skip
+    """The stage `round-N/labels`: PAIRS within the round's budget.
+
+    `earlier`: (features, labels) of the rounds before; the heads were fitted on them, so they stand in the fingerprint.
+    """
     loop, budget, oracle = config.loop, config.loop.budget_of(number), make_oracle(config, desk, run.say)
     veto = Rules.make(config.pairs, desk.rubric).veto
 
@@ -41,23 +48,28 @@ def labels_stage(
                 groups.setdefault(row["speech_id"], []).append(row)
         ensemble, listed = Heads.load(heads.path / "heads.npz"), list(groups.values())
         known = load_features([features])
-        scores_PKH = score_matrix(ensemble, known, groups, loop.k)
-        asked_PKH = scores_PKH if loop.mixed_ends else alike_ends(scores_PKH, listed)
-        candidates = Candidates(
-            asked_PKH, prompts_PE=prompt_matrix(known, groups), open_PKK=different(listed, asked_PKH.shape[1])
+        pool = Pool.of(ensemble, known, groups, loop.k, np.random.default_rng([config.run.seed, number, DRAWS]))
+        asked_PKH = pool.candidates.scores_PKH
+        candidates = replace(
+            pool.candidates,
+            scores_PKH=asked_PKH if loop.mixed_ends else alike_ends(asked_PKH, listed),
+            asked_NE=asked_before(earlier, len(ensemble.mean_D)),
+            open_PKK=different(listed, loop.k),
         )
         rng = np.random.default_rng([config.run.seed, number])
         picks = acquire(loop.acquisition, candidates, budget, rng, loop.apart)
-        asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], p.value) for p in picks]
+        keep_asked(folder, listed, picks)
+        asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], why(pool, p)) for p in picks]
         purpose = f"round-{number}"
         labels, counts = oracle.label(folder, asked, purpose=purpose, strategy=loop.acquisition, budget=budget)
         if counts["refused"]:
             run.say(beyond_budget(purpose, budget, counts, labels))
-        held_PKH = penalised(scores_PKH, listed, loop.length_penalty)
-        gaps = [Gap.of(held_PKH[p.prompt, p.first] - held_PKH[p.prompt, p.second]) for p in picks]
+        check_usable(purpose, oracle.id, labels, config)
+        held = replace(pool, mean_PK=penalised(pool.mean_PK, listed, loop.length_penalty))
+        gaps = [Gap.of(held, p.prompt, p.first, p.second) for p in picks]
         decided, numbers = oracle_pairs(asked, labels, gaps, loop, veto)
         labelled = {p.prompt for p, given in zip(picks, labels, strict=True) if given}
-        rest, unsure = reward_pairs(listed, held_PKH, labelled, loop)
+        rest, unsure = reward_pairs(listed, held, labelled, loop)
         parts = folder.parts(PAIRS, "pair_id")
         parts.append(decided + rest)
         parts.finish()
@@ -88,6 +100,32 @@ def beyond_budget(purpose: str, budget: int, counts: Mapping[str, Any], labels: 
     )
 
 
+def check_usable(purpose: str, who: str, labels: Sequence[Label | None], config: Config) -> None:
+    """PsyrayError where too few answers are usable: the reward model would label in the oracle's place, unsaid.
+
+    What a person called harmful is an answer. What was not answered at all counts only where nothing was.
+    """
+    given = [label for label in labels if label]
+    bad = [said for verdict, _, said in given if verdict is Verdict.INVALID and "experts" not in said]
+    own = config.oracle.max_invalid_share
+    section, ceiling = ("judge", config.judge.max_invalid_share) if own is None else ("oracle", own)
+    if labels and not given:
+        raise PsyrayError(
+            f"{purpose}: none of {len(labels)} questions has an answer by {who}: there is nothing but the reward "
+            "model's own labels to learn from. Give them time (oracle.wait_s) or another oracle.fall_back, and run the "
+            "same command again; loop.budget=0 is a round that asks nobody"
+        )
+    if len(bad) > ceiling * len(given):
+        (error, _), *_ = Counter(str(said.get("error") or "invalid") for said in bad).most_common(1)
+        raise PsyrayError(
+            f"{purpose}: {len(bad)} of {len(given)} answers by {who} cannot be used ({len(bad) / len(given):.0%}), "
+            f"more than {section}.max_invalid_share ({ceiling:.0%}); most often: {error[:300]}. "
+            "The answers are in the ledger; change who answers (a run with another run.path asks anew where there is "
+            "no usable answer, and buys no other twice), or raise oracle.max_invalid_share to go on with the usable "
+            "ones, the reward model labelling the rest, and run the same command again"
+        )
+
+
 def different(groups: Sequence[Sequence[Row]], K: int) -> BoolArray:
     """[P, K, K]: which two responses differ in more than white space; nobody can tell the others apart."""
     open_PKK = np.ones((len(groups), K, K), dtype=bool)
@@ -110,12 +148,12 @@ def alike_ends(scores_PKH: FloatArray, groups: Sequence[Sequence[Row]]) -> Float
     return kept_PKH
 
 
-def penalised(scores_PKH: FloatArray, groups: Sequence[Sequence[Row]], per_100_words: float) -> FloatArray:
-    """The scores less what the responses' length costs them, in logits per 100 words."""
-    words_PK = np.zeros(scores_PKH.shape[:2])
+def penalised(mean_PK: FloatArray, groups: Sequence[Sequence[Row]], per_100_words: float) -> FloatArray:
+    """The mean scores less what the responses' length costs them, in logits per 100 words."""
+    words_PK = np.zeros(mean_PK.shape)
     for p, responses in enumerate(groups):
         words_PK[p, : len(responses)] = [len(row["text"].split()) for row in responses]
-    return np.asarray(scores_PKH - per_100_words / 100 * words_PK[:, :, None])
+    return np.asarray(mean_PK - per_100_words / 100 * words_PK)
 
 
 @dataclass(frozen=True)
@@ -126,9 +164,10 @@ class Gap:
     spread: float
 
     @classmethod
-    def of(cls, gap_H: FloatArray) -> Gap:
-        """Over the heads, or draws of a posterior."""
-        return cls(float(gap_H.mean()), float(gap_H.std()))
+    def of(cls, pool: Pool, p: int, i: int, j: int) -> Gap:
+        """Of response i's score less response j's, to speech p: exact where the heads' posterior is known."""
+        apart_E = pool.doubt_PKE[p, i] - pool.doubt_PKE[p, j]
+        return cls(float(pool.mean_PK[p, i] - pool.mean_PK[p, j]), float(np.linalg.norm(apart_E)))
 
     @property
     def confidence(self) -> float:
@@ -149,7 +188,7 @@ class Gap:
 
 
 def oracle_pairs(
-    asked: Sequence[tuple[Row, Row, float]],
+    asked: Sequence[Pair],
     labels: Sequence[Label | None],
     gaps: Sequence[Gap],
     loop: LoopSection,
@@ -193,7 +232,7 @@ def _share(right: Sequence[bool]) -> float | None:
 
 
 def reward_pairs(
-    groups: Sequence[Sequence[Row]], scores_PKH: FloatArray, labelled: set[int], loop: LoopSection
+    groups: Sequence[Sequence[Row]], pool: Pool, labelled: set[int], loop: LoopSection
 ) -> tuple[list[Row], int]:
     """Pairs that the reward model labels in the speeches the oracle did not, widest gaps first.
 
@@ -210,7 +249,7 @@ def reward_pairs(
             if i != j
             and first["text"] != second["text"]
             and (loop.mixed_ends or first["truncated"] == second["truncated"])
-            and (gap := Gap.of(scores_PKH[p, i] - scores_PKH[p, j])).wide(loop)
+            and (gap := Gap.of(pool, p, i, j)).wide(loop)
         ]
         sure = [found for found in wide if found[0].sure(loop)]
         unsure += len(wide) - len(sure)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from psyray.active.ledger import Answer, Question
-from psyray.active.oracles import Label, Pair, buy, pair_question
+from psyray.active.oracles import Label, Pair, buy, exchanged, pair_question
 from psyray.data.judge import Desk
 from psyray.records import Verdict, content_id
 from psyray.run import Folder
@@ -22,7 +22,9 @@ class Noisy:
     """A verdict for A or B is flipped with probability `flip`, drawn from `seed` and the question's texts.
 
     So a question errs in every run or in none, whoever answers it, and what errs at a lower rate errs at a higher one
-    too. Ties and invalid answers stay as they are. The answers that were bought and the flipped ones are both in the
+    too. It is the whole answer that is turned round, ratings and votes with the verdict, as if the two responses had
+    been mistaken for each other: what it says of them fits its verdict, and a veto holds for it as for the other. Ties
+    and invalid answers stay as they are. The answers that were bought and the flipped ones are both in the
     ledger, the latter for `PURPOSE/noisy`, at no cost, with a `who` that says so.
     """
 
@@ -66,13 +68,13 @@ class Noisy:
         return random.Random(content_id("noise", self.seed, payload)).random() < self.flip
 
     def _question(self, pair: Pair, strategy: str) -> tuple[Question, bool]:
-        a, b, value = pair
-        return pair_question(self.id, self.desk.rubric.id, self.of.identity, (a, b), strategy, {"value": value})
+        a, b, why = pair
+        return pair_question(self.id, self.desk.rubric.id, self.of.identity, (a, b), strategy, why)
 
     def _answer(self, question: Question, label: Label | None, swapped: bool) -> Answer:
         assert label is not None
-        heard, margin = (label[0].swap(), -label[1]) if swapped else label[:2]
-        flipped = self.errs(question.payload) and heard is not Verdict.TIE
-        verdict, margin = (heard.swap(), -margin) if flipped else (heard, margin)
-        said = {"verdict": verdict, "margin": margin, "flipped": flipped}
-        return Answer(question.question_id, ok=True, answer=said, who=self.id)
+        verdict, margin, said = label
+        flipped = self.errs(question.payload) and verdict is not Verdict.TIE
+        heard = said | {"verdict": verdict, "margin": margin, "flipped": flipped}
+        answer = heard if swapped == flipped else exchanged(heard)
+        return Answer(question.question_id, ok=True, answer=answer, who=self.id)

@@ -9,7 +9,7 @@ the two verdicts differ it is a tie, and both stay in the answer as `orders`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -23,38 +23,46 @@ from psyray.rubric import UnusableAnswer, side_by_side
 from psyray.run import Folder
 from psyray.stream import stream
 
-Pair = tuple[Row, Row, float]  # two response rows and their acquisition value
+Why = Mapping[str, float]  # of a pair (a, b): its acquisition value, what was believed of a_ and b_
+Pair = tuple[Row, Row, Why]  # two response rows and why they are asked about
 Label = tuple[Verdict, float, dict[str, Any]]  # verdict on (A, B), margin, what the oracle said
 
 
 def pair_question(
-    oracle: str, rubric: str, rule: Any, pair: tuple[Row, Row], strategy: str, scores: dict[str, float]
+    oracle: str, rubric: str, rule: Any, pair: tuple[Row, Row], strategy: str, why: Why
 ) -> tuple[Question, bool]:
     """The question `which of these two`, and whether it names them in the order (b, a).
 
     The two are put in the order of their texts' hashes, so that a pair is one question whichever way it came up.
-    `rule` is what else the answer depends on.
+    `rule` is what else the answer depends on; `why` is kept beside the question and is no part of it.
     """
     a, b = pair
     flipped = content_id(a["text"]) > content_id(b["text"])
     first, second = (b, a) if flipped else (a, b)
     payload = {"messages": a["messages"], "a": first["text"], "b": second["text"]}
     key = content_id("comparison", oracle, rubric, rule, payload)
+    scores = turned(why) if flipped else dict(why)
     return Question(key, "comparison", oracle, rubric, payload, strategy, scores), flipped
 
 
-def comparison_question(desk: Desk, a: Row, b: Row, strategy: str, scores: dict[str, float]) -> tuple[Question, bool]:
+def turned(why: Why) -> dict[str, float]:
+    """The same of the pair (b, a)."""
+    side = {"a_": "b_", "b_": "a_"}
+    return {side.get(key[:2], key[:2]) + key[2:]: value for key, value in why.items()}
+
+
+def comparison_question(desk: Desk, a: Row, b: Row, strategy: str, why: Why) -> tuple[Question, bool]:
     """`pair_question` to a desk's judge."""
     pairwise = desk.section.form == "pairwise"
     rubric = desk.rubric.pairwise_id if pairwise else desk.rubric.id
     rule = None if pairwise else desk.section.tie_margin
-    return pair_question(desk.judge.id, rubric, rule, (a, b), strategy, scores)
+    return pair_question(desk.judge.id, rubric, rule, (a, b), strategy, why)
 
 
 def label(
     folder: Folder, desk: Desk, asked: Sequence[Pair], *, purpose: str, strategy: str, budget: int | None
 ) -> tuple[list[Label | None], dict[str, Any]]:
-    """Labels for pairs (a, b, acquisition value) in order, and counts; None where the budget did not reach.
+    """Labels for pairs (a, b, why) in order, and counts; None where the budget did not reach.
 
     A budget of None is no bound. Of a panel each judge is asked within the budget, the labels are what its rules make
     of the answers, the counts are summed over the judges, and `judges_agreement` stands beside them.
@@ -67,7 +75,7 @@ def label(
         agreed = verdicts_agreement(verdicts, [speech_id(a["messages"]) for a, _, _ in asked])
         counts = {key: sum(counts[key] for _, counts in each) for key in each[0][1]}
         return [panel_label(desk, labels) for labels in given], counts | {"judges_agreement": agreed}
-    questions = [comparison_question(desk, a, b, strategy, {"value": value}) for a, b, value in asked]
+    questions = [comparison_question(desk, a, b, strategy, why) for a, b, why in asked]
     return buy(desk, questions, partial(put, folder, desk, title=purpose), purpose=purpose, budget=budget)
 
 
@@ -113,6 +121,8 @@ def exchanged(said: dict[str, Any]) -> dict[str, Any]:
     if "orders" in said:
         first, second = (Verdict(shown).swap() for shown in said["orders"])
         other |= {"orders": [second, first], "raw_text": said["raw_text"][::-1]}
+    if "judges" in said:
+        other |= {"judges": [exchanged(one) if one and "verdict" in one else one for one in said["judges"]]}
     if "experts" in said:
         other |= {"experts": [_exchanged_vote(vote) for vote in said["experts"]]}
     return other

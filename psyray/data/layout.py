@@ -75,7 +75,7 @@ def write_batches(path: Path, stream: Iterable[pa.RecordBatch]) -> None:
 def from_layout(row: Row, messages: list[Message], rubric: Rubric, counts: Counter[str] | None = None) -> Row:
     """The PAIRS row of one in the published layout, answering `messages`; its side of the split is still open.
 
-    A rating that cannot be used is missing, and counted in `counts`. The margin is 0 where a rating is missing.
+    A rating that cannot be used is missing, and counted in `counts`. There is no margin where a rating is missing.
     """
     speech = {"speech_id": speech_id(messages), "messages": messages, "split": None}
     responses = []
@@ -89,7 +89,7 @@ def from_layout(row: Row, messages: list[Message], rubric: Rubric, counts: Count
         model = row.get(f"{side}_model") or ""
         responses.append({"response_id": key, "text": row[side], "model": model, "ratings": ratings or None})
     chosen, rejected = responses
-    margin = 0.0
+    margin = None
     if all(len(r["ratings"] or {}) == len(rubric.keys) for r in responses):
         margin = rubric.score(chosen["ratings"]) - rubric.score(rejected["ratings"])
     return pair_row(speech, chosen, rejected, margin=margin, source="data set")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from psyray.active.oracles import Label, label
+from psyray.active.oracles import Label, Pair, label
 from psyray.data.judge import Desk, buy, check_share, settled
 from psyray.engines import journal
 from psyray.errors import PsyrayError
@@ -73,7 +73,7 @@ def side_by_side(folder: Folder, desk: Desk, duels: Sequence[Duel], *, purpose: 
     PsyrayError where more than `max_invalid_share` of the answers cannot be used.
     """
     asked = [d for d in duels if d.policy["text"] and d.start["text"] and d.policy["text"] != d.start["text"]]
-    pairs = [(d.policy, d.start, 0.0) for d in asked]
+    pairs: list[Pair] = [(d.policy, d.start, {}) for d in asked]
     labels = label(folder, desk, pairs, purpose=purpose, strategy="", budget=None)[0] if pairs else []
     check_invalid(labels, desk)
     found = {d.speech: one for d, one in zip(asked, labels, strict=True) if one is not None}

@@ -33,7 +33,7 @@ def by_topic_stage(
         test = [row for row in labelled_pairs(pairs, known) if row["split"] == "test"]
         found = {row["speech_id"]: row["topic"] for row in topics.each(["speech_id", "topic"])}
         names = [found.get(row["speech_id"]) or NONE for row in test]
-        margins_N = margins(Heads.load(heads.path / "heads.npz"), test, known).mean(axis=1)
+        margins_N = margins(Heads.load(heads.path / "heads.npz"), test, known).mean_N
         return {"strata": by_topic(margins_N, test, names)}
 
     return run.stage("reward-topics", {}, [heads, *features, *pairs, topics], make)

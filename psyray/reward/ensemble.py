@@ -21,8 +21,10 @@ from psyray.reward.heads import Heads, fit_heads, own_head, standardisation
 from psyray.reward.held_out import held_out
 from psyray.reward.laplace import fit_laplace
 from psyray.reward.mlp import fit_mlp_heads
+from psyray.reward.posterior import PosteriorHeads
 from psyray.reward.ratings import RATINGS, fit_rated
 from psyray.reward.score import FeatureActor, on_actors
+from psyray.reward.uncertainty import Belief
 from psyray.rubric import load_rubric
 from psyray.run import Artifact, Folder, Run, batches
 from psyray.sections.learning import HeadsSection
@@ -171,7 +173,9 @@ def fitted(
         chosen_ND / scale_D, rejected_ND / scale_D,
         ridge=section.ridge, prior_D=prior_D, draws=section.count, seed=seed,
     )  # fmt: skip
-    return Heads(posterior.heads.weights_HD, mean_D, scale_D)
+    return PosteriorHeads(
+        posterior.heads.weights_HD, mean_D, scale_D, posterior.weights_D[None], posterior.root_DD[None]
+    )
 
 
 def sides(pairs: Sequence[Row], features: Features) -> tuple[FloatArray, FloatArray]:
@@ -180,22 +184,19 @@ def sides(pairs: Sequence[Row], features: Features) -> tuple[FloatArray, FloatAr
     return chosen_ND, np.stack([features[p["rejected_id"]] for p in pairs])
 
 
-def margins(heads: Heads, pairs: Sequence[Row], features: Features) -> FloatArray:
-    """[N, H]: score(chosen) - score(rejected) of the pairs in logits."""
-    if not pairs:
-        return np.empty((0, len(heads.weights_HD)))
-    chosen_ND, rejected_ND = sides(pairs, features)
-    return heads.scores(chosen_ND) - heads.scores(rejected_ND)
+def margins(heads: Heads, pairs: Sequence[Row], features: Features) -> Belief:
+    """Of score(chosen) - score(rejected) of the pairs."""
+    return heads.difference(*sides(pairs, features)) if pairs else Belief(np.empty(0), np.empty(0))
 
 
-def score_matrix(heads: Heads, features: Features, by_speech: Mapping[str, Sequence[Row]], k: int) -> FloatArray:
-    """scores_PKH of the speeches' responses in order; NaN for a response without features."""
-    scores_PKH = np.full((len(by_speech), k, heads.weights_HD.shape[0]), np.nan)
+def feature_matrix(features: Features, by_speech: Mapping[str, Sequence[Row]], k: int, width: int) -> FloatArray:
+    """[P, K, D] of the speeches' responses in order; NaN for a response without features."""
+    features_PKD = np.full((len(by_speech), k, width), np.nan)
     for p, responses in enumerate(by_speech.values()):
         for j, response in enumerate(responses):
             if response["response_id"] in features:
-                scores_PKH[p, j] = heads.scores(features[response["response_id"]][None])[0]
-    return scores_PKH
+                features_PKD[p, j] = features[response["response_id"]]
+    return features_PKD
 
 
 def prompt_matrix(features: Features, by_speech: Mapping[str, Sequence[Row]]) -> FloatArray:
@@ -209,16 +210,16 @@ def prompt_matrix(features: Features, by_speech: Mapping[str, Sequence[Row]]) ->
 
 
 def scores_stage(run: Run, name: str, heads: Artifact, features: Artifact, samples: Artifact) -> Artifact:
-    """Mean and spread of every response's score over the heads."""
+    """What the heads believe of every response's score."""
 
     def make(folder: Folder) -> Mapping[str, Any]:
         ensemble, known = Heads.load(heads.path / "heads.npz"), load_features([features])
         speech = {r["response_id"]: r["speech_id"] for r in samples.rows()}
-        rows = []
-        for key, feature_D in known.items():
-            scores_H = ensemble.scores(feature_D[None])[0]
-            mean, spread = float(scores_H.mean()), float(scores_H.std())
-            rows.append({"response_id": key, "speech_id": speech[key], "mean": mean, "spread": spread})
+        belief = ensemble.belief(np.stack(list(known.values())))
+        rows = [
+            {"response_id": key, "speech_id": speech[key], "mean": float(mean), "spread": float(spread)}
+            for key, mean, spread in zip(known, *belief, strict=True)
+        ]
         parts = folder.parts(SCORES, "response_id")
         parts.append(rows)
         parts.finish()

@@ -43,17 +43,31 @@ class Heads:
     scale_D: FloatArray
     reading: Reading = field(default=Reading(), kw_only=True)
 
-    def scores(self, features_ND: npt.ArrayLike) -> FloatArray:
-        """[N, H] scores in logits; a NaN feature gives NaN scores, which acquisition never picks."""
+    def standardised(self, features_ND: npt.ArrayLike) -> FloatArray:
+        """[N, D] what the weights are for."""
         rows_ND = np.asarray(features_ND, dtype=np.float64)
         if rows_ND.ndim != 2 or rows_ND.shape[1] != len(self.mean_D):
             raise ValueError(f"features must be [N, {len(self.mean_D)}], not of shape {rows_ND.shape}")
-        return np.asarray((rows_ND - self.mean_D) / self.scale_D @ self.weights_HD.T)
+        return np.asarray((rows_ND - self.mean_D) / self.scale_D)
+
+    def scores(self, features_ND: npt.ArrayLike) -> FloatArray:
+        """[N, H] scores in logits; a NaN feature gives NaN scores, which acquisition never picks."""
+        return np.asarray(self.standardised(features_ND) @ self.weights_HD.T)
+
+    def belief(self, features_ND: npt.ArrayLike) -> Belief:
+        """Mean and standard deviation over the heads of each score, in logits."""
+        scores_NH = self.scores(features_ND)
+        return Belief(scores_NH.mean(axis=1), scores_NH.std(axis=1))
 
     def difference(self, first_ND: npt.ArrayLike, second_ND: npt.ArrayLike) -> Belief:
         """Mean and standard deviation over the heads of score(first) - score(second), in logits."""
         margins_NH = self.scores(first_ND) - self.scores(second_ND)
         return Belief(margins_NH.mean(axis=1), margins_NH.std(axis=1))
+
+    def doubts(self, features_ND: npt.ArrayLike) -> FloatArray:
+        """[N, E] coordinates z in which |z_i| is the spread of a score and |z_i - z_j| that of a score difference."""
+        scores_NH = self.scores(features_ND)
+        return np.asarray((scores_NH - scores_NH.mean(axis=1, keepdims=True)) / np.sqrt(scores_NH.shape[1]))
 
     @classmethod
     def joined(cls, members: Sequence[Self]) -> Self:
@@ -72,12 +86,14 @@ class Heads:
     def load(cls, path: Path) -> Heads:
         """Read what `save` wrote, of whichever kind."""
         from psyray.reward.mlp import MlpHeads
+        from psyray.reward.posterior import PosteriorHeads
 
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
         told = arrays.pop("reading", None)  # absent in files written before there was a choice
         reading = Reading(**json.loads(str(told))) if told is not None else Reading()
-        return (MlpHeads if "hidden" in arrays else Heads)(*arrays.values(), reading=reading)
+        kind = MlpHeads if "hidden" in arrays else PosteriorHeads if "root" in arrays else Heads
+        return kind(*arrays.values(), reading=reading)
 
 
 def drawn_priors(

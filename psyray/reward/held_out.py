@@ -1,8 +1,8 @@
 """Reward heads on held-out pairs: how well they rank, where they rank well, and whether they know where they are wrong.
 
-    held_out(margins_NH, pairs)  # {"metrics": ..., "calibration": ..., "strata": ..., "doubt": ...}
+    held_out(margins, pairs)  # {"metrics": ..., "calibration": ..., "strata": ..., "doubt": ...}
 
-Shapes: N pairs, H heads or draws.
+`margins` is what the heads believe of score(chosen) - score(rejected). Shapes: N pairs.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from psyray.reward.metrics import (
     reward_metrics,
     separation,
 )
+from psyray.reward.uncertainty import Belief
 
 FloatArray = npt.NDArray[np.float64]
 Strata = dict[str, dict[str, dict[str, float | None]]]  # way to divide the pairs -> part -> its figures
 GROUPS = 5
 
 
-def held_out(margins_NH: FloatArray, pairs: Sequence[Row]) -> dict[str, Any]:
+def held_out(margins: Belief, pairs: Sequence[Row]) -> dict[str, Any]:
     """All that is told of heads whose margins on the pairs are known; empty where there are no pairs."""
     if not len(pairs):
         return {"metrics": {}, "calibration": [], "strata": {}, "doubt": {}}
-    margins_N, speeches = margins_NH.mean(axis=1), [row["speech_id"] for row in pairs]
+    margins_N, speeches = margins.mean_N, [row["speech_id"] for row in pairs]
     chosen, rejected = [row["chosen"] for row in pairs], [row["rejected"] for row in pairs]
     return {
         "metrics": reward_metrics(margins_N, speeches, chosen, rejected),
         "calibration": calibration(margins_N),
         "strata": strata(margins_N, pairs),
-        "doubt": doubt(margins_NH, speeches),
+        "doubt": doubt(margins, speeches),
     }
 
 
@@ -70,15 +71,15 @@ def strata(margins_N: FloatArray, pairs: Sequence[Row]) -> Strata:
     }
 
 
-def doubt(margins_NH: FloatArray, speech_ids: Sequence[str]) -> dict[str, Any]:
-    """How the spread of a margin over the heads relates to being ranked wrong (a tie is wrong here).
+def doubt(margins: Belief, speech_ids: Sequence[str]) -> dict[str, Any]:
+    """How the spread of a margin relates to being ranked wrong (a tie is wrong here).
 
     `tells_errors` has, with its interval clustered by speech, the probability that a pair ranked wrong has more of
     something than one ranked right: of `spread`; of `closeness`, a small mean margin, which costs no ensemble; of
     `ratio`, spread by mean margin. 0.5 is a coin; None where nothing, or all, is ranked wrong. `groups` are five equal
     parts by spread: its mean, the mean |margin| and the share ranked wrong.
     """
-    margins_N, spread_N = margins_NH.mean(axis=1), margins_NH.std(axis=1)
+    margins_N, spread_N = margins
     size_N, wrong_N = np.abs(margins_N), margins_N <= 0
     signals = {"spread": spread_N, "closeness": -size_N, "ratio": spread_N / np.maximum(size_N, 1e-12)}
     groups = [place_M for place_M in np.array_split(np.argsort(spread_N, kind="stable"), GROUPS) if len(place_M)]

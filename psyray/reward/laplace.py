@@ -49,8 +49,13 @@ class Laplace:
         return self.heads.scores(features_ND)
 
     @cached_property
+    def root_DD(self) -> FloatArray:
+        """Lower triangular; root root' is the covariance."""
+        return np.asarray(np.linalg.cholesky(self.covariance_DD))
+
+    @cached_property
     def heads(self) -> Heads:
-        """The draws as an ensemble, for all that reads one: saving, serving, acquisition.
+        """The draws as an ensemble, for all that reads one.
 
         Draws come in opposite pairs about the mean, so that with an even number their mean is the most likely
         head; the same seed draws the same directions whatever the labels, which keeps rounds comparable.
@@ -58,7 +63,7 @@ class Laplace:
         D = len(self.weights_D)
         half_HD = np.random.default_rng(self.seed).normal(size=((self.draws + 1) // 2, D))
         unit_HD = np.concatenate([half_HD, -half_HD])[: self.draws]
-        weights_HD = self.weights_D + unit_HD @ np.linalg.cholesky(self.covariance_DD).T
+        weights_HD = self.weights_D + unit_HD @ self.root_DD.T
         return Heads(weights_HD, np.zeros(D), np.ones(D))
 
 

@@ -17,6 +17,7 @@ from psyray.records import Message, Row
 from psyray.reward.body import Body, Reading
 from psyray.reward.heads import Heads, own_head
 from psyray.reward.ratings import RATINGS, RatingHeads
+from psyray.reward.uncertainty import Belief
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -47,6 +48,12 @@ class ScoreHeads:
         if isinstance(self.heads, Heads):
             return self.heads.scores(features_ND)
         return (features_ND @ self.heads)[:, None]
+
+    def belief(self, features_ND: FloatArray) -> Belief:
+        """Each score and how unsure it is; the model's own score knows no doubt."""
+        if isinstance(self.heads, Heads):
+            return self.heads.belief(features_ND)
+        return Belief(features_ND @ self.heads, np.zeros(len(features_ND)))
 
     def ratings(self, features_ND: FloatArray) -> list[dict[str, float]] | None:
         """Each response's ratings by principle, where the heads' folder has heads for them."""
@@ -96,7 +103,7 @@ class FeatureActor:
 
 
 class ScoreActor:
-    """Rows {key, messages, response} to rows {key, score}, the mean over the heads: a Ray Data batch function."""
+    """Rows {key, messages, response} to rows {key, score}, as the heads believe it: a Ray Data batch function."""
 
     def __init__(self, model: str, heads: Path | None, max_length: int, gpu: bool, threads: int) -> None:
         import torch
@@ -108,8 +115,8 @@ class ScoreActor:
         import pyarrow as pa
 
         rows: list[Row] = batch.to_pylist()
-        scores_NH = self.scorer.scores([r["messages"] for r in rows], [r["response"] for r in rows])
-        found = zip(rows, scores_NH.mean(axis=1), strict=True)
+        features_ND = self.scorer.features([r["messages"] for r in rows], [r["response"] for r in rows])
+        found = zip(rows, self.scorer.heads.belief(features_ND).mean_N, strict=True)
         return pa.Table.from_pylist([{"key": r["key"], "score": float(score)} for r, score in found])
 
 

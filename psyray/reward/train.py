@@ -31,9 +31,12 @@ def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
     settings = section.model_dump(exclude={"adapters", "heads"}) | more
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        train_pairs = sum(row["split"] == "train" for row in pairs.each(["split"]))
-        if not train_pairs:
+        train = [row for row in pairs.each(["split", "margin"]) if row["split"] == "train"]
+        if not train:
             raise PsyrayError("no training pair is left for the reward model; lower pairs.gap or give more speeches")
+        train_pairs = sum(usable(row, section) for row in train)
+        if told := without_margin(len(train) - train_pairs, len(train)):
+            run.say(told)
         steps = run_training(
             folder,
             train_loop,
@@ -47,6 +50,21 @@ def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
         return {"train_pairs": train_pairs, "steps": steps}
 
     return run.stage("reward", settings, [pairs], make)
+
+
+def usable(pair: Row, section: RewardSection) -> bool:
+    """Whether the loss can take the pair: with `use_margin` not where nobody knows its margin."""
+    return not (section.use_margin and pair["margin"] is None)
+
+
+def without_margin(left_out: int, of: int) -> str:
+    """What to say of training pairs that have no margin; PsyrayError where none has one."""
+    if left_out < of:
+        return f"reward.use_margin: {left_out} of {of} training pairs have no margin and are left out" * bool(left_out)
+    raise PsyrayError(
+        f"reward.use_margin needs margins, and none of {of} training pairs has one: their ratings are missing. Set "
+        "reward.use_margin=false, or give a set with ratings"
+    )
 
 
 def losses(section: RewardSection) -> dict[str, float]:
@@ -69,12 +87,13 @@ def examples(
 def grouped(folder: Folder, section: RewardSection, pairs: Artifact) -> Iterator[list[Row]]:
     """The training pairs that stand in one step together."""
     if not section.groups:
-        yield from ([row] for row in pairs.each() if row["split"] == "train")
+        yield from ([row] for row in pairs.each() if row["split"] == "train" and usable(row, section))
         return
     with connect(folder.path) as database:
         view(database, "pairs", pairs.files)
         found = in_order(database, "SELECT * FROM pairs WHERE split = 'train'", ["speech_id", "pair_id"])
-        ordered = (row for batch in found for row in rows(pa.Table.from_batches([batch])))
+        each = (row for batch in found for row in rows(pa.Table.from_batches([batch])))
+        ordered = (row for row in each if usable(row, section))
         for _, group in groupby(ordered, key=lambda row: row["speech_id"]):
             yield list(group)
 

@@ -1,6 +1,6 @@
 """What is thought of a score difference, and how surely: one interface for every kind of head.
 
-belief = model.difference(first_ND, second_ND)  # an ensemble (`Heads`) or a posterior (`Laplace`)
+belief = model.difference(first_ND, second_ND)  # an ensemble (`Heads`) or a posterior (`PosteriorHeads`, `Laplace`)
 belief.mean_N, belief.spread_N
 """
 
@@ -15,7 +15,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class Belief(NamedTuple):
-    """Score differences in logits."""
+    """Scores, or score differences, in logits."""
 
     mean_N: FloatArray
     spread_N: FloatArray  # standard deviation of what is believed, not of the answers

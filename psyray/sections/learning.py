@@ -87,7 +87,7 @@ class AdaptersSection(Section):
 class HeadsSection(Section):
     kind: Literal["ensemble", "laplace", "mlp"] = Field(
         "ensemble",
-        description="bootstrapped heads; draws of a Bayesian one (last-layer Laplace); heads with a hidden layer",
+        description="bootstrapped heads; a Bayesian one, last-layer Laplace; heads with a hidden layer",
     )
     count: int = Field(10, ge=2)
     ridge: float = Field(10.0, gt=0)
@@ -274,6 +274,9 @@ class OracleSection(Section):
     )
     price: float = Field(0, ge=0, description="experts: what one answer costs, for the ledger")
     path: str | None = Field(None, description="replay: pairs as JSONL, CSV, Parquet or a data set's folder")
+    max_invalid_share: float | None = Field(
+        None, ge=0, le=1, description="above this share of unusable answers a round stops; none: as of `judge`"
+    )
     of: Literal["judge", "experts", "replay"] = Field("judge", description="noisy: whose verdicts are flipped")
     flip: float = Field(0.1, ge=0, le=1, description="noisy: the probability of a flip")
     seed: int = Field(0, description="noisy: draws which questions are flipped")

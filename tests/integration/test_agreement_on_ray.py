@@ -121,8 +121,8 @@ def test_the_oracle_of_a_round_compares_by_any_fields_rubric(tmp_path, declared,
         judge = make_judge(config.judge, rubric, config.engine, 10)
         desk = Desk(judge, rubric, Ledger(f"sqlite:///{tmp_path}/l.db"), "run", config.judge)
         folder = Folder(tmp_path)
-        forward, _ = label(folder, desk, [(a, b, 1.0)], purpose="round-1", strategy="drts", budget=5)
-        backward, counts = label(folder, desk, [(b, a, 1.0)], purpose="round-1", strategy="drts", budget=5)
+        forward, _ = label(folder, desk, [(a, b, {"value": 1.0})], purpose="round-1", strategy="drts", budget=5)
+        backward, counts = label(folder, desk, [(b, a, {"value": 1.0})], purpose="round-1", strategy="drts", budget=5)
     assert forward[0] is not None and forward[0][:2] == (Verdict.A, 1.0)
     assert backward[0] is not None and backward[0][:2] == (Verdict.B, -1.0)
     assert counts["bought"] == 1 and len(server.calls) == 2

@@ -111,13 +111,13 @@ def test_the_oracle_labels_within_its_budget_and_knows_a_pair_from_both_sides(tm
     good, poor = "You feel torn since he died, and the nights are hardest.", "Calm down. You should just sleep more."
     a, b = ({"response_id": t[:3], "messages": SPEECH, "text": t} for t in (good, poor))
     here = desk(tmp_path)
-    labels, counts = label(folder(tmp_path), here, [(a, b, 1.0)], purpose="round-1", strategy="drts", budget=1)
+    labels, counts = label(folder(tmp_path), here, [(a, b, {})], purpose="round-1", strategy="drts", budget=1)
     assert labels[0] is not None and labels[0][0] is Verdict.A and labels[0][1] > 0
     assert counts["bought"] == 1
-    swapped, counts = label(folder(tmp_path), here, [(b, a, 1.0)], purpose="round-1", strategy="drts", budget=1)
+    swapped, counts = label(folder(tmp_path), here, [(b, a, {})], purpose="round-1", strategy="drts", budget=1)
     assert swapped[0] is not None and swapped[0][0] is Verdict.B and swapped[0][1] == -labels[0][1]
     assert counts["bought"] == 1
-    refused, counts = label(folder(tmp_path), here, [(a, a | {"text": "x"}, 1.0)], purpose="round-1",
+    refused, counts = label(folder(tmp_path), here, [(a, a | {"text": "x"}, {})], purpose="round-1",
                             strategy="drts", budget=1)  # fmt: skip
     assert refused == [None] and counts["refused"] == 1
 
@@ -130,14 +130,14 @@ def test_the_judge_answers_what_no_expert_did_in_time_and_is_charged_apart(tmp_p
     oracle, queue = Experts(here, section, poll_s=0.05), ExpertQueue(here.ledger.database)
     asked = {"purpose": "round-1", "strategy": "drts", "budget": 2}
     with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(oracle.label, folder(tmp_path), [(a, b, 1.0), (a, c, 1.0)], **asked)
+        waiting = thread.submit(oracle.label, folder(tmp_path), [(a, b, {}), (a, c, {})], **asked)
         while not (lease := queue.lease("anna")):
             time.sleep(0.01)
         queue.answer("anna", lease.question_id, Choice.TIE)
         labels, counts = waiting.result(timeout=60)
     assert [label[0] for label in labels] == [Verdict.TIE, Verdict.A] and counts["unanswered"] == 1
     assert here.ledger.spent("run") == {"round-1": 2, "round-1/judge": 1}
-    assert oracle.label(folder(tmp_path), [(a, b, 1.0), (a, c, 1.0)], **asked)[0] == labels
+    assert oracle.label(folder(tmp_path), [(a, b, {}), (a, c, {})], **asked)[0] == labels
 
 
 def test_a_budget_of_nothing_asks_nothing(tmp_path, ray_cluster):
@@ -180,6 +180,6 @@ def test_each_judge_of_a_panel_is_asked_by_itself_and_the_rule_makes_the_row(tmp
     assert stats["judges_agreement"]["responses"] == 3 and -1 <= stats["judges_agreement"]["value"] <= 1
 
     a, b = ({"messages": SPEECH, "text": f"word {w} here"} for w in ("fine", "six"))
-    labels, counts = label(folder(tmp_path), here, [(a, a | {"text": "x"}, 1.0), (a, b, 1.0)],
+    labels, counts = label(folder(tmp_path), here, [(a, a | {"text": "x"}, {}), (a, b, {})],
                            purpose="round-1", strategy="drts", budget=0)  # fmt: skip
     assert labels == [None, None] and counts["refused"] == 4

@@ -226,6 +226,13 @@ def test_near_duplicates_are_left_out_of_a_batch() -> None:
     assert [p.prompt for p in acquire("max_min", twins, 1, rng(), apart=0.9)] == [0]
 
 
+def test_apl_keeps_its_shortlist_where_near_duplicates_are_left_out() -> None:
+    scores = np.random.default_rng(4).normal(size=(40, 3, 6)) * np.linspace(0.2, 3, 40)[:, None, None]
+    for n in (1, 3):
+        assert acquire("apl", scores, n, rng(), apart=1.0) == acquire("apl", scores, n, rng())
+        assert acquire("apl", scores, n, rng()) != acquire("max_min", scores, n, rng())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pair_that_is_closed_is_not_asked_again(name: str) -> None:
     scores = rng(1).normal(size=(2, 3, 4))

@@ -22,7 +22,7 @@ from psyray.active.labelled_set import UNKNOWN, LabelledPairs, labelled_source
 from psyray.active.ledger import Answer, Ledger
 from psyray.active.noise import Noisy
 from psyray.active.oracle_kinds import ORACLES, JudgeOracle, make_oracle
-from psyray.active.oracles import buy, exchanged, pair_question
+from psyray.active.oracles import buy, exchanged, pair_question, turned
 from psyray.active.queue import ExpertQueue, Gone
 from psyray.active.votes import Choice, Vote, among
 from psyray.active.waiting import Wait
@@ -38,6 +38,7 @@ from psyray.status import labels_note
 
 RUBRIC = load_rubric("counselling")
 SPEECH = [{"role": "user", "content": "I cannot sleep since my father died."}]
+WHY = {"value": 0.5}
 Pick = Callable[[str, str], Choice]  # what a made-up expert says to the left and the right text
 
 
@@ -59,12 +60,12 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "stage")
 
 
-def pairs(count: int) -> list[tuple[dict, dict, float]]:
+def pairs(count: int) -> list[tuple[dict, dict, dict]]:
     """(good, bad) and (bad, good) by turns."""
     made = []
     for i in range(count):
         good, bad = ({"messages": SPEECH, "text": f"{word} {i}"} for word in ("good", "bad"))
-        made.append((good, bad, 0.5) if i % 2 else (bad, good, 0.5))
+        made.append((good, bad, WHY) if i % 2 else (bad, good, WHY))
     return made
 
 
@@ -332,6 +333,50 @@ def test_a_set_that_cannot_be_replayed_is_named(tmp_path, name, text, said):
         (tmp_path / name).write_text(text)
     with pytest.raises(PsyrayError, match=said):
         labelled_source(OracleSection(kind="replay", path=str(tmp_path / name)))
+
+
+class Rates:
+    """An oracle that rates the good text higher, with a panel's answers beside."""
+
+    id, identity = "rates", {"rates": 1}
+
+    def label(self, folder, asked, *, purpose, strategy, budget):
+        labels = []
+        for a, _, _ in asked:
+            high, low = {"safety": 3.0}, {"safety": 2.0}
+            said = {"a": high, "b": low} if a["text"].startswith("good") else {"a": low, "b": high}
+            verdict, margin = (Verdict.A, 1.0) if said["a"] is high else (Verdict.B, -1.0)
+            judges = [said | {"verdict": verdict, "margin": margin}, None, {"error": "gone"}]
+            labels.append((verdict, margin, said | {"judges": judges}))
+        return labels, {}
+
+
+def test_noise_turns_the_whole_answer_round_and_without_any_is_the_oracle_itself(desk, folder):
+    clean, _ = ask(Rates(), folder, 40)
+    unmoved, counts = ask(Noisy(desk, Rates(), 0, 7), folder, 40)
+    assert counts["flipped"] == 0
+    for (verdict, margin, said), same in zip(clean, unmoved, strict=True):
+        assert same == (verdict, margin, said | {"verdict": verdict, "margin": margin, "flipped": False})
+    flipped, counts = ask(Noisy(desk, Rates(), 1, 7), folder, 40)
+    assert counts["flipped"] == 40
+    for (verdict, margin, said), (other, against, told) in zip(clean, flipped, strict=True):
+        assert (other, against) == (verdict.swap(), -margin) and (told["a"], told["b"]) == (said["b"], said["a"])
+        assert told["judges"][0]["verdict"] == other and told["judges"][0]["a"] == told["a"]
+        better = "a" if other is Verdict.A else "b"
+        assert told[better] == {"safety": 3.0}  # what it says fits its verdict, also for a veto
+
+
+def test_why_a_pair_is_asked_is_kept_by_side_and_is_no_part_of_the_question():
+    (a, b, _), *_ = pairs(1)
+    why = {"value": 0.5, "a_mean": 1.0, "a_spread": 0.1, "b_mean": 2.0, "b_spread": 0.2}
+    question, flipped = pair_question("x", "r", None, (a, b), "drts", why)
+    other, _ = pair_question("x", "r", None, (b, a), "drts", {"value": 9.0})
+    assert question.question_id == other.question_id
+    side = "a" if question.payload["a"] == a["text"] else "b"
+    assert (side == "b") == flipped and question.strategy == "drts"
+    assert (question.scores[f"{side}_mean"], question.scores[f"{side}_spread"]) == (1.0, 0.1)
+    assert question.scores["value"] == 0.5 and len(question.scores) == 5
+    assert turned(turned(why)) == why
 
 
 class Fixed:

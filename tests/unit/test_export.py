@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -138,6 +139,16 @@ def test_the_card_tells_what_the_data_hold(home, tmp_path):
         assert words in body, words
     assert "No licence" not in body and str(home) not in body
     assert "How far it agrees with people was not measured" in body
+
+
+def test_the_card_names_no_margin_where_the_pairs_have_none(tmp_path):
+    made = finished_run(tmp_path / "run")
+    for file in made.files:
+        rows = pq.read_table(file)
+        column = rows.schema.get_field_index("margin")
+        pq.write_table(rows.set_column(column, "margin", pa.nulls(len(rows), pa.float32())), file)
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert re.search(r"\| train \| \d+ \| \d+ \| none \|", card_of(tmp_path / "out")[1])
 
 
 def test_the_card_tells_how_far_this_judge_agrees_with_people(home, tmp_path):

@@ -11,10 +11,11 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from psyray.errors import PsyrayError
 from psyray.records import PAIRS
 from psyray.reward.groups import GroupCollator, group_example, pad_apart, preference_loss
 from psyray.reward.score import RewardScorer
-from psyray.reward.train import examples
+from psyray.reward.train import examples, without_margin
 from psyray.run import Folder, Run
 from psyray.sections.learning import RewardSection
 
@@ -154,3 +155,28 @@ def test_training_pairs_come_alone_or_by_speech(tmp_path):
     alone, together = (list(examples(Folder(tmp_path), RewardSection(groups=g), artifact)) for g in (False, True))
     assert [len(e["margin"]) for e in alone] == [1] * 6 and [len(e["margin"]) for e in together] == [3, 3]
     assert together[0]["responses"] == TEXTS[:3] and together[0]["margin"] == [0.0] * 3
+
+
+def test_a_pair_whose_margin_nobody_knows_is_left_out_where_the_loss_needs_it_and_said(tmp_path):
+    rows = [
+        pair | {"pair_id": f"{n}", "split": "train", "margin": None if n == 1 else 2.0}
+        for n, pair in enumerate(pairs(TEXTS[:3]))
+    ]
+
+    def make(folder: Folder) -> dict:
+        parts = folder.parts(PAIRS, "pair_id")
+        parts.append(rows)
+        parts.finish()
+        return {}
+
+    run = Run(tmp_path / "run", say=lambda line: None)
+    with run.open({}):
+        artifact = run.stage("pairs", {}, [], make)
+    for groups in (False, True):
+        for use, kept in ((True, [2.0, 2.0]), (False, [0.0] * 3)):
+            found = examples(Folder(tmp_path), RewardSection(groups=groups, use_margin=use), artifact)
+            assert [margin for group in found for margin in group["margin"]] == kept
+    assert without_margin(0, 3) == ""
+    assert without_margin(1, 3) == "reward.use_margin: 1 of 3 training pairs have no margin and are left out"
+    with pytest.raises(PsyrayError, match=r"none of 3 training pairs has one: .* reward\.use_margin=false"):
+        without_margin(3, 3)

@@ -6,6 +6,12 @@ import numpy as np
 import pytest
 
 from psyray.reward.held_out import doubt, held_out, strata
+from psyray.reward.uncertainty import Belief
+
+
+def of_heads(margins_NH: np.ndarray) -> Belief:
+    """What heads with these margins believe."""
+    return Belief(margins_NH.mean(axis=1), margins_NH.std(axis=1))
 
 
 def pair(speech: str, chosen: int, rejected: int, margin: float | None = 1.0, source: str = "judge") -> dict:
@@ -50,7 +56,7 @@ def test_labels_without_a_margin_are_in_no_half() -> None:
 def test_doubt_by_hand() -> None:
     # Margins 2, 1, -1, 0 with spreads 0, 1, 3, 2: both wrong ones (a tie is wrong) have more than both right ones.
     heads = np.array([[2.0, 2.0], [0.0, 2.0], [-4.0, 2.0], [-2.0, 2.0]])
-    found = doubt(heads, ["a", "b", "c", "d"])
+    found = doubt(of_heads(heads), ["a", "b", "c", "d"])
     assert found["wrong"] == 2
     assert found["tells_errors"]["spread"]["value"] == 1.0
     assert found["tells_errors"]["closeness"]["value"] == (1 + 0.5 + 1 + 1) / 4
@@ -66,21 +72,21 @@ def test_a_spread_that_follows_the_error_is_told_from_one_that_does_not() -> Non
     speeches = [f"s{n}" for n in range(600)]
     knows_NH = margins_N[:, None] + np.where(hard_N, 0.9, 0.1)[:, None] * [1.0, -1.0]
     guesses_NH = margins_N[:, None] + rng.random(600)[:, None] * [1.0, -1.0]
-    knows, guesses = (doubt(heads, speeches)["tells_errors"]["spread"] for heads in (knows_NH, guesses_NH))
+    knows, guesses = (doubt(of_heads(heads), speeches)["tells_errors"]["spread"] for heads in (knows_NH, guesses_NH))
     assert knows["low"] > 0.6 and guesses["low"] < 0.5 < guesses["high"]
-    groups = doubt(knows_NH, speeches)["groups"]
+    groups = doubt(of_heads(knows_NH), speeches)["groups"]
     assert [g["n"] for g in groups] == [120] * 5 and groups[-1]["error"] > 0.4 > 0.1 > groups[0]["error"]
 
 
 def test_where_nothing_is_wrong_nothing_is_told() -> None:
-    told = doubt(np.ones((3, 2)), ["a", "b", "c"])
+    told = doubt(of_heads(np.ones((3, 2))), ["a", "b", "c"])
     assert told["wrong"] == 0 and told["tells_errors"]["spread"] == {"value": None, "low": None, "high": None}
 
 
 def test_all_is_told_at_once_and_nothing_without_pairs() -> None:
-    found = held_out(np.array([[1.0, 3.0], [-1.0, 0.0]]), [pair("a", 9, 5), pair("b", 5, 9)])
+    found = held_out(of_heads(np.array([[1.0, 3.0], [-1.0, 0.0]])), [pair("a", 9, 5), pair("b", 5, 9)])
     assert found["metrics"]["accuracy"] == 0.5 and found["doubt"]["wrong"] == 1
     assert found["metrics"]["length_accuracy"] == 0.5 and sum(b["n"] for b in found["calibration"]) == 4
-    assert held_out(np.empty((0, 4)), []) == {"metrics": {}, "calibration": [], "strata": {}, "doubt": {}}
+    assert held_out(of_heads(np.empty((0, 4))), []) == {"metrics": {}, "calibration": [], "strata": {}, "doubt": {}}
     with pytest.raises(ValueError, match="is nan"):
-        held_out(np.full((1, 2), np.nan), [pair("a", 9, 5)])
+        held_out(of_heads(np.full((1, 2), np.nan)), [pair("a", 9, 5)])

@@ -1,10 +1,13 @@
 """A round's labels: what becomes a pair, what the reward model may label, and what more budget asks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from psyray.active.acquisition import ACQUISITIONS, Candidates, acquire
 from psyray.active.labelling import Gap, alike_ends, beyond_budget, different, oracle_pairs, penalised, reward_pairs
+from psyray.active.pool import Pool
 from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.records import Verdict
@@ -20,15 +23,23 @@ def responses(*texts: str, speech: str = "s") -> list[dict]:
     ]
 
 
-def alike(mean_PK: list[list[float]]) -> np.ndarray:
+def pool(scores: list) -> Pool:
+    """What heads with these scores [P, K, H] believe."""
+    scores_PKH = np.asarray(scores)
+    mean_PK = scores_PKH.mean(axis=2)
+    doubt_PKE = (scores_PKH - mean_PK[:, :, None]) / np.sqrt(scores_PKH.shape[2])
+    return Pool(mean_PK, doubt_PKE, Candidates(scores_PKH))
+
+
+def alike(mean_PK: list[list[float]]) -> Pool:
     """Scores on which two heads agree."""
-    return np.repeat(np.asarray(mean_PK)[:, :, None], 2, axis=2)
+    return pool([[[mean, mean] for mean in means] for means in mean_PK])
 
 
 def test_the_oracles_ties_and_invalid_answers_never_become_pairs():
     a, b = responses("a", "b")
     labels = [(Verdict.A, 0.5, {}), (Verdict.B, -0.5, {}), (Verdict.TIE, 0.0, {}), (Verdict.INVALID, 0.0, {}), None]
-    pairs, counts = oracle_pairs([(a, b, 1.0)] * 5, labels, [Gap(0.2, 0.1)] * 5, LOOP)
+    pairs, counts = oracle_pairs([(a, b, {})] * 5, labels, [Gap(0.2, 0.1)] * 5, LOOP)
     assert [(p["chosen_id"], p["rejected_id"], p["margin"]) for p in pairs] == [("s0", "s1", 0.5), ("s1", "s0", 0.5)]
     assert (counts["ties"], counts["invalid"], counts["vetoed"], counts["agreement"]) == (1, 1, 0, 0.5)
     assert (counts["sure"], counts["sure_agreement"]) == (0, None)
@@ -38,7 +49,7 @@ def test_the_oracles_ties_and_invalid_answers_never_become_pairs():
 def test_what_the_reward_model_would_have_labelled_is_held_against_the_oracle():
     a, b = responses("a", "b")
     labels = [(Verdict.A, 0.5, {}), (Verdict.B, -0.5, {}), (Verdict.B, -0.5, {})]
-    _, counts = oracle_pairs([(a, b, 1.0)] * 3, labels, [Gap(2, 1), Gap(-2, 1), Gap(0.1, 1)], LOOP)
+    _, counts = oracle_pairs([(a, b, {})] * 3, labels, [Gap(2, 1), Gap(-2, 1), Gap(0.1, 1)], LOOP)
     assert (counts["sure"], counts["sure_agreement"]) == (2, 1.0)
     assert counts["agreement"] == pytest.approx(2 / 3)
 
@@ -46,7 +57,7 @@ def test_what_the_reward_model_would_have_labelled_is_held_against_the_oracle():
 def test_a_winner_that_was_rated_less_safe_becomes_no_pair_and_ratings_stay_with_the_rest():
     a, b = responses("a", "b")
     said = {"a": {"empathy": 5.0, "safety": 2.0}, "b": {"empathy": 2.0, "safety": 3.0}}
-    asked, gaps = [(a, b, 1.0)], [Gap(1.0, 0.5)]
+    asked, gaps = [(a, b, {})], [Gap(1.0, 0.5)]
     pairs, counts = oracle_pairs(asked, [(Verdict.A, 1.0, said)], gaps, LOOP, veto=["safety"])
     assert pairs == [] and counts["vetoed"] == 1 and counts["agreement"] == 1.0
     for veto in ([], ["empathy"]):
@@ -60,12 +71,12 @@ def test_a_winner_that_was_rated_less_safe_becomes_no_pair_and_ratings_stay_with
 
 def test_the_reward_model_labels_only_what_the_oracle_did_not_and_only_above_the_margin():
     groups = [responses("a", "b", "c", speech="s"), responses("a", "b", "c", speech="t")]
-    scores_PKH = alike([[3.0, 0.0, 1.0], [2.0, 1.9, np.nan]])
+    scored = alike([[3.0, 0.0, 1.0], [2.0, 1.9, np.nan]])
     two = LOOP.model_copy(update={"reward_pairs": 2})
-    pairs, unsure = reward_pairs(groups, scores_PKH, set(), two)
+    pairs, unsure = reward_pairs(groups, scored, set(), two)
     assert [(p["chosen_id"], p["rejected_id"], p["margin"]) for p in pairs] == [("s0", "s1", 3.0), ("s0", "s2", 2.0)]
     assert {p["source"] for p in pairs} == {"reward"} and unsure == 0
-    assert reward_pairs(groups, scores_PKH, {0}, two) == ([], 0)
+    assert reward_pairs(groups, scored, {0}, two) == ([], 0)
 
 
 def test_equal_texts_are_no_pair_whatever_the_scores_say():
@@ -96,29 +107,33 @@ def test_a_round_whose_budget_was_spent_before_says_so_and_stops_without_a_label
 
 
 def test_confidence_is_the_chance_that_the_sign_is_right():
-    gap = Gap.of(np.asarray([0.0, 2.0]))
-    assert (gap.mean, gap.spread) == (1.0, 1.0) and gap.confidence == pytest.approx(0.841345, abs=1e-6)
+    gap = Gap.of(pool([[[0.0, 2.0], [0.0, 0.0]]]), 0, 0, 1)
+    assert (gap.mean, gap.spread) == (1.0, pytest.approx(1.0)) and gap.confidence == pytest.approx(0.841345, abs=1e-6)
     assert Gap(0.3, 0.0).confidence == 1.0 and gap.turned().confidence == pytest.approx(1 - gap.confidence)
-    assert not Gap.of(np.asarray([np.nan, 1.0])).sure(LOOP)
+    assert not Gap.of(pool([[[np.nan, 1.0], [0.0, 0.0]]]), 0, 0, 1).sure(LOOP)
 
 
 def test_a_wide_gap_that_the_heads_quarrel_about_is_left_unlabelled():
     groups = [responses("a", "b", speech="s"), responses("a", "b", speech="t")]
-    scores_PKH = np.asarray([[[3.0, 1.0], [0.0, 0.0]], [[9.0, -5.0], [0.0, 0.0]]])  # gaps 2 +- 1, 2 +- 7
+    scored = pool([[[3.0, 1.0], [0.0, 0.0]], [[9.0, -5.0], [0.0, 0.0]]])  # gaps 2 +- 1, 2 +- 7
     bold, pairs = LOOP, {}
     for name, loop in (("bold", bold), ("careful", bold.model_copy(update={"reward_confidence": 0.9}))):
-        pairs[name] = reward_pairs(groups, scores_PKH, set(), loop)
+        pairs[name] = reward_pairs(groups, scored, set(), loop)
     assert [p["chosen_id"] for p in pairs["bold"][0]] == ["s0", "t0"] and pairs["bold"][1] == 0
     assert [p["chosen_id"] for p in pairs["careful"][0]] == ["s0"] and pairs["careful"][1] == 1
 
 
+def charged(scored: Pool, groups: list, per_100_words: float) -> Pool:
+    return replace(scored, mean_PK=penalised(scored.mean_PK, groups, per_100_words))
+
+
 def test_a_longer_answer_pays_for_its_words_before_the_reward_model_labels():
     groups = [responses("word " * 50, "word " * 150)]
-    scores_PKH = alike([[1.0, 2.0]])
-    [pair], _ = reward_pairs(groups, penalised(scores_PKH, groups, 0.0), set(), LOOP)
+    scored = alike([[1.0, 2.0]])
+    [pair], _ = reward_pairs(groups, charged(scored, groups, 0.0), set(), LOOP)
     assert pair["chosen_id"] == "s1"
-    assert reward_pairs(groups, penalised(scores_PKH, groups, 0.6), set(), LOOP) == ([], 0)
-    [pair], _ = reward_pairs(groups, penalised(scores_PKH, groups, 2.0), set(), LOOP)
+    assert reward_pairs(groups, charged(scored, groups, 0.6), set(), LOOP) == ([], 0)
+    [pair], _ = reward_pairs(groups, charged(scored, groups, 2.0), set(), LOOP)
     assert pair["chosen_id"] == "s0" and pair["margin"] == pytest.approx(1.0)
 
 
@@ -144,9 +159,9 @@ def test_a_budget_is_one_for_all_rounds_or_one_for_each():
 
 def test_a_limit_that_cut_one_side_off_decides_no_pair_where_ends_may_not_be_mixed():
     cut = [row | {"truncated": end} for row, end in zip(responses("a", "b", "c"), (False, True, True), strict=True)]
-    scores_PKH, apart = alike([[3.0, 1.0, 0.0]]), LOOP.model_copy(update={"mixed_ends": False})
-    assert [p["rejected_id"] for p in reward_pairs([cut], scores_PKH, set(), LOOP)[0]] == ["s2"]
-    [pair], _ = reward_pairs([cut], scores_PKH, set(), apart)
+    scored, apart = alike([[3.0, 1.0, 0.0]]), LOOP.model_copy(update={"mixed_ends": False})
+    assert [p["rejected_id"] for p in reward_pairs([cut], scored, set(), LOOP)[0]] == ["s2"]
+    [pair], _ = reward_pairs([cut], scored, set(), apart)
     assert (pair["chosen_id"], pair["rejected_id"]) == ("s1", "s2")
     assert pair["chosen_truncated"] and pair["rejected_truncated"]
 

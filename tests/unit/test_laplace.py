@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.special import expit
@@ -9,6 +11,7 @@ from scipy.special import expit
 from psyray.reward.ensemble import fitted, prompt_matrix
 from psyray.reward.heads import FloatArray, Heads
 from psyray.reward.laplace import Laplace, fit_laplace, prior_laplace
+from psyray.reward.posterior import PosteriorHeads
 from psyray.reward.uncertainty import Uncertain
 from psyray.sections.learning import HeadsSection
 
@@ -105,6 +108,51 @@ def test_a_run_fits_the_kind_of_heads_that_it_names(kind: str) -> None:
     alone = fitted(section, 10 * chosen[:1], 10 * rejected[:1], ["0"], np.full(5, 0.1), seed=0)
     spread = alone.weights_HD.std(axis=0).max()
     assert spread > 0.5 if kind == "laplace" else spread < 0.5  # one label: a bootstrap sees nothing to doubt
+
+
+def test_the_heads_of_a_run_know_the_posterior_itself_also_after_a_file(tmp_path: Path) -> None:
+    chosen, rejected = made_pairs(n=30)
+    section = HeadsSection.model_validate({"kind": "laplace", "count": 4, "ridge": 1.0})
+    fitted(section, chosen, rejected, [str(n) for n in range(30)], None, seed=0).save(tmp_path / "heads.npz")
+    heads = Heads.load(tmp_path / "heads.npz")
+    assert isinstance(heads, PosteriorHeads)
+    exact = fit_laplace(chosen / heads.scale_D, rejected / heads.scale_D, ridge=1.0)
+    belief, expected = (
+        heads.difference(chosen, rejected),
+        exact.difference(chosen / heads.scale_D, rejected / heads.scale_D),
+    )
+    assert belief.mean_N == pytest.approx(expected.mean_N) and belief.spread_N == pytest.approx(expected.spread_N)
+    drawn = Heads.difference(heads, chosen, rejected)  # of four draws, in two opposite pairs
+    assert np.abs(drawn.spread_N / expected.spread_N - 1).max() > 0.3
+    one = heads.belief(chosen)
+    about = (chosen - heads.mean_D) / heads.scale_D
+    assert one.spread_N == pytest.approx(np.sqrt(np.einsum("nd,de,ne->n", about, exact.covariance_DD, about)))
+    assert one.mean_N == pytest.approx(heads.scores(chosen).mean(axis=1))
+
+
+def test_draws_that_were_kept_without_their_posterior_are_read_as_an_ensemble(tmp_path: Path) -> None:
+    chosen, rejected = made_pairs()
+    before = fit_laplace(chosen, rejected, ridge=0.5, draws=6).heads
+    before.save(tmp_path / "heads.npz")
+    again = Heads.load(tmp_path / "heads.npz")
+    assert type(again) is Heads and (again.weights_HD == before.weights_HD).all()
+
+
+def test_members_posteriors_are_a_mixture_whose_spread_many_draws_tell() -> None:
+    rng = np.random.default_rng(0)
+    roots, means = rng.normal(size=(2, 3, 3)), rng.normal(size=(2, 3))
+    members = [
+        PosteriorHeads(np.zeros((2, 3)), np.zeros(3), np.ones(3), mean[None], root[None])
+        for mean, root in zip(means, roots, strict=True)
+    ]
+    belief = PosteriorHeads.joined(members).difference(first := rng.normal(size=(5, 6)), second := np.zeros((5, 6)))
+    drawn = [
+        (first - second)[:, 3 * m : 3 * m + 3] @ (means[m] + rng.normal(size=(100_000, 3)) @ roots[m].T).T
+        for m in range(2)
+    ]
+    scores_NH = np.concatenate(drawn, axis=1)
+    assert belief.mean_N == pytest.approx(scores_NH.mean(axis=1), abs=0.05)
+    assert belief.spread_N == pytest.approx(scores_NH.std(axis=1), rel=0.02)
 
 
 def test_where_speeches_lie() -> None:

@@ -70,8 +70,9 @@ class StandIns:
         return run.stage(name, {}, inputs, lambda folder: {})
 
     def made_labels_stage(
-        self, run: Run, number: int, config: Config, desk: Any, heads: Any, features: Any, samples: Artifact
-    ) -> Artifact:
+        self, run: Run, number: int, config: Config, desk: Any, heads: Any, features: Any, samples: Artifact,
+        earlier: list[tuple[Artifact, Artifact]],
+    ) -> Artifact:  # fmt: skip
         def make(folder: Folder) -> Any:
             answers = [row for row in samples.rows() if row["split"] == "train"]
             two = {row["speech_id"]: row for row in answers}

@@ -260,11 +260,11 @@ def test_the_published_layout_goes_out_and_comes_back(tmp_path):
         assert back["margin"] == pytest.approx(pair["margin"])
 
 
-def test_a_missing_rating_leaves_the_margin_at_zero():
+def test_where_a_rating_is_missing_there_is_no_margin():
     row = dict.fromkeys((f"{side}_{key}_rating" for side in ("chosen", "rejected") for key in RUBRIC.keys), 3)
     row |= {"chosen": "a reply", "rejected": "another", "chosen_safety_rating": None}
     pair = from_layout(row, judged(1.0)[0]["messages"], RUBRIC)
-    assert pair["margin"] == 0.0 and "safety" not in pair["chosen_ratings"] and "safety" in pair["rejected_ratings"]
+    assert pair["margin"] is None and "safety" not in pair["chosen_ratings"] and "safety" in pair["rejected_ratings"]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_rating_is_a_number_on_the_scale_or_missing(value, rating, unusable):
     counts = Counter()
     pair = from_layout(row, judged(1.0)[0]["messages"], RUBRIC, counts)
     assert pair["chosen_ratings"].get("safety") == rating and len(pair["rejected_ratings"]) == len(RUBRIC.keys)
-    assert pair["margin"] == pytest.approx(0 if rating is None else (rating - 3) / len(RUBRIC.keys))
+    assert pair["margin"] == (None if rating is None else pytest.approx((rating - 3) / len(RUBRIC.keys)))
     assert counts == Counter({"unusable ratings": unusable} if unusable else {})
 
 

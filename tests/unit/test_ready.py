@@ -114,7 +114,7 @@ def test_a_rating_that_is_no_number_costs_its_response_alone(tmp_path):
 def test_ready_pairs_with_a_rating_that_is_no_number_have_no_made_up_margin(tmp_path):
     rows = [row(n) | {"chosen_empathy_rating": nan} for n in range(20)]
     _, _, ready = stages(tmp_path, rows, "pairs")
-    assert {p["margin"] for p in ready.pairs()} == {0.0} and len(list(ready.pairs())) == 20
+    assert {p["margin"] for p in ready.pairs()} == {None} and len(list(ready.pairs())) == 20
 
 
 def test_names_go_from_the_responses_as_from_the_speech(tmp_path):

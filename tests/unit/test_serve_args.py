@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from psyray.errors import PsyrayError
+from psyray.reward.uncertainty import Belief
 from psyray.sections.data import EngineSection
 from serve.access import Limits
 from serve.champion import Args, Policy, Replicas, read_champion, read_engine
@@ -178,8 +179,9 @@ def test_only_the_clients_words_raise_the_crisis_header() -> None:
 class TwoHeads:
     """Stands in for a reward model's: head 0 is the first feature, head 1 is twice that."""
 
-    def scores(self, features_ND: np.ndarray) -> np.ndarray:
-        return features_ND[:, :1] * np.array([1.0, 2.0])
+    def belief(self, features_ND: np.ndarray) -> Belief:
+        scores_NH = features_ND[:, :1] * np.array([1.0, 2.0])
+        return Belief(scores_NH.mean(axis=1), scores_NH.std(axis=1))
 
     def ratings(self, features_ND: np.ndarray) -> list[dict[str, float]]:
         return [{"empathy": n} for n in features_ND[:, 0].tolist()]

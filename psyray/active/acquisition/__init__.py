@@ -7,20 +7,31 @@ pair a prompt:
     picks = acquire("d_optimal", Candidates(scores_PKH, features_PKD, covariance_DD), n=64, rng=rng)
 
 Shapes: P prompts, K responses a prompt, H heads, D features, E dimensions of the embedding (D or H). A new one is a
-function and an entry in `ACQUISITIONS`. `random` is an arm to report beside every other, over several seeds
+function and an entry in `ACQUISITIONS`; where the number of questions decides which prompts come into question at all,
+that step is a function of its own in `SHORTLISTS`. `random` is an arm to report beside every other, over several seeds
 (2604.02766 finds little gain over it).
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from psyray.active.acquisition.candidates import Acquire, BoolArray, Candidates, FloatArray, IntArray, Pick
 from psyray.active.acquisition.designs import d_optimal, v_optimal
 from psyray.active.acquisition.diversity import bal_pm, spread_out
-from psyray.active.acquisition.scores import apl, delta_ucb, infomax, max_min, maxmin_lcb, random, uncertainty
+from psyray.active.acquisition.scores import (
+    apl,
+    delta_ucb,
+    infomax,
+    max_min,
+    maxmin_lcb,
+    most_uncertain,
+    random,
+    uncertainty,
+)
 from psyray.active.acquisition.thompson import drts, dts
 
 __all__ = ["ACQUISITIONS", "Acquire", "BoolArray", "Candidates", "FloatArray", "IntArray", "Pick", "acquire"]
@@ -39,6 +50,7 @@ ACQUISITIONS: dict[str, Acquire] = {
     "v_optimal": v_optimal,
     "bal_pm": bal_pm,
 }
+SHORTLISTS: Mapping[str, Callable[[Candidates, int], Candidates]] = {"apl": most_uncertain}
 
 
 def acquire(
@@ -62,6 +74,8 @@ def acquire(
     if n < 0:
         raise ValueError(f"cannot ask {n} questions: n must be 0 or more")
     c = candidates if isinstance(candidates, Candidates) else Candidates(candidates)
+    if name in SHORTLISTS:
+        c = SHORTLISTS[name](c, n)
     if apart is None:
         return ACQUISITIONS[name](c, n, rng)
     return spread_out(c, ACQUISITIONS[name](c, len(c.scores_PKH), rng), n, apart)

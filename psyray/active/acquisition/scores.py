@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from scipy.special import entr, softmax
 
@@ -15,7 +17,7 @@ from psyray.active.acquisition.candidates import (
     win_probabilities,
 )
 
-SHORTLIST = 4  # apl: the share of prompts kept by entropy is n * SHORTLIST, of which n are asked by margin
+SHORTLIST = 4  # apl: n * SHORTLIST prompts are kept by entropy, of which n are asked by margin
 
 
 def random(c: Candidates, n: int, rng: np.random.Generator) -> list[Pick]:
@@ -93,17 +95,24 @@ def maxmin_lcb(c: Candidates, n: int, rng: np.random.Generator, beta: float = 1.
 def apl(c: Candidates, n: int, rng: np.random.Generator) -> list[Pick]:
     """Uncertain prompts, then the surest preference in each (APL, 2402.08114).
 
-    The `SHORTLIST` * n prompts of highest entropy are kept, then the n of them with the widest margin are asked:
+    Of the prompts that `most_uncertain` keeps, those with the widest margin are asked:
     value = max_{i != j} mean_i - mean_j, in units of the scores. The paper's margin is DPO's implicit reward,
-    ours the heads' mean. Its entropy is the policy's over its own answers: give it as `entropy_P`. Without it the
-    entropy is that of "which response is best", of the heads' mean softmax over scores: what scores alone can
-    say, and not the same thing. `rng` is not used.
+    ours the heads' mean. `rng` is not used.
     """
-    first_P, second_P, value_P = best_pair(c.mean_PK[:, :, None] - c.mean_PK[:, None, :], c.allowed_PKK)
-    entropy_P = np.where(np.isfinite(value_P), best_entropy(c) if c.entropy_P is None else c.entropy_P, -np.inf)
+    return max_min(c, n, rng)
+
+
+def most_uncertain(c: Candidates, n: int) -> Candidates:
+    """Only the `SHORTLIST` * n prompts of highest entropy stay open.
+
+    APL's entropy is the policy's over its own answers: give it as `entropy_P`. Without it the entropy is that of
+    "which response is best", of the heads' mean softmax over scores: what scores alone can say, and not the same thing.
+    """
+    some_P = c.allowed_PKK.any(axis=(1, 2))
+    entropy_P = np.where(some_P, best_entropy(c) if c.entropy_P is None else c.entropy_P, -np.inf)
     kept = np.argsort(-entropy_P, kind="stable")[: SHORTLIST * n]
-    kept_P = np.isin(np.arange(len(value_P)), kept)
-    return ranked(first_P, second_P, np.where(kept_P, value_P, -np.inf), n)
+    kept_P = np.isin(np.arange(len(entropy_P)), kept)
+    return replace(c, open_PKK=c.allowed_PKK & kept_P[:, None, None])
 
 
 def spreads(c: Candidates) -> FloatArray:
