@@ -125,8 +125,8 @@ class VllmJudge:
             if self.section.mode == "soft":
                 ratings = soft_ratings(self.rubric, json.loads(row["logprobs"]))
         except UnusableAnswer as error:
-            return outcome(row["key"], None, raw_text=row["text"], error=str(error))
-        return outcome(row["key"], ratings, raw_text=row["text"])
+            return outcome(row["key"], None, raw_text=row["text"], error=str(error), latency_s=row["seconds"])
+        return outcome(row["key"], ratings, raw_text=row["text"], latency_s=row["seconds"])
 
 
 def soft_ratings(rubric: Rubric, logprobs: list[dict[str, dict[str, Any]]]) -> dict[str, float]:

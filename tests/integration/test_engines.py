@@ -109,7 +109,7 @@ def test_vllm_judges_with_guided_decoding_and_soft_scores(tmp_path, tiny_model, 
     stream(folder(tmp_path), todo, rate, found.extend, title="judge", schema=ASKED, total=len(todo))
     assert {row["key"] for row in found} == {"0", "1"}
     for row in found:
-        assert row["error"] == ""
+        assert row["error"] == "" and row["latency_s"] > 0
         ratings = json.loads(row["ratings"])
         assert list(ratings) == rubric.keys and all(1 <= value <= 5 for value in ratings.values())
         assert any(value != round(value) for value in ratings.values())  # an expectation, not the digit
