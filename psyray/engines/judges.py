@@ -195,6 +195,17 @@ def make_judge(section: JudgeSection, rubric: Rubric, engine: EngineSection, wai
     return HttpJudge(rubric, section)
 
 
+def answerer(section: JudgeSection) -> tuple[str, ...]:
+    """Who answers, however the question is put: the offline judge, a model here, or a model at an endpoint."""
+    model = section.model or ""
+    if section.engine == "rule":
+        return ("rule",)
+    if section.engine == "vllm":
+        folder = Path(model).expanduser()
+        return "vllm", str(folder.resolve()) if folder.is_dir() else model
+    return "http", (section.url or "").rstrip("/"), model
+
+
 def make_panel(judges: Sequence[Judge], section: PanelSection, rubric: Rubric) -> Panel:
     """The configured panel; PsyrayError where two judges are one, or a principle is none of the rubric's."""
     ids = [judge.id for judge in judges]
