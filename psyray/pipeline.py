@@ -183,7 +183,9 @@ def open_desk(config: Config, run: Run) -> Desk:
 
     if not config.panel.judges:
         return desk(config.judge)
-    members = tuple(desk(section) for section in config.panel.judges)
+    shared = {"budget": config.judge.budget}  # of a judge that names none
+    judges = [j if j.budget is not None else j.model_copy(update=shared) for j in config.panel.judges]
+    members = tuple(desk(section) for section in judges)
     panel = make_panel([member.judge for member in members], config.panel, rubric)
     section = config.judge.model_copy(update={"form": config.panel.judges[0].form})
     return Desk(panel, rubric, ledger, run_id, section, members, config.panel)

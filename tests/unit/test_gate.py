@@ -53,7 +53,15 @@ def test_a_second_judges_verdicts_are_joined_by_speech():
     duels = [Duel(answer(f"n{i}", f"s{i}"), answer(f"o{i}", f"s{i}")) for i in range(4)]
     rows = [{"speech_id": f"s{i}", "verdict": v} for i, v in enumerate(("A", "A", "B", "tie"))]
     assert second_grade(duels, rows[::-1])["win_rate"] == pytest.approx(0.625)
-    assert second_grade(duels[:2], rows)["win_rate"] == 1.0
+    assert second_grade(duels[:2], rows)["win_rate"] == 1.0 and "unasked" not in second_grade(duels[:2], rows)
+
+
+def test_what_a_second_judges_budget_did_not_reach_is_counted_and_no_loss():
+    duels = [Duel(answer(f"n{i}", f"s{i}"), answer(f"o{i}", f"s{i}")) for i in range(4)]
+    found = second_grade(duels, [{"speech_id": "s2", "verdict": "A"}])
+    assert (found["win_rate"], found["wins"], found["invalid"], found["unasked"]) == (1.0, 1, 0, 3)
+    with pytest.raises(PsyrayError, match=r"evaluate\.second\.budget reached none of 4"):
+        second_grade(duels, [])
 
 
 def test_without_a_usable_verdict_there_is_no_win_rate():
@@ -71,7 +79,7 @@ def test_too_many_unusable_verdicts_stop_the_stage():
     good = [(Verdict.A, 1.0, {})] * 3
     check_invalid([*good, (Verdict.INVALID, 0.0, {"error": "gone"})], desk)
     with pytest.raises(PsyrayError, match=r"2 of 5 pairs .* the first: gone"):
-        check_invalid([*good, (Verdict.INVALID, 0.0, {"error": "gone"}), None], desk)
+        check_invalid([*good, (Verdict.INVALID, 0.0, {"error": "gone"}), (Verdict.INVALID, 0.0, {})], desk)
     duels = [Duel(answer("n", "s"), answer("o", "s"))]
     [row] = verdict_rows(by_scores(duels, judged(n=2.0, o=1.5), 0.0), desk)
     assert row == {

@@ -75,7 +75,9 @@ VLLM, HTTP = "{engine: vllm, model: m", "{engine: http, url: http://h/v1, model:
     ],
 )
 def test_the_judge_that_labels_is_known_again_however_it_is_asked(labels, second):
-    with pytest.raises(PsyrayError, match=r"evaluate.second is the judge that labels \((vllm m|http http://h/v1/? m)\)"):
+    with pytest.raises(
+        PsyrayError, match=r"evaluate.second is the judge that labels \((vllm m|http http://h/v1/? m)\)"
+    ):
         check_settings(load_config(None, [labels, f"evaluate.second={second}"]))
     for other in (second.replace("model: m", "model: other"), "{engine: vllm, model: x}"):
         check_settings(load_config(None, [labels, f"evaluate.second={other}"]))
