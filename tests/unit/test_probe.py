@@ -87,7 +87,7 @@ def test_a_model_in_a_folder_is_the_same_by_whatever_name_it_goes(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "model")
     named = [f"{{engine: vllm, model: {tmp_path}/{name}}}" for name in ("model", "link")]
-    with pytest.raises(PsyrayError, match="evaluate.second is the judge that labels"):
+    with pytest.raises(PsyrayError, match=r"evaluate\.second is the judge that labels"):
         check_settings(load_config(None, [f"judge={named[0]}", f"evaluate.second={named[1]}"]))
 
 
