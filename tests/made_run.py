@@ -182,8 +182,10 @@ class MadeRun:
             "reasons": reasons,
             **{"win_rate": rate, "low": rate - 0.05, "high": rate + 0.05, "wins": 7, "ties": 1, "losses": 4},
             **{"invalid": 0, "length_controlled": rate - 0.02, "reward_win_rate": rate + 0.1, "n": 12},
+            **{"length_controlled_low": rate - 0.12, "length_controlled_high": rate + 0.06},
             **{"mean_words": 41.5 + 5 * n, "start_words": 41.5, "length_change": 0.135 * n},
             **{"repeated_share": 0.01, "truncated_share": 0.02, "mean_score": 2.5 + 0.2 * n},
             "principles": dict.fromkeys(PRINCIPLES, 2.5 + 0.1 * n),
-            "second": {"judge": "other-judge", "win_rate": rate - 0.03, "low": rate - 0.1, "high": rate + 0.04},
+            "second": {"judge": "other-judge", "win_rate": rate - 0.03, "low": rate - 0.1, "high": rate + 0.04}
+            | {"length_controlled": 0.51, "length_controlled_low": 0.4, "length_controlled_high": 0.6, "unasked": 3},
         }

@@ -16,7 +16,7 @@ from psyray.active.oracles import Label, Pair, label
 from psyray.data.judge import Desk, buy, check_share, settled
 from psyray.engines import journal
 from psyray.errors import PsyrayError
-from psyray.evaluate.winrate import length_controlled, outcomes, win_rate
+from psyray.evaluate.winrate import length_controlled, length_controlled_interval, outcomes, win_rate
 from psyray.records import Comparison, Row, Status, Verdict, compare
 from psyray.run import Artifact, Folder, Run
 from psyray.stream import CALLS
@@ -173,12 +173,15 @@ def verdict_rows(compared: Sequence[Comparison], desk: Desk) -> list[Row]:
 
 
 def grade(duels: Sequence[Duel], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Win rate over the start with its interval, raw and at equal length; PsyrayError without a valid verdict."""
+    """Win rate over the start, raw and at equal length, each with its interval; PsyrayError without a valid verdict."""
     won = win_rate(verdicts, [duel.speech for duel in duels])
     valid = [(duel, v) for duel, v in zip(duels, verdicts, strict=True) if v is not Verdict.INVALID]
     if not valid:
         raise PsyrayError("no held-out speech has two answers that the judge could grade: there is nothing to compare")
     longer = [len(duel.policy["text"]) - len(duel.start["text"]) for duel, _ in valid]
-    controlled = length_controlled(outcomes([v for _, v in valid]), longer)
+    outcome_N = outcomes([v for _, v in valid])
+    low, high = length_controlled_interval(outcome_N, longer, [duel.speech for duel, _ in valid])
+    controlled = {"length_controlled": length_controlled(outcome_N, longer)}
+    controlled |= {"length_controlled_low": low, "length_controlled_high": high}
     counts = {name: getattr(won, name) for name in ("low", "high", "wins", "ties", "losses", "invalid")}
-    return {"win_rate": won.rate, "length_controlled": controlled} | counts
+    return {"win_rate": won.rate} | controlled | counts

@@ -160,14 +160,18 @@ def second_grade(duels: Sequence[Duel], verdicts: Iterable[Row]) -> dict[str, An
 
 def failures(stats: Mapping[str, Any], start: Mapping[str, Any], section: EvaluateSection) -> list[str]:
     """Why the policy may not go on; empty if it may. A number that is none (NaN) fails its limit."""
-    rise = stats["repeated_share"] - start["repeated_share"]
+    looping, cut = (stats[share] - start[share] for share in ("repeated_share", "truncated_share"))
     checks = [
         _surely_better("win rate", stats, section.min_win_rate),
         (
             abs(stats["length_change"]) <= section.max_length_change,
             f"mean length changed by {stats['length_change']:+.0%}, allowed are {section.max_length_change:.0%}",
         ),
-        (rise <= section.max_repeat_rise, f"looping replies rose by {rise:.0%}"),
+        (looping <= section.max_repeat_rise, f"looping replies rose by {looping:.0%}"),
+        (
+            cut <= section.max_truncated_rise,
+            f"replies cut off at their limit rose by {cut:.0%}, allowed are {section.max_truncated_rise:.0%}",
+        ),
     ]
     if section.second_decides:
         checks.append(_surely_better("the second judge's win rate", stats["second"], section.min_win_rate))

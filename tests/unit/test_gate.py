@@ -11,8 +11,9 @@ from psyray.records import Verdict
 from psyray.sections.data import JudgeSection
 from psyray.sections.learning import EvaluateSection
 
-START = {"repeated_share": 0.02}
+START = {"repeated_share": 0.02, "truncated_share": 0.5}
 GOOD = {"win_rate": 0.7, "low": 0.6, "high": 0.8, "length_change": 0.1, "repeated_share": 0.05}
+GOOD |= {"truncated_share": 0.6}
 GOOD |= {"wins": 6, "ties": 2, "losses": 2}
 KEPT = {"perplexity_rise": 0.1, "capability_drop": 0.05, "kl": 0.4}
 
@@ -39,6 +40,7 @@ def test_answers_meet_by_speech_and_an_unrated_one_is_invalid_not_lost():
     found = grade(duels, [c.verdict for c in compared])
     assert (found["wins"], found["losses"], found["ties"], found["invalid"]) == (1, 1, 0, 1)
     assert found["win_rate"] == 0.5
+    assert found["length_controlled_low"] <= found["length_controlled"] <= found["length_controlled_high"]
 
 
 def test_the_reward_model_has_an_opinion_by_id():
@@ -94,6 +96,10 @@ def test_a_good_policy_passes_and_each_fault_is_named():
     assert failures(GOOD | {"low": 0.0}, START, section.model_copy(update={"min_win_rate": 0.0})) == []
     assert "mean length changed by -25%" in failures(GOOD | {"length_change": -0.25}, START, section)[0]
     assert "looping replies rose by 8%" in failures(GOOD | {"repeated_share": 0.10}, START, section)[0]
+    [reason] = failures(GOOD | {"truncated_share": 0.7}, START, section)
+    assert reason == "replies cut off at their limit rose by 20%, allowed are 15%"
+    assert failures(GOOD | {"truncated_share": 0.7}, START, EvaluateSection(max_truncated_rise=0.25)) == []
+    assert failures(GOOD | {"truncated_share": 0.0}, START, section) == []
     assert len(failures(GOOD | {"low": 0.1, "length_change": 1.0, "repeated_share": 1.0}, START, section)) == 3
 
 
