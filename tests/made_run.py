@@ -166,7 +166,14 @@ class MadeRun:
         groups = [{"spread": 0.1 * x, "margin": 1.0, "error": 0.1 * x, "n": 3} for x in range(1, 6)]
         tells = {"spread": {"value": accuracy + 0.05, "low": accuracy - 0.1, "high": accuracy + 0.1}}
         more = {"strata": {"length": {"alike": alike}}, "doubt": {"tells_errors": tells, "groups": groups, "wrong": 4}}
-        return {"metrics": metrics, "calibration": bins, "test_pairs": 14, **more}
+        metrics |= {"auc_low": 0.6, "auc_high": 0.8, "log_likelihood": -0.61, "log_likelihood_low": -0.7}
+        return {
+            "own_head": metrics | {"accuracy": 0.625},
+            "metrics": metrics,
+            "calibration": bins,
+            "test_pairs": 14,
+            **more,
+        }
 
     def _probe(self, n: int) -> dict[str, Any]:
         perplexity = {"perplexity": 20.0 * (1 + 0.1 * n), "start_perplexity": 20.0, "perplexity_rise": 0.1 * n}
