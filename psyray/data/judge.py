@@ -68,7 +68,7 @@ def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
         stats = summary(parts.each, desk) | {"unjudged": usable - len(parts.ids)}
         return stats | ({"calls": calls} if calls else {})
 
-    settings = desk.identity | {"budget": desk.section.budget}
+    settings: dict[str, Any] = desk.identity | {"budget": desk.section.budget}
     budgets = {member.judge.id: member.section.budget for member in desk.members}
     settings |= {"budgets": budgets} if set(budgets.values()) - {desk.section.budget} else {}
     return run.stage("judgements", settings, [responses], make)
