@@ -103,6 +103,7 @@ def settings(model: Path, url: str, rounds: int = 3) -> dict[str, Any]:
             "min_win_rate": 0.0,
             "max_length_change": 9.0,
             "max_repeat_rise": 1.0,
+            "max_truncated_rise": 1.0,
             "max_perplexity_rise": 1e9,
             "max_capability_drop": 1.0,
             "probe_answers": 4,

@@ -147,7 +147,8 @@ def settings(args: argparse.Namespace, place: Path, url: str, seed: int, arm: st
         },
         # The gate is held open: a policy that got worse is a finding.
         "evaluate": {
-            "min_win_rate": 0.0, "max_length_change": 99.0, "max_repeat_rise": 1.0, "probe": None,
+            "min_win_rate": 0.0, "max_length_change": 99.0, "max_repeat_rise": 1.0, "max_truncated_rise": 1.0,
+            "probe": None,
         },
     }  # fmt: skip
 

@@ -22,7 +22,7 @@ from psyray.data.ready import Ready, ready_stage
 from psyray.data.rules import Rules
 from psyray.data.speeches import speeches_stage
 from psyray.data.topics import topic_judge, topics_stage
-from psyray.engines.judges import make_judge, make_panel
+from psyray.engines.judges import answerer, make_judge, make_panel
 from psyray.errors import PsyrayError
 from psyray.evaluate.probe import load_probe
 from psyray.loop import Outcome, Seen, online_loop
@@ -183,7 +183,9 @@ def open_desk(config: Config, run: Run) -> Desk:
 
     if not config.panel.judges:
         return desk(config.judge)
-    members = tuple(desk(section) for section in config.panel.judges)
+    shared = {"budget": config.judge.budget}  # of a judge that names none
+    judges = [j if j.budget is not None else j.model_copy(update=shared) for j in config.panel.judges]
+    members = tuple(desk(section) for section in judges)
     panel = make_panel([member.judge for member in members], config.panel, rubric)
     section = config.judge.model_copy(update={"form": config.panel.judges[0].form})
     return Desk(panel, rubric, ledger, run_id, section, members, config.panel)
@@ -219,7 +221,7 @@ def check_settings(config: Config) -> None:
     topic_judge(config)
     judges = [make_judge(j, rubric, config.engine, config.cluster.wait_s) for j in (config.judge, *config.panel.judges)]
     make_panel(judges[1:], config.panel, rubric)
-    check_evaluation(config, rubric, {judge.id for judge in judges[1:] or judges[:1]})
+    check_evaluation(config, rubric)
     Rules.make(config.pairs, rubric)
     if config.responses.k < 2:
         raise PsyrayError("responses.k is 1: a pair needs two responses to one speech; set responses.k to 2 or more")
@@ -233,11 +235,12 @@ def check_settings(config: Config) -> None:
         raise PsyrayError("loop.budget and loop.reward_pairs are both 0: no round would have a pair to train on")
 
 
-def check_evaluation(config: Config, rubric: Rubric, labelling: set[str]) -> None:
-    """The probe and the second judge; PsyrayError where the second is one of those that label."""
+def check_evaluation(config: Config, rubric: Rubric) -> None:
+    """The probe and the second judge; PsyrayError where the second is one of those that label, however it is asked."""
     if config.evaluate.probe is not None:
         load_probe(config.evaluate.probe)
     if section := config.evaluate.second:
-        judge = make_judge(section, rubric, config.engine, config.cluster.wait_s)
-        if judge.id in labelling:
-            raise PsyrayError(f"evaluate.second is the judge that labels ({judge.id}): it would grade its own lesson")
+        make_judge(section, rubric, config.engine, config.cluster.wait_s)
+        if answerer(section) in map(answerer, config.panel.judges or [config.judge]):
+            who = " ".join(answerer(section))
+            raise PsyrayError(f"evaluate.second is the judge that labels ({who}): it would grade its own lesson")

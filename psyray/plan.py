@@ -96,12 +96,20 @@ def training(train: TrainSection) -> str:
 
 def labels(config: Config) -> str:
     """The label budget in words."""
-    first = "all responses" if config.judge.budget is None else f"at most {config.judge.budget} responses"
+    first = rated_first(config)
     each = [config.loop.budget_of(number) for number in range(1, config.loop.rounds + 1)]
     summed = " + ".join(map(str, each)) if len(set(each)) > 1 else f"{len(each)} x {config.loop.budget_of(1)}"
     rounds = f"{summed} = {sum(each)} comparisons"
     who = "" if config.oracle.kind == "judge" else f" by {answering(config.oracle)}"
     return f"{first} rated first, then {rounds}{who}; rubric {load_rubric(config.rubric).name}"
+
+
+def rated_first(config: Config) -> str:
+    """What is rated before the rounds, in words."""
+    budgets = [judge.budget for judge in config.panel.judges] or [None]
+    own = [config.judge.budget if budget is None else budget for budget in budgets]
+    each = dict.fromkeys("all" if budget is None else f"at most {budget}" for budget in own)
+    return f"{' or '.join(each)} responses"
 
 
 def answering(oracle: OracleSection) -> str:

@@ -268,10 +268,11 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 
 def reward_table(stages: Stages) -> list[tuple[str, int | None, dict[str, Any]]]:
-    """(when, held-out pairs, metrics) of the reward heads, first and per round."""
+    """(whose, held-out pairs, metrics): of the trained model's own score head, then of the heads as they came."""
     names = [("first", "reward-heads"), *((f"round {n}", f"round-{n}/heads") for n in round_numbers(stages))]
     found = [(label, stats_of(stages, name)) for label, name in names if name in stages]
-    return [(label, stats.get("test_pairs"), stats.get("metrics") or {}) for label, stats in found]
+    own = [("own score head", s.get("test_pairs"), s["own_head"]) for _, s in found[:1] if s.get("own_head")]
+    return own + [(label, stats.get("test_pairs"), stats.get("metrics") or {}) for label, stats in found]
 
 
 def data_tables(stages: Stages) -> list[dict[str, Any]]:

@@ -215,9 +215,9 @@ def _by_topic(stats: Mapping[str, Any]) -> str:
 
 
 def gate_note(stats: Mapping[str, Any]) -> str:
-    """One line on a gate: the verdict, the win rate with its interval, the length change."""
+    """One line on a gate: the verdict, the win rate, raw and at equal length, the length change."""
     verdict = {True: "passed", False: "failed"}.get(stats.get("passed", None), "start")
-    rate = f"win rate {share(stats.get('win_rate'))} [{share(stats.get('low'))}, {share(stats.get('high'))}]"
+    rate = win_rates(stats)
     reasons = "; ".join(stats.get("reasons") or [])
     return f"{verdict}: {rate}, length {change(stats.get('length_change'))}" + (f" ({reasons})" if reasons else "")
 
@@ -233,8 +233,17 @@ def probe_note(stats: Mapping[str, Any]) -> str:
 
 def second_note(stats: Mapping[str, Any]) -> str:
     """One line on the second judge's win rate."""
-    rate = f"win rate {share(stats.get('win_rate'))} [{share(stats.get('low'))}, {share(stats.get('high'))}]"
-    return f"{rate} by {stats.get('judge') or DASH}"
+    return f"{win_rates(stats)} by {stats.get('judge') or DASH}"
+
+
+def win_rates(stats: Mapping[str, Any]) -> str:
+    """A win rate and what is left of it at equal length, with their intervals."""
+    controlled = "length_controlled"
+    return (
+        f"win rate {share(stats.get('win_rate'))} [{share(stats.get('low'))}, {share(stats.get('high'))}], at equal "
+        f"length {share(stats.get(controlled))} [{share(stats.get(f'{controlled}_low'))}, "
+        f"{share(stats.get(f'{controlled}_high'))}]"
+    )
 
 
 def labels_note(stats: Mapping[str, Any]) -> str:

@@ -153,12 +153,17 @@ def read_steps(path: Path) -> list[dict[str, float]]:
     log = path / STEPS
     if not log.exists():
         return []
-    by_step = {}
-    for line in log.read_text().splitlines():
-        if line.endswith("}"):  # the last line may be half written
-            entry = json.loads(line)
-            by_step[entry["step"]] = entry
+    entries = filter(None, map(_entry, log.read_text().splitlines()))
+    by_step = {entry["step"]: entry for entry in entries}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def _entry(line: str) -> dict[str, float] | None:
+    try:
+        entry: dict[str, float] = json.loads(line)
+    except json.JSONDecodeError:  # tolerated: who wrote it was cut off, or is writing it now
+        return None
+    return entry
 
 
 def _adopt(folder: Folder) -> None:
@@ -265,8 +270,17 @@ def fit_and_save(trainer: Any, config: Mapping[str, Any]) -> None:
     dist.barrier()
 
 
+def log_step(path: Path, entry: Mapping[str, float]) -> None:
+    """Write a step down as a line of its own, also where whoever wrote before was cut off in the middle of one."""
+    with (path / STEPS).open("a+b") as log:
+        if log.tell():
+            log.seek(-1, os.SEEK_END)
+            log.write(b"" if log.read(1) == b"\n" else b"\n")
+        log.write(json.dumps(entry).encode() + b"\n")
+
+
 def last_checkpoint(path: Path) -> str | None:
-    """The latest checkpoint that every rank finished; incomplete ones are removed."""
+    """The latest checkpoint that every rank finished; an incomplete one is passed over, for its step writes it anew."""
     best: tuple[int, Path] | None = None
     for folder in path.glob("checkpoint-*"):
         if (folder / COMPLETE).exists():
@@ -285,8 +299,7 @@ def _reporter(folder: Path) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if state.is_world_process_zero and logs and "loss" in logs:
                 entry = {"step": state.global_step} | {k: v for k, v in logs.items() if isinstance(v, int | float)}
-                with (folder / STEPS).open("a") as log:
-                    log.write(json.dumps(entry) + "\n")
+                log_step(folder, entry)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step >= state.max_steps:

@@ -166,7 +166,14 @@ class MadeRun:
         groups = [{"spread": 0.1 * x, "margin": 1.0, "error": 0.1 * x, "n": 3} for x in range(1, 6)]
         tells = {"spread": {"value": accuracy + 0.05, "low": accuracy - 0.1, "high": accuracy + 0.1}}
         more = {"strata": {"length": {"alike": alike}}, "doubt": {"tells_errors": tells, "groups": groups, "wrong": 4}}
-        return {"metrics": metrics, "calibration": bins, "test_pairs": 14, **more}
+        metrics |= {"auc_low": 0.6, "auc_high": 0.8, "log_likelihood": -0.61, "log_likelihood_low": -0.7}
+        return {
+            "own_head": metrics | {"accuracy": 0.625},
+            "metrics": metrics,
+            "calibration": bins,
+            "test_pairs": 14,
+            **more,
+        }
 
     def _probe(self, n: int) -> dict[str, Any]:
         perplexity = {"perplexity": 20.0 * (1 + 0.1 * n), "start_perplexity": 20.0, "perplexity_rise": 0.1 * n}
@@ -182,8 +189,10 @@ class MadeRun:
             "reasons": reasons,
             **{"win_rate": rate, "low": rate - 0.05, "high": rate + 0.05, "wins": 7, "ties": 1, "losses": 4},
             **{"invalid": 0, "length_controlled": rate - 0.02, "reward_win_rate": rate + 0.1, "n": 12},
+            **{"length_controlled_low": rate - 0.12, "length_controlled_high": rate + 0.06},
             **{"mean_words": 41.5 + 5 * n, "start_words": 41.5, "length_change": 0.135 * n},
             **{"repeated_share": 0.01, "truncated_share": 0.02, "mean_score": 2.5 + 0.2 * n},
             "principles": dict.fromkeys(PRINCIPLES, 2.5 + 0.1 * n),
-            "second": {"judge": "other-judge", "win_rate": rate - 0.03, "low": rate - 0.1, "high": rate + 0.04},
+            "second": {"judge": "other-judge", "win_rate": rate - 0.03, "low": rate - 0.1, "high": rate + 0.04}
+            | {"length_controlled": 0.51, "length_controlled_low": 0.4, "length_controlled_high": 0.6, "unasked": 3},
         }

@@ -59,7 +59,7 @@ def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
 
     def make(folder: Folder) -> Mapping[str, Any]:
         count = responses.manifest["rows"]
-        parts = judge(folder, desk, responses.each, count, purpose="judgements", budget=desk.section.budget)
+        parts = judge(folder, desk, responses.each, count, purpose="judgements", bounded=True)
         usable = sum(row["status"] == Status.OK for row in responses.each(["status"]))
         if usable and not len(parts.ids):
             refuse_spent(desk, usable)
@@ -68,7 +68,10 @@ def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
         stats = summary(parts.each, desk) | {"unjudged": usable - len(parts.ids)}
         return stats | ({"calls": calls} if calls else {})
 
-    return run.stage("judgements", desk.identity | {"budget": desk.section.budget}, [responses], make)
+    settings: dict[str, Any] = desk.identity | {"budget": desk.section.budget}
+    budgets = {member.judge.id: member.section.budget for member in desk.members}
+    settings |= {"budgets": budgets} if set(budgets.values()) - {desk.section.budget} else {}
+    return run.stage("judgements", settings, [responses], make)
 
 
 def refuse_spent(desk: Desk, usable: int) -> None:
@@ -82,9 +85,10 @@ def refuse_spent(desk: Desk, usable: int) -> None:
         )
 
 
-def judge(folder: Folder, desk: Desk, responses: Responses, count: int, *, purpose: str, budget: int | None) -> Parts:
-    """JUDGEMENTS rows of the usable responses, as many as the budget buys; answers known to the ledger are free.
+def judge(folder: Folder, desk: Desk, responses: Responses, count: int, *, purpose: str, bounded: bool) -> Parts:
+    """JUDGEMENTS rows of the usable responses; answers known to the ledger are free.
 
+    Where it is `bounded`, as many as the judge's budget buys, each judge's of a panel.
     PsyrayError where more than `judge.max_invalid_share` of the answers cannot be used.
     """
     parts = folder.parts(JUDGEMENTS, "response_id")
@@ -94,10 +98,11 @@ def judge(folder: Folder, desk: Desk, responses: Responses, count: int, *, purpo
 
     if desk.members:
         for member in desk.members:
+            budget = member.section.budget if bounded else None
             buy(folder, member, still_open, count, f"{purpose}/{member.judge.id}", budget)
             check_share(judged(member, responses), member)
     else:
-        buy(folder, desk, still_open, count, purpose, budget)
+        buy(folder, desk, still_open, count, purpose, desk.section.budget if bounded else None)
     for rows in settled(desk, still_open):
         parts.append(rows)
     check_share(parts.each(["status", "error"]), desk)

@@ -93,11 +93,13 @@ def choice() -> TopicChoice:
 
 
 def topic_judge(config: Config) -> Judge | None:
-    """The engine that picks topics; None where none is configured, PsyrayError for the offline judge."""
+    """The engine that picks topics; None where none is configured, PsyrayError for one that cannot be or a budget."""
     if config.topics is None:
         return None
     if config.topics.engine == "rule":
         raise PsyrayError("topics.engine is rule, which knows no topics; use vllm or http")
+    if config.topics.budget is not None:
+        raise PsyrayError("topics.budget bounds nothing: topics are not in the label ledger; use topics.max_cost")
     return make_judge(config.topics.model_copy(update={"mode": "json"}), choice(), config.engine, config.cluster.wait_s)
 
 

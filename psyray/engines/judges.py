@@ -125,8 +125,8 @@ class VllmJudge:
             if self.section.mode == "soft":
                 ratings = soft_ratings(self.rubric, json.loads(row["logprobs"]))
         except UnusableAnswer as error:
-            return outcome(row["key"], None, raw_text=row["text"], error=str(error))
-        return outcome(row["key"], ratings, raw_text=row["text"])
+            return outcome(row["key"], None, raw_text=row["text"], error=str(error), latency_s=row["seconds"])
+        return outcome(row["key"], ratings, raw_text=row["text"], latency_s=row["seconds"])
 
 
 def soft_ratings(rubric: Rubric, logprobs: list[dict[str, dict[str, Any]]]) -> dict[str, float]:
@@ -193,6 +193,17 @@ def make_judge(section: JudgeSection, rubric: Rubric, engine: EngineSection, wai
     if section.engine == "vllm":
         return VllmJudge(rubric, section, engine, wait_s)
     return HttpJudge(rubric, section)
+
+
+def answerer(section: JudgeSection) -> tuple[str, ...]:
+    """Who answers, however the question is put: the offline judge, a model here, or a model at an endpoint."""
+    model = section.model or ""
+    if section.engine == "rule":
+        return ("rule",)
+    if section.engine == "vllm":
+        folder = Path(model).expanduser()
+        return "vllm", str(folder.resolve()) if folder.is_dir() else model
+    return "http", (section.url or "").rstrip("/"), model
 
 
 def make_panel(judges: Sequence[Judge], section: PanelSection, rubric: Rubric) -> Panel:

@@ -16,7 +16,7 @@ from psyray.active.oracles import Label, Pair, label
 from psyray.data.judge import Desk, buy, check_share, settled
 from psyray.engines import journal
 from psyray.errors import PsyrayError
-from psyray.evaluate.winrate import length_controlled, outcomes, win_rate
+from psyray.evaluate.winrate import length_controlled, length_controlled_interval, outcomes, win_rate
 from psyray.records import Comparison, Row, Status, Verdict, compare
 from psyray.run import Artifact, Folder, Run
 from psyray.stream import CALLS
@@ -67,16 +67,19 @@ def by_scores(duels: Sequence[Duel], judged: Sequence[Row], tie_margin: float) -
     return [compare(duel.speech, side(duel.policy), side(duel.start), tie_margin) for duel in duels]
 
 
-def side_by_side(folder: Folder, desk: Desk, duels: Sequence[Duel], *, purpose: str) -> list[Comparison]:
-    """Who won by a judge that compares; equal texts are a tie that nobody is asked about.
+def side_by_side(
+    folder: Folder, desk: Desk, duels: Sequence[Duel], *, purpose: str, budget: int | None = None
+) -> list[Comparison]:
+    """Who won by a judge that compares, as far as the budget reaches; equal texts are a tie that nobody is asked about.
 
     PsyrayError where more than `max_invalid_share` of the answers cannot be used.
     """
     asked = [d for d in duels if d.policy["text"] and d.start["text"] and d.policy["text"] != d.start["text"]]
     pairs: list[Pair] = [(d.policy, d.start, {}) for d in asked]
-    labels = label(folder, desk, pairs, purpose=purpose, strategy="", budget=None)[0] if pairs else []
-    check_invalid(labels, desk)
+    labels = label(folder, desk, pairs, purpose=purpose, strategy="", budget=budget)[0] if pairs else []
+    check_invalid([one for one in labels if one is not None], desk)
     found = {d.speech: one for d, one in zip(asked, labels, strict=True) if one is not None}
+    unasked = {d.speech for d in asked} - set(found)
 
     def verdict(duel: Duel) -> Comparison:
         ids = duel.policy["response_id"], duel.start["response_id"]
@@ -85,14 +88,34 @@ def side_by_side(folder: Folder, desk: Desk, duels: Sequence[Duel], *, purpose: 
         same = duel.policy["text"] and duel.policy["text"] == duel.start["text"]
         return Comparison(duel.speech, *ids, Verdict.TIE if same else Verdict.INVALID)
 
-    return [verdict(duel) for duel in duels]
+    return [verdict(duel) for duel in duels if duel.speech not in unasked]
 
 
-def check_invalid(labels: Sequence[Label | None], desk: Desk) -> None:
+def by_ratings(
+    folder: Folder, desk: Desk, duels: Sequence[Duel], *, purpose: str, budget: int | None
+) -> list[Comparison]:
+    """Who won by a judge that rates, where the budget reaches for both answers.
+
+    PsyrayError where more than `max_invalid_share` of its answers cannot be used.
+    """
+    answers = [answer for duel in duels for answer in (duel.policy, duel.start)]
+    buy(folder, desk, lambda: answers, len(answers), purpose, budget)
+    judged = [row for rows in settled(desk, lambda: answers) for row in rows]
+    check_share(judged, desk)
+    known = {row["response_id"] for row in judged}
+
+    def reached(row: Row) -> bool:
+        return row["status"] != Status.OK or row["response_id"] in known  # nobody is asked about one that failed
+
+    both = [duel for duel in duels if reached(duel.policy) and reached(duel.start)]
+    return by_scores(both, judged, desk.section.tie_margin)
+
+
+def check_invalid(labels: Sequence[Label], desk: Desk) -> None:
     """PsyrayError where too large a share of the comparisons cannot be used; the answers stay in the ledger."""
-    bad = [one for one in labels if one is None or one[0] is Verdict.INVALID]
+    bad = [one for one in labels if one[0] is Verdict.INVALID]
     if len(bad) > desk.section.max_invalid_share * len(labels):
-        said = next((str(one[2].get("error") or "") for one in bad if one), "")
+        said = str(bad[0][2].get("error") or "")
         raise PsyrayError(
             f"the judge {desk.judge.id} gave no usable verdict on {len(bad)} of {len(labels)} pairs of held-out "
             f"answers, more than its max_invalid_share ({desk.section.max_invalid_share:.0%}); the first: "
@@ -104,28 +127,40 @@ def check_invalid(labels: Sequence[Label | None], desk: Desk) -> None:
 def second_stage(run: Run, number: int, desk: Desk, samples: Artifact, first: Artifact) -> Artifact:
     """The stage `round-N/second`: VERDICTS of a second judge on the held-out answers of the policy and the start.
 
-    Ratings of the start's answers are in the ledger from the second round on and are not bought again.
+    Ratings of the start's answers are in the ledger from the second round on and are not bought again. With
+    `evaluate.second.budget` it has verdicts on as many speeches as that reaches, by the order of their ids.
     """
+    budget = desk.section.budget
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        duels = by_speech(held_out(samples), held_out(first))
-        purpose = f"second-{number}"
-        if desk.section.form == "pairwise":
-            compared = side_by_side(folder, desk, duels, purpose=purpose)
-        else:
-            answers = [answer for duel in duels for answer in (duel.policy, duel.start)]
-            buy(folder, desk, lambda: answers, len(answers), purpose, None)
-            judged = [row for rows in settled(desk, lambda: answers) for row in rows]
-            check_share(judged, desk)
-            compared = by_scores(duels, judged, desk.section.tie_margin)
+        duels = sorted(by_speech(held_out(samples), held_out(first)), key=lambda duel: duel.speech)
+        graded = side_by_side if desk.section.form == "pairwise" else by_ratings
+        compared = graded(folder, desk, duels, purpose=f"second-{number}", budget=budget)
         parts = folder.parts(VERDICTS, "speech_id")
         parts.append(verdict_rows(compared, desk))
         parts.finish()
         calls = journal.stats(folder.path / CALLS)
-        stats = {"judge": desk.judge.id} | grade(duels, [c.verdict for c in compared])
+        stats = {"judge": desk.judge.id} | graded_by(duels, {c.speech_id: c.verdict for c in compared})
         return stats | ({"calls": calls} if calls else {})
 
-    return run.stage(f"round-{number}/second", desk.labels_identity, [samples, first], make)
+    settings = desk.labels_identity | ({} if budget is None else {"budget": budget})
+    return run.stage(f"round-{number}/second", settings, [samples, first], make)
+
+
+def graded_by(duels: Sequence[Duel], verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    """`grade` by a second judge's verdicts, by speech; `unasked` counts what its budget did not reach.
+
+    PsyrayError where it reached nothing.
+    """
+    asked = [duel for duel in duels if duel.speech in verdicts]
+    if duels and not asked:
+        raise PsyrayError(
+            f"evaluate.second.budget reached none of {len(duels)} held-out speeches: raise it (what earlier versions "
+            "of a round bought counts), or give the changed run a run.path of its own, where answers that the ledger "
+            "knows are free"
+        )
+    unasked = len(duels) - len(asked)
+    return grade(asked, [verdicts[duel.speech] for duel in asked]) | ({"unasked": unasked} if unasked else {})
 
 
 def verdict_rows(compared: Sequence[Comparison], desk: Desk) -> list[Row]:
@@ -138,12 +173,15 @@ def verdict_rows(compared: Sequence[Comparison], desk: Desk) -> list[Row]:
 
 
 def grade(duels: Sequence[Duel], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Win rate over the start with its interval, raw and at equal length; PsyrayError without a valid verdict."""
+    """Win rate over the start, raw and at equal length, each with its interval; PsyrayError without a valid verdict."""
     won = win_rate(verdicts, [duel.speech for duel in duels])
     valid = [(duel, v) for duel, v in zip(duels, verdicts, strict=True) if v is not Verdict.INVALID]
     if not valid:
         raise PsyrayError("no held-out speech has two answers that the judge could grade: there is nothing to compare")
     longer = [len(duel.policy["text"]) - len(duel.start["text"]) for duel, _ in valid]
-    controlled = length_controlled(outcomes([v for _, v in valid]), longer)
+    outcome_N = outcomes([v for _, v in valid])
+    low, high = length_controlled_interval(outcome_N, longer, [duel.speech for duel, _ in valid])
+    controlled = {"length_controlled": length_controlled(outcome_N, longer)}
+    controlled |= {"length_controlled_low": low, "length_controlled_high": high}
     counts = {name: getattr(won, name) for name in ("low", "high", "wins", "ties", "losses", "invalid")}
-    return {"win_rate": won.rate, "length_controlled": controlled} | counts
+    return {"win_rate": won.rate} | controlled | counts

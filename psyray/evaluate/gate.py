@@ -19,7 +19,17 @@ from psyray.data.generate import summary as response_summary
 from psyray.data.judge import Desk, judge
 from psyray.data.judge import summary as judgement_summary
 from psyray.errors import PsyrayError
-from psyray.evaluate.duels import VERDICTS, Duel, by_scores, by_speech, grade, held_out, side_by_side, verdict_rows
+from psyray.evaluate.duels import (
+    VERDICTS,
+    Duel,
+    by_scores,
+    by_speech,
+    grade,
+    graded_by,
+    held_out,
+    side_by_side,
+    verdict_rows,
+)
 from psyray.records import Row, Verdict, content_id, table
 from psyray.run import Artifact, Folder, Run, write_parquet
 from psyray.sections.learning import EvaluateSection
@@ -56,7 +66,7 @@ def gate_stage(
 
     def make(folder: Folder) -> Mapping[str, Any]:
         answers = held_out(samples)
-        parts = judge(folder, desk, lambda: answers, len(answers), purpose=f"evaluation-{number}", budget=None)
+        parts = judge(folder, desk, lambda: answers, len(answers), purpose=f"evaluation-{number}", bounded=False)
         parts.finish()
         found = Graded(answers, list(parts.each()), desk)
         if start is None:
@@ -145,20 +155,23 @@ def reward_opinion(duels: Sequence[Duel], scores: Sequence[Row]) -> dict[str, fl
 
 def second_grade(duels: Sequence[Duel], verdicts: Iterable[Row]) -> dict[str, Any]:
     """The same win rate by another judge's VERDICTS."""
-    found = {row["speech_id"]: Verdict(row["verdict"]) for row in verdicts}
-    return grade(duels, [found[duel.speech] for duel in duels])
+    return graded_by(duels, {row["speech_id"]: Verdict(row["verdict"]) for row in verdicts})
 
 
 def failures(stats: Mapping[str, Any], start: Mapping[str, Any], section: EvaluateSection) -> list[str]:
     """Why the policy may not go on; empty if it may. A number that is none (NaN) fails its limit."""
-    rise = stats["repeated_share"] - start["repeated_share"]
+    looping, cut = (stats[share] - start[share] for share in ("repeated_share", "truncated_share"))
     checks = [
         _surely_better("win rate", stats, section.min_win_rate),
         (
             abs(stats["length_change"]) <= section.max_length_change,
             f"mean length changed by {stats['length_change']:+.0%}, allowed are {section.max_length_change:.0%}",
         ),
-        (rise <= section.max_repeat_rise, f"looping replies rose by {rise:.0%}"),
+        (looping <= section.max_repeat_rise, f"looping replies rose by {looping:.0%}"),
+        (
+            cut <= section.max_truncated_rise,
+            f"replies cut off at their limit rose by {cut:.0%}, allowed are {section.max_truncated_rise:.0%}",
+        ),
     ]
     if section.second_decides:
         checks.append(_surely_better("the second judge's win rate", stats["second"], section.min_win_rate))

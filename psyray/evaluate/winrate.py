@@ -83,6 +83,14 @@ def length_controlled(outcomes: npt.ArrayLike, length_differences: npt.ArrayLike
     return _at_zero(outcome_N, np.tanh(length_N / spread) if spread > 0 else np.zeros_like(length_N))
 
 
+def length_controlled_interval(
+    outcomes: npt.ArrayLike, length_differences: npt.ArrayLike, clusters: Sequence[str]
+) -> tuple[float, float]:
+    """The 95 % interval of `length_controlled`, over resamples of whole clusters (the client speech)."""
+    rows_N2 = np.column_stack([np.asarray(outcomes, np.float64), np.asarray(length_differences, np.float64)])
+    return cluster_bootstrap(rows_N2, clusters, lambda rows_M2: length_controlled(rows_M2[:, 0], rows_M2[:, 1]))
+
+
 def _at_zero(outcome_N: FloatArray, x_N: FloatArray) -> float:
     """sigmoid(intercept) of the logistic regression of outcomes on x."""
 

@@ -107,7 +107,8 @@ def heads_stage(
         if ratings:
             ratings.over(reading.members).save(folder.path / RATINGS)
         counts = {"train_pairs": len(train), "test_pairs": len(test)}
-        return counts | held_out(margins(heads, test, known), test) | {"principles": principles}
+        measured = held_out(margins(heads, test, known), test, own_margins(priors, test, known))
+        return counts | measured | {"principles": principles}
 
     settings = section.model_dump(exclude={"layer", "pooling"}) | reading.identity | {"seed": config.run.seed}
     return run.stage(name, settings, [reward, *features, *pairs], make)
@@ -125,6 +126,19 @@ def own_heads(model: Path, reading: Reading) -> list[FloatArray | None]:
     """The score head that was trained with the model, or with each adapter; none where it knows no such features."""
     folders = [model / ADAPTERS / str(number) for number in range(reading.adapters)] or [model]
     return [own_head(folder) if reading.at_the_score_head else None for folder in folders]
+
+
+def own_margins(own: Sequence[FloatArray | None], pairs: Sequence[Row], features: Features) -> FloatArray | None:
+    """[N]: the pairs' margins by the score head that was trained with the model, the mean over those of its adapters.
+
+    None where the features are not what it reads.
+    """
+    heads = [head_D for head_D in own if head_D is not None]
+    if len(heads) < len(own) or not pairs:
+        return None
+    chosen_ND, rejected_ND = sides(pairs, features)
+    parts = np.split(chosen_ND - rejected_ND, len(heads), axis=1)
+    return np.asarray(np.mean([part_ND @ head_D for part_ND, head_D in zip(parts, heads, strict=True)], axis=0))
 
 
 def mean_of(features: Features, members: int) -> Features:

@@ -1,6 +1,6 @@
 """Reward heads on held-out pairs: how well they rank, where they rank well, and whether they know where they are wrong.
 
-    held_out(margins, pairs)  # {"metrics": ..., "calibration": ..., "strata": ..., "doubt": ...}
+    held_out(margins, pairs, own_N)  # {"metrics": ..., "own_head": ..., "calibration": ..., "strata": ..., ...}
 
 `margins` is what the heads believe of score(chosen) - score(rejected). Shapes: N pairs.
 """
@@ -31,13 +31,17 @@ Strata = dict[str, dict[str, dict[str, float | None]]]  # way to divide the pair
 GROUPS = 5
 
 
-def held_out(margins: Belief, pairs: Sequence[Row]) -> dict[str, Any]:
-    """All that is told of heads whose margins on the pairs are known; empty where there are no pairs."""
+def held_out(margins: Belief, pairs: Sequence[Row], own_N: FloatArray | None = None) -> dict[str, Any]:
+    """All that is told of heads whose margins on the pairs are known; empty where there are no pairs.
+
+    `own_N` are the margins of the reward model's own score head; none: not known, and nothing is told of it.
+    """
     if not len(pairs):
         return {"metrics": {}, "calibration": [], "strata": {}, "doubt": {}}
     margins_N, speeches = margins.mean_N, [row["speech_id"] for row in pairs]
     chosen, rejected = [row["chosen"] for row in pairs], [row["rejected"] for row in pairs]
-    return {
+    own = {} if own_N is None else {"own_head": reward_metrics(own_N, speeches, chosen, rejected)}
+    return own | {
         "metrics": reward_metrics(margins_N, speeches, chosen, rejected),
         "calibration": calibration(margins_N),
         "strata": strata(margins_N, pairs),

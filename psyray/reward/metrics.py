@@ -16,7 +16,11 @@ from scipy.special import expit, log_expit
 from scipy.stats import rankdata
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+DRAWS = 2000
+INTERVAL = (2.5, 97.5)  # percentiles
 BINS = 10
+FIGURES = ("accuracy", "auc", "ece", "brier", "log_likelihood")
 ALIKE = 0.1  # of the longer one: lengths that differ by no more are alike
 STEEPEST = 50.0  # bound on the slope of the length baseline, which is infinite where length tells all
 
@@ -66,7 +70,7 @@ def cluster_bootstrap(
     values: npt.ArrayLike,
     clusters: Sequence[str],
     stat: Callable[[FloatArray], float],
-    n: int = 2000,
+    n: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float]:
     """(low, high) of the 95 % percentile interval of `stat` over resamples of whole clusters.
@@ -77,13 +81,52 @@ def cluster_bootstrap(
     rows = np.asarray(values, dtype=np.float64)
     if len(rows) == 0 or len(rows) != len(clusters):
         raise ValueError(f"{len(rows)} values but {len(clusters)} clusters: need as many, and one at least")
-    _, cluster_N = np.unique(np.asarray(clusters), return_inverse=True)
+    cluster_N, draws_RC = _draws(clusters, n, seed)
     members = np.split(np.argsort(cluster_N, kind="stable"), np.cumsum(np.bincount(cluster_N))[:-1])
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(members), size=(n, len(members)))
-    stats = [stat(rows[np.concatenate([members[c] for c in drawn])]) for drawn in draws]
-    low, high = np.percentile(stats, [2.5, 97.5])
+    stats = [stat(rows[np.concatenate([members[c] for c in drawn])]) for drawn in draws_RC]
+    low, high = np.percentile(stats, INTERVAL)
     return float(low), float(high)
+
+
+def _draws(clusters: Sequence[str], n: int = DRAWS, seed: int = 0) -> tuple[IntArray, IntArray]:
+    """Each row's cluster as a number, and the clusters of each resample."""
+    names, cluster_N = np.unique(np.asarray(clusters), return_inverse=True)
+    return cluster_N, np.random.default_rng(seed).integers(len(names), size=(n, len(names)))
+
+
+def intervals(margins_N: FloatArray, logits_N: FloatArray, clusters: Sequence[str]) -> dict[str, float]:
+    """`NAME_low` and `NAME_high` of accuracy and AUC of margins, and of ECE, Brier and log-likelihood of logits.
+
+    They are those of `cluster_bootstrap`, of all figures over one set of draws: in a resample a pair only counts as
+    often as its cluster was drawn, so that nothing is sorted or put into bins again.
+    """
+    cluster_N, draws_RC = _draws(clusters)
+    right_N = (margins_N > 0) + 0.5 * (margins_N == 0)
+    parts_NF = np.column_stack([right_N, expit(-logits_N) ** 2, log_expit(logits_N), _gaps(logits_N)])
+    order_N = np.argsort(-margins_N, kind="stable")  # the losses, -margin of each pair, from the least
+    below_N, upto_N = (np.searchsorted(-margins_N[order_N], margins_N, side=side) for side in ("left", "right"))
+
+    def of(drawn_C: IntArray) -> tuple[float, ...]:
+        times_N = np.bincount(drawn_C, minlength=len(drawn_C))[cluster_N].astype(np.float64)
+        total = times_N.sum()
+        means_F = times_N @ parts_NF / total
+        losses_N1 = np.concatenate([[0.0], np.cumsum(times_N[order_N])])
+        beaten_N = (losses_N1[below_N] + losses_N1[upto_N]) / 2
+        area = times_N @ beaten_N / total**2
+        return means_F[0], area, np.abs(means_F[3:]).sum() / 2, means_F[1], means_F[2]
+
+    low_F, high_F = np.percentile([of(drawn_C) for drawn_C in draws_RC], INTERVAL, axis=0)
+    ends = ("low", low_F), ("high", high_F)
+    return {f"{name}_{end}": float(value) for end, found in ends for name, value in zip(FIGURES, found, strict=True)}
+
+
+def _gaps(logits_N: FloatArray) -> FloatArray:
+    """[N, 10]: what each pair, in both orientations, adds to the gap between outcome and prediction of each bin."""
+    gaps_NB = np.zeros((len(logits_N), BINS))
+    for logit_N, won in ((logits_N, 1.0), (-logits_N, 0.0)):
+        p_N = expit(logit_N)
+        np.add.at(gaps_NB, (np.arange(len(p_N)), np.minimum((p_N * BINS).astype(int), BINS - 1)), won - p_N)
+    return gaps_NB
 
 
 def length_baseline(chosen_texts: Sequence[str], rejected_texts: Sequence[str]) -> FloatArray:
@@ -120,7 +163,7 @@ def reward_metrics(
     chosen_texts: Sequence[str],
     rejected_texts: Sequence[str],
 ) -> dict[str, float | None]:
-    """Accuracy with its interval, AUC, ECE, Brier, log-likelihood; then those of length alone as `length_*`.
+    """Accuracy, AUC, ECE, Brier and log-likelihood with their intervals; then those of length alone as `length_*`.
 
     The length baseline's accuracy and AUC are those of "longer wins"; its ECE, Brier and log-likelihood are those of
     its calibrated margins. `alike_pairs` counts those whose lengths are `alike`; `alike_accuracy`, with its interval,
@@ -164,16 +207,8 @@ def part(
 
 
 def _all(margins_N: FloatArray, logits_N: FloatArray, speech_ids: Sequence[str]) -> dict[str, float]:
-    low, high = cluster_bootstrap(margins_N, speech_ids, accuracy)
-    return {
-        "accuracy": accuracy(margins_N),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "auc": auc(margins_N),
-        "ece": ece(logits_N),
-        "brier": brier(logits_N),
-        "log_likelihood": log_likelihood(logits_N),
-    }
+    found = accuracy(margins_N), auc(margins_N), ece(logits_N), brier(logits_N), log_likelihood(logits_N)
+    return dict(zip(FIGURES, found, strict=True)) | intervals(margins_N, logits_N, speech_ids)
 
 
 def calibration(margins: npt.ArrayLike) -> list[dict[str, float]]:

@@ -162,7 +162,9 @@ class JudgeSection(EndpointSection):
     max_tokens: int = Field(200, ge=1)
     tie_margin: float = Field(0.0, ge=0, description="score difference up to which a comparison is a tie")
     max_invalid_share: float = Field(0.1, ge=0, le=1, description="above it the stage stops")
-    budget: int | None = Field(None, ge=0, description="judgements the first stage may buy; none: all it needs")
+    budget: int | None = Field(
+        None, ge=0, description="judgements the first stage may buy (second: each round); none: all"
+    )
 
     @model_validator(mode="after")
     def engine_has_what_it_needs(self) -> Self:
@@ -176,7 +178,7 @@ class JudgeSection(EndpointSection):
 
 
 class PanelSection(Section):
-    """Several judges instead of one; `judge` then gives tie_margin, max_invalid_share and budget (for each judge)."""
+    """Several judges instead of one; `judge` then gives tie_margin, max_invalid_share and the budget of each."""
 
     judges: list[JudgeSection] = Field(default_factory=list, description="two or more; none: `judge` alone")
     rule: Literal["mean", "median", "majority"] = Field("mean", description="how their ratings become one")

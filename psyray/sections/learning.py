@@ -295,6 +295,9 @@ class EvaluateSection(Section):
     min_win_rate: float = Field(0.5, ge=0, le=1, description="the interval's lower end must lie above it; 0: any")
     max_length_change: float = Field(0.2, ge=0, description="share by which the mean length may differ from the start")
     max_repeat_rise: float = Field(0.05, ge=0, description="how far the share of looping replies may rise")
+    max_truncated_rise: float = Field(
+        0.15, ge=0, description="how far the share of replies that their token limit cut off may rise"
+    )
     dev_share: float = Field(
         0.0, ge=0, le=0.9, description="share of the held-out speeches that decide; then the others only report"
     )

@@ -38,6 +38,7 @@ def settings(model: Path, home: Path) -> list[str]:
         "loop.reward_margin=0.0", "loop.replay=2",
         # A random model gets no better: the gate is held open so that the path goes on.
         "evaluate.min_win_rate=0.0", "evaluate.max_length_change=9", "evaluate.max_repeat_rise=1",
+        "evaluate.max_truncated_rise=1",
         "evaluate.max_perplexity_rise=1e9", "evaluate.max_capability_drop=1", "evaluate.probe_answers=4",
     ]  # fmt: skip
 

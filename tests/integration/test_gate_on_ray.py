@@ -94,6 +94,23 @@ def test_a_second_judge_that_rates_rates_the_starts_answers_once_for_all_rounds(
         assert (found["wins"], found["losses"], found["ties"], found["invalid"]) == (3, 2, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("form", "budget", "calls", "unasked"), [("pairwise", 2, [4, 8], [3, 1]), ("pointwise", 4, [4, 8], [4, 2])]
+)
+def test_a_second_judge_buys_no_more_in_a_round_than_its_budget(tmp_path, ray_cluster, form, budget, calls, unasked):
+    second = ["evaluate.second.engine=http", "evaluate.second.url=URL", "evaluate.second.model=m"]
+    second += [f"evaluate.second.form={form}", f"evaluate.second.budget={budget}"]
+    with comparing_server(**MARKS) as server:
+        config = settings(tmp_path, server.url, *second)
+        gates = rounds(config, count=2)
+        assert len(server.calls) == calls[-1]
+    spent = open_desk(config, Run(config.run.path)).ledger.spent(str(config.run.path))
+    assert [spent[f"second-{number}"] for number in (1, 2)] == [budget, budget]
+    found = [gate.stats["second"] for gate in gates[1:]]
+    assert [f["unasked"] for f in found] == unasked and all(f["invalid"] == 0 for f in found)
+    assert all(sum(f[k] for k in ("wins", "ties", "losses", "unasked")) == 6 for f in found)
+
+
 def test_where_the_judge_compares_both_orders_decide_and_its_ratings_still_describe(tmp_path, ray_cluster):
     judge = ["judge.engine=http", "judge.url=URL", "judge.model=m", "judge.form=pairwise", "judge.retries=0"]
     with comparing_server(**MARKS) as server:

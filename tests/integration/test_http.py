@@ -81,7 +81,7 @@ def all_cpus_are_free() -> bool:
 
 def judged(place: Folder, here: Desk, rows: list[dict]) -> list[dict]:
     """The rows that judging leaves in the folder."""
-    return list(judge(place, here, lambda: rows, len(rows), purpose="judgements", budget=None).each())
+    return list(judge(place, here, lambda: rows, len(rows), purpose="judgements", bounded=False).each())
 
 
 FAULTS = {

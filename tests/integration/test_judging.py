@@ -47,9 +47,9 @@ def folder(tmp_path: Path, name: str = "stage") -> Folder:
     return Folder(tmp_path / name)
 
 
-def judged(place: Folder, here: Desk, rows: list[dict], budget: int | None = None) -> list[dict]:
+def judged(place: Folder, here: Desk, rows: list[dict]) -> list[dict]:
     """The rows that judging leaves in the folder."""
-    return list(judge(place, here, lambda: rows, len(rows), purpose="judgements", budget=budget).each())
+    return list(judge(place, here, lambda: rows, len(rows), purpose="judgements", bounded=True).each())
 
 
 def test_an_answer_is_bought_once_by_all_runs(tmp_path, ray_cluster):
@@ -70,10 +70,10 @@ def test_an_answer_is_bought_once_by_all_runs(tmp_path, ray_cluster):
 
 def test_a_budget_buys_so_many_judgements_and_no_more(tmp_path, ray_cluster):
     rows = responses("fine", "prose", "six")
-    found = judged(folder(tmp_path), desk(tmp_path), rows, budget=2)
+    found = judged(folder(tmp_path), desk(tmp_path, budget=2), rows)
     assert [row["response_id"] for row in found] == ["fine", "prose"]
     assert desk(tmp_path).ledger.spent("run") == {"judgements": 2}
-    assert len(judged(folder(tmp_path, "again"), desk(tmp_path), rows, budget=2)) == 2
+    assert len(judged(folder(tmp_path, "again"), desk(tmp_path, budget=2), rows)) == 2
 
 
 def test_a_judge_that_answers_nonsense_stops_the_stage_and_its_answers_are_kept(tmp_path, ray_cluster):
@@ -141,7 +141,7 @@ def test_the_judge_answers_what_no_expert_did_in_time_and_is_charged_apart(tmp_p
 
 
 def test_a_budget_of_nothing_asks_nothing(tmp_path, ray_cluster):
-    assert judged(folder(tmp_path), desk(tmp_path), responses("fine"), budget=0) == []
+    assert judged(folder(tmp_path), desk(tmp_path, budget=0), responses("fine")) == []
 
 
 def test_equal_texts_are_one_question_and_each_response_has_its_row(tmp_path, ray_cluster):
@@ -161,14 +161,14 @@ def test_each_judge_of_a_panel_is_asked_by_itself_and_the_rule_makes_the_row(tmp
 
     with hostile_server() as server:
         member = {"engine": "http", "url": server.url, "retries": 0}
-        tree = {"run": {"path": str(tmp_path / "run")}, "judge": {"max_invalid_share": 0.9},
+        tree = {"run": {"path": str(tmp_path / "run")}, "judge": {"max_invalid_share": 0.9, "budget": 3},
                 "panel": {"judges": [{"engine": "rule"}, {**member, "model": "m", "max_invalid_share": 0.9}],
                           "quorum": 2, "strictest_on": ["safety"]}}  # fmt: skip
         (tmp_path / "panel.yaml").write_text(yaml.safe_dump(tree))
         here = open_desk(load_config(tmp_path / "panel.yaml"), Run(tmp_path / "run"))
         rows = responses("fine", "prose", "six")
-        found = {r["response_id"]: r for r in judged(folder(tmp_path), here, rows, budget=3)}
-        again = judged(folder(tmp_path, "again"), here, rows, budget=3)
+        found = {r["response_id"]: r for r in judged(folder(tmp_path), here, rows)}
+        again = judged(folder(tmp_path, "again"), here, rows)
         assert server.calls["fine"] == 1 and {r["response_id"]: r for r in again} == found
     offline, remote = (m.judge.id for m in here.members)
     assert here.ledger.spent(here.run_id) == {f"judgements/{offline}": 3, f"judgements/{remote}": 3}
@@ -183,3 +183,18 @@ def test_each_judge_of_a_panel_is_asked_by_itself_and_the_rule_makes_the_row(tmp
     labels, counts = label(folder(tmp_path), here, [(a, a | {"text": "x"}, {}), (a, b, {})],
                            purpose="round-1", strategy="drts", budget=0)  # fmt: skip
     assert labels == [None, None] and counts["refused"] == 4
+
+
+def test_a_judge_of_a_panel_may_have_a_budget_of_its_own_and_the_others_have_the_panels(tmp_path, ray_cluster):
+    from psyray.config import load_config
+    from psyray.pipeline import open_desk
+    from psyray.run import Run
+
+    rows = responses("fine", "prose", "six")
+    with hostile_server() as server:
+        other = f"{{engine: http, url: '{server.url}', model: m, budget: 1}}"
+        words = [f"run.path={tmp_path}/run", f"panel.judges=[{{engine: rule}}, {other}]", "judge.budget=2"]
+        here = open_desk(load_config(None, [*words, "panel.quorum=1"]), Run(tmp_path / "run"))
+        assert [row["response_id"] for row in judged(folder(tmp_path), here, rows)] == ["fine", "prose"]
+        assert dict(server.calls) == {"fine": 1}
+    assert sorted(here.ledger.spent(here.run_id).values()) == [1, 2]

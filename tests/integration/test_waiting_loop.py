@@ -40,6 +40,7 @@ def settings(model: Path, reward: Path, home: Path, address: str) -> list[str]:
         f"reward.model={reward}", f"reward.train={TRAIN}", f"policy.model={model}", f"dpo.train={TRAIN}",
         "loop.rounds=2", "loop.prompts=5", "loop.k=2", "loop.budget=3", "loop.reward_margin=0.0",
         "evaluate.probe=null", "evaluate.min_win_rate=0.0", "evaluate.max_length_change=9",
+        "evaluate.max_truncated_rise=1",
         "oracle.kind=experts", "oracle.overlap=2", "oracle.undo_s=0", "oracle.fall_back=judge",
     ]  # fmt: skip
 

@@ -17,7 +17,7 @@ from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.records import PAIRS, pair_row
 from psyray.reward.body import Body, Reading, before_response, chat_tokens, reading_of
-from psyray.reward.ensemble import FEATURES, features_stage, heads_stage
+from psyray.reward.ensemble import FEATURES, features_stage, heads_stage, own_margins
 from psyray.reward.heads import Heads, own_head
 from psyray.reward.mlp import fit_mlp_heads
 from psyray.reward.score import RewardScorer, chats
@@ -162,16 +162,28 @@ def test_the_models_own_head_is_no_prior_where_another_state_is_read(reward_mode
         pairs = run.stage("pairs", {}, [], lambda folder: kept(folder, PAIRS, "pair_id", rows))
         features = run.stage("features", {}, [], lambda folder: kept(folder, FEATURES, "response_id", known))
         reward = Artifact("reward", reward_model.parent, "0", {})
-        found = {}
+        found, stats = {}, {}
         for layer in (None, 1):
             words = ["reward.heads.ridge=1.0e9", "reward.heads.prior_spread=0"]
             config = load_config(None, [*words, *([f"reward.heads.layer={layer}"] if layer else [])])
             stage = heads_stage(run, f"heads-{layer}", config, reward, [features], [pairs])
-            found[layer] = Heads.load(stage.path / "heads.npz")
+            found[layer], stats[layer] = Heads.load(stage.path / "heads.npz"), stage.stats
     raw_HD = found[None].weights_HD / found[None].scale_D
     assert raw_HD == pytest.approx(np.tile(own_head(reward_model), (10, 1)), abs=1e-4)
     assert np.abs(found[1].weights_HD).max() < 1e-4
     assert (found[None].reading, found[1].reading) == (Reading(), Reading(1, "last"))
+    # The heads that a ridge holds to it rank the held-out pairs as the model's own does; at another layer it has none.
+    own, heads = stats[None]["own_head"], stats[None]["metrics"]
+    assert own == pytest.approx(heads, abs=1e-3) and own["auc_low"] <= own["auc"] and "own_head" not in stats[1]
+
+
+def test_the_models_own_score_is_that_of_its_head_and_the_mean_over_its_adapters() -> None:
+    known = {"c": np.array([1.0, 2.0, 3.0, 4.0]), "r": np.array([0.0, 1.0, 1.0, 0.0])}
+    pairs = [{"chosen_id": "c", "rejected_id": "r"}]
+    assert own_margins([np.array([1.0, 0.0, 0.0, 2.0])], pairs, known) == pytest.approx([9.0])
+    members = [np.array([1.0, 1.0]), np.array([0.0, 3.0])]
+    assert own_margins(members, pairs, known) == pytest.approx([(2.0 + 12.0) / 2])
+    assert own_margins([None], pairs, known) is None and own_margins(members, [], known) is None
 
 
 def answer(number: int, side: str) -> dict[str, Any]:

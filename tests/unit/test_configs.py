@@ -11,6 +11,7 @@ import yaml
 
 from psyray.config import load_config
 from psyray.data.generate import draw_row, start_of
+from psyray.pipeline import check_settings
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -33,9 +34,18 @@ def test_the_papers_recipe(size: str) -> None:
     assert len({responder.model for responder in config.responses.responders}) >= 8
 
 
+@pytest.mark.parametrize("size", ["3b", "8b"])
+def test_another_judge_grades_than_the_one_that_labels(size: str) -> None:
+    config = load_config(CONFIGS / f"psychocounsel-{size}.yaml")
+    check_settings(config)
+    second = config.evaluate.second
+    assert second and second.engine != config.judge.engine and not config.evaluate.second_decides
+    assert second.model in {responder.model for responder in config.responses.responders} - {config.policy.model}
+
+
 def test_recipes_differ_only_in_size() -> None:
     small, large = (load_config(CONFIGS / f"psychocounsel-{size}.yaml") for size in ("3b", "8b"))
-    for section in ("speeches", "engine", "responses", "judge", "pairs", "loop", "cluster"):
+    for section in ("speeches", "engine", "responses", "judge", "pairs", "loop", "evaluate", "cluster"):
         assert getattr(small, section) == getattr(large, section)
 
 

@@ -449,3 +449,7 @@ def test_the_plan_says_who_answers():
         load_config(None, ["oracle.kind=experts", "oracle.overlap=2"])
     )
     assert "comparisons; rubric" in plan.labels(Config())
+    panel = "panel.judges=[{engine: rule}, {engine: vllm, model: m, budget: 0}]"
+    for words, said in (([], "all"), (["judge.budget=7"], "at most 7"), ([panel], "all or at most 0"),
+                        ([panel, "judge.budget=7"], "at most 7 or at most 0")):  # fmt: skip
+        assert plan.labels(load_config(None, words)).startswith(f"{said} responses rated first")

@@ -11,8 +11,9 @@ from psyray.records import Verdict
 from psyray.sections.data import JudgeSection
 from psyray.sections.learning import EvaluateSection
 
-START = {"repeated_share": 0.02}
+START = {"repeated_share": 0.02, "truncated_share": 0.5}
 GOOD = {"win_rate": 0.7, "low": 0.6, "high": 0.8, "length_change": 0.1, "repeated_share": 0.05}
+GOOD |= {"truncated_share": 0.6}
 GOOD |= {"wins": 6, "ties": 2, "losses": 2}
 KEPT = {"perplexity_rise": 0.1, "capability_drop": 0.05, "kl": 0.4}
 
@@ -39,6 +40,7 @@ def test_answers_meet_by_speech_and_an_unrated_one_is_invalid_not_lost():
     found = grade(duels, [c.verdict for c in compared])
     assert (found["wins"], found["losses"], found["ties"], found["invalid"]) == (1, 1, 0, 1)
     assert found["win_rate"] == 0.5
+    assert found["length_controlled_low"] <= found["length_controlled"] <= found["length_controlled_high"]
 
 
 def test_the_reward_model_has_an_opinion_by_id():
@@ -53,7 +55,15 @@ def test_a_second_judges_verdicts_are_joined_by_speech():
     duels = [Duel(answer(f"n{i}", f"s{i}"), answer(f"o{i}", f"s{i}")) for i in range(4)]
     rows = [{"speech_id": f"s{i}", "verdict": v} for i, v in enumerate(("A", "A", "B", "tie"))]
     assert second_grade(duels, rows[::-1])["win_rate"] == pytest.approx(0.625)
-    assert second_grade(duels[:2], rows)["win_rate"] == 1.0
+    assert second_grade(duels[:2], rows)["win_rate"] == 1.0 and "unasked" not in second_grade(duels[:2], rows)
+
+
+def test_what_a_second_judges_budget_did_not_reach_is_counted_and_no_loss():
+    duels = [Duel(answer(f"n{i}", f"s{i}"), answer(f"o{i}", f"s{i}")) for i in range(4)]
+    found = second_grade(duels, [{"speech_id": "s2", "verdict": "A"}])
+    assert (found["win_rate"], found["wins"], found["invalid"], found["unasked"]) == (1.0, 1, 0, 3)
+    with pytest.raises(PsyrayError, match=r"evaluate\.second\.budget reached none of 4"):
+        second_grade(duels, [])
 
 
 def test_without_a_usable_verdict_there_is_no_win_rate():
@@ -71,7 +81,7 @@ def test_too_many_unusable_verdicts_stop_the_stage():
     good = [(Verdict.A, 1.0, {})] * 3
     check_invalid([*good, (Verdict.INVALID, 0.0, {"error": "gone"})], desk)
     with pytest.raises(PsyrayError, match=r"2 of 5 pairs .* the first: gone"):
-        check_invalid([*good, (Verdict.INVALID, 0.0, {"error": "gone"}), None], desk)
+        check_invalid([*good, (Verdict.INVALID, 0.0, {"error": "gone"}), (Verdict.INVALID, 0.0, {})], desk)
     duels = [Duel(answer("n", "s"), answer("o", "s"))]
     [row] = verdict_rows(by_scores(duels, judged(n=2.0, o=1.5), 0.0), desk)
     assert row == {
@@ -86,6 +96,10 @@ def test_a_good_policy_passes_and_each_fault_is_named():
     assert failures(GOOD | {"low": 0.0}, START, section.model_copy(update={"min_win_rate": 0.0})) == []
     assert "mean length changed by -25%" in failures(GOOD | {"length_change": -0.25}, START, section)[0]
     assert "looping replies rose by 8%" in failures(GOOD | {"repeated_share": 0.10}, START, section)[0]
+    [reason] = failures(GOOD | {"truncated_share": 0.7}, START, section)
+    assert reason == "replies cut off at their limit rose by 20%, allowed are 15%"
+    assert failures(GOOD | {"truncated_share": 0.7}, START, EvaluateSection(max_truncated_rise=0.25)) == []
+    assert failures(GOOD | {"truncated_share": 0.0}, START, section) == []
     assert len(failures(GOOD | {"low": 0.1, "length_change": 1.0, "repeated_share": 1.0}, START, section)) == 3
 
 

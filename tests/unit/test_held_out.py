@@ -87,6 +87,8 @@ def test_all_is_told_at_once_and_nothing_without_pairs() -> None:
     found = held_out(of_heads(np.array([[1.0, 3.0], [-1.0, 0.0]])), [pair("a", 9, 5), pair("b", 5, 9)])
     assert found["metrics"]["accuracy"] == 0.5 and found["doubt"]["wrong"] == 1
     assert found["metrics"]["length_accuracy"] == 0.5 and sum(b["n"] for b in found["calibration"]) == 4
+    own = held_out(of_heads(np.ones((2, 1))), [pair("a", 9, 5), pair("b", 5, 9)], np.array([2.0, -1.0]))
+    assert (own["metrics"]["accuracy"], own["own_head"]["accuracy"]) == (1, 0.5) and "own_head" not in found
     assert held_out(of_heads(np.empty((0, 4))), []) == {"metrics": {}, "calibration": [], "strata": {}, "doubt": {}}
     with pytest.raises(ValueError, match="is nan"):
         held_out(of_heads(np.full((1, 2), np.nan)), [pair("a", 9, 5)])

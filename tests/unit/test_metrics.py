@@ -20,6 +20,7 @@ from psyray.reward.metrics import (
     calibrated,
     cluster_bootstrap,
     ece,
+    intervals,
     length_baseline,
     log_likelihood,
     reward_metrics,
@@ -156,7 +157,8 @@ def test_a_calibrated_baseline_is_never_worse_than_a_coin(lengths: list[int]) ->
 
 def test_all_metrics_stand_beside_those_of_length() -> None:
     got = reward_metrics([2.0, 1.0, -1.0, 0.0], ["a", "a", "b", "c"], ["xxx", "xx", "x", "x"], ["x", "x", "x", "xx"])
-    names = {"accuracy", "accuracy_low", "accuracy_high", "auc", "ece", "brier", "log_likelihood"}
+    figures = {"accuracy", "auc", "ece", "brier", "log_likelihood"}
+    names = {f"{figure}{end}" for figure in figures for end in ("", "_low", "_high")}
     of_alike = {"pairs", "accuracy", "accuracy_low", "accuracy_high", "length_accuracy"}
     assert set(got) == names | {f"length_{n}" for n in names} | {f"alike_{n}" for n in of_alike}
     assert got["accuracy"] == 0.625
@@ -164,6 +166,30 @@ def test_all_metrics_stand_beside_those_of_length() -> None:
     assert got["length_accuracy"] == 0.625  # 2, 1, 0, -1 characters
     assert got["brier"] == pytest.approx(brier(np.array([2.0, 1.0, -1.0, 0.0])))
     assert got["length_brier"] <= 0.25
+
+
+def test_intervals_over_one_set_of_draws_are_those_of_each_figure_by_itself() -> None:
+    rng = np.random.default_rng(5)
+    pair_margins = rng.normal(0.4, 1, size=40).round(1)  # with ties
+    pair_margins[:4] = [0.0, 0.0, 0.5, -0.5]
+    logits, speeches = 1.5 * pair_margins, [f"s{i % 11}" for i in range(40)]
+    got = intervals(pair_margins, logits, speeches)
+    for name, values, metric in (
+        ("accuracy", pair_margins, accuracy), ("auc", pair_margins, auc), ("ece", logits, ece),
+        ("brier", logits, brier), ("log_likelihood", logits, log_likelihood),
+    ):  # fmt: skip
+        expected = cluster_bootstrap(values, speeches, metric)
+        assert (got[f"{name}_low"], got[f"{name}_high"]) == pytest.approx(expected), name
+        assert got[f"{name}_low"] < metric(values) < got[f"{name}_high"] or name == "ece"
+
+
+def test_intervals_are_clustered_by_speech() -> None:
+    rng = np.random.default_rng(6)
+    pair_margins = np.repeat(rng.normal(0.3, 1, size=30), 6)
+    together = intervals(pair_margins, pair_margins, [f"s{i // 6}" for i in range(180)])
+    single = intervals(pair_margins, pair_margins, [f"s{i}" for i in range(180)])
+    for name in ("accuracy", "auc", "brier", "log_likelihood"):
+        assert together[f"{name}_low"] < single[f"{name}_low"] < single[f"{name}_high"] < together[f"{name}_high"]
 
 
 def test_pairs_of_like_length_are_measured_apart() -> None:

@@ -66,6 +66,13 @@ def test_a_judge_that_may_say_more_is_another_so_that_what_was_cut_off_is_asked_
     assert named() == named(max_tokens=200) != named(max_tokens=400) != named(max_tokens=20)
 
 
+def test_a_local_judges_answer_says_how_long_the_engine_took_usable_or_not():
+    judge = VllmJudge(RUBRIC, JudgeSection(engine="vllm", model="m"), EngineSection(), 1)
+    good = json.dumps(dict.fromkeys(RUBRIC.keys, 3))
+    usable, cut = (judge._read({"key": "k", "text": text, "seconds": 2.5, "logprobs": ""}) for text in (good, "{"))
+    assert (usable["error"], usable["latency_s"]) == ("", 2.5) and cut["error"] and cut["latency_s"] == 2.5
+
+
 def test_exchanging_twice_is_the_identity():
     rated = {"verdict": A, "margin": 0.5, "a": {"x": 2.0}, "b": {"x": 1.5}}
     compared = {"verdict": TIE, "margin": 0.5, "orders": [A, TIE], "raw_text": ["A", "tie"]}

@@ -61,6 +61,36 @@ def test_a_missing_probe_and_a_second_judge_that_labels_are_named_before_anythin
         load_config(None, ["evaluate.max_kl=0.5", "evaluate.probe="])
 
 
+VLLM, HTTP = "{engine: vllm, model: m", "{engine: http, url: http://h/v1, model: m"
+
+
+@pytest.mark.parametrize(
+    ("labels", "second"),
+    [
+        (f"judge={VLLM}}}", f"{VLLM}, mode: soft}}"),
+        (f"judge={VLLM}}}", f"{VLLM}, max_tokens: 64, form: pairwise}}"),
+        (f"judge={HTTP}}}", f"{HTTP}, max_tokens: 64}}"),
+        (f"judge={HTTP}}}", f"{HTTP.replace('/v1', '/v1/')}, api_key_env: OTHER}}"),
+        (f"panel.judges=[{{engine: rule}}, {HTTP}}}]", f"{HTTP}, form: pairwise}}"),
+    ],
+)
+def test_the_judge_that_labels_is_known_again_however_it_is_asked(labels, second):
+    with pytest.raises(
+        PsyrayError, match=r"evaluate.second is the judge that labels \((vllm m|http http://h/v1/? m)\)"
+    ):
+        check_settings(load_config(None, [labels, f"evaluate.second={second}"]))
+    for other in (second.replace("model: m", "model: other"), "{engine: vllm, model: x}"):
+        check_settings(load_config(None, [labels, f"evaluate.second={other}"]))
+
+
+def test_a_model_in_a_folder_is_the_same_by_whatever_name_it_goes(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    named = [f"{{engine: vllm, model: {tmp_path}/{name}}}" for name in ("model", "link")]
+    with pytest.raises(PsyrayError, match=r"evaluate\.second is the judge that labels"):
+        check_settings(load_config(None, [f"judge={named[0]}", f"evaluate.second={named[1]}"]))
+
+
 def test_the_example_in_the_docs_is_a_valid_configuration(tmp_path):
     page = (Path(__file__).parents[2] / "docs/loop.md").read_text()
     (tmp_path / "loop.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])

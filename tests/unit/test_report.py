@@ -75,8 +75,12 @@ def test_headline_and_tables_hold_the_run_s_numbers(html: str) -> None:
     assert "Empathy 2.50 2.60 (+0.10) 2.70 (+0.20)" in text
     assert "too short 3 too long 1 duplicate 2 no text 0" in text
     assert "tie or gap 9" in text
-    assert "66.0 % (55.0 %) 56.0 % to 76.0 % 60.0 % of 5 0.710 (0.560)" in text
-    assert "Win rate by the second judge 53.2 % interval 46.2 % to 60.2 %; by other-judge" in text
+    assert "66.0 % (55.0 %) 56.0 % to 76.0 % 60.0 % of 5 0.710 (0.560) 0.600 to 0.800 0.050 (0.040)" in text
+    assert text.count("Own score head 14 62.5 % (55.0 %)") == 1
+    assert "length-controlled 54.2 % (44.2 % to 62.3 %); 7 won" in text and "54.2 % 44.2 % to 62.3 % 66.2 %" in text
+    second = "interval 46.2 % to 60.2 %; length-controlled 51.0 % (40.0 % to 60.0 %); by other-judge"
+    assert f"Win rate by the second judge 53.2 % {second}; its budget did not reach 3 speeches" in text
+    assert "1 53.2 % 46.2 % to 60.2 % 51.0 % 40.0 % to 60.0 %" in text
     assert "the win rate of the exported round leans upwards" in text
     assert "1 22.0 (20.0) +10.0 % +5.0 % to +15.0 % 75.0 % 80.0 % 0.062 0.050 to 0.075" in text
     assert "1 8 7 6 1 1 1 3 6 2 65.0 % 75.0 % (4) drts" in text

@@ -44,7 +44,8 @@ def test_a_finished_run_is_all_done(tmp_path: Path) -> None:
     text = shown(tmp_path / "run")
     assert "the run is complete" in text
     assert "16 asked, 14 answered, 12 bought, 2 reused, 2 ties, 2 invalid, 12 reward-labelled" in text
-    assert "Latest gate, round 2: failed: win rate 62.5 % [57.5 %, 67.5 %], length +27.0 %" in text
+    assert "Latest gate, round 2: failed: win rate 62.5 % [57.5 %, 67.5 %], at equal length 60.5 %" in text
+    assert "at equal length 60.5 % [50.5 %, 68.5 %], length +27.0 %" in text
     assert "Champion: round 1" in text and "Time of round 2: " in text and "training " in text
     assert "perplexity 22.0 (+10.0 %), questions 75.0 % (start 80.0 %), KL 0.062 nats a token" in text
     assert "accuracy 66.0 % (length alone 55.0 %)" in text and "loss 0.680 → 0.540" in text

@@ -15,6 +15,11 @@ from psyray.run import Folder
 CHOICE = choice()
 
 
+def test_a_budget_that_would_bound_nothing_is_refused():
+    with pytest.raises(PsyrayError, match=r"topics\.budget bounds nothing"):
+        topic_judge(load_config(None, ["topics={engine: vllm, model: m, budget: 5}"]))
+
+
 def test_the_list_holds_the_topics_of_the_shipped_speeches():
     shipped = {(row["subtopic"], row["topic"]) for row in map(json.loads, SHIPPED.read_text().splitlines())}
     assert set(topics().items()) == shipped and len(topics()) == 42 and len(set(topics().values())) == 8

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from psyray.errors import PsyrayError
-from psyray.train import COMPLETE, deepspeed_config, freeze, last_checkpoint, read_steps
+from psyray.train import COMPLETE, deepspeed_config, freeze, last_checkpoint, log_step, read_steps
 
 
 def test_a_step_done_again_counts_once_and_a_half_written_line_not_at_all(tmp_path):
@@ -13,6 +13,23 @@ def test_a_step_done_again_counts_once_and_a_half_written_line_not_at_all(tmp_pa
     (tmp_path / "steps.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']))
     assert read_steps(tmp_path) == [{"step": 1, "loss": 0.9}, {"step": 2, "loss": 0.7}]
     assert read_steps(tmp_path / "nothing") == []
+
+
+def test_what_is_logged_after_a_torn_line_stands_apart_from_it(tmp_path):
+    log_step(tmp_path, {"step": 1, "loss": 0.9})
+    with (tmp_path / "steps.jsonl").open("a") as log:
+        log.write('{"step": 2, "lo')
+    for step in (2, 3):
+        log_step(tmp_path, {"step": step, "loss": 0.5})
+    assert read_steps(tmp_path) == [{"step": 1, "loss": 0.9}, *({"step": s, "loss": 0.5} for s in (2, 3))]
+    lines = (tmp_path / "steps.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and "" not in lines
+
+
+def test_a_log_with_two_lines_in_one_does_not_stop_a_job(tmp_path):
+    glued = '{"step": 2, "lo{"step": 2, "loss": 0.5}\n{"step": 3, "loss": 0.4}\n'
+    (tmp_path / "steps.jsonl").write_text(glued)
+    assert read_steps(tmp_path) == [{"step": 3, "loss": 0.4}]
 
 
 def test_only_a_checkpoint_that_every_rank_finished_counts(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from psyray.evaluate.winrate import WinRate, length_controlled, outcomes, win_rate
+from psyray.evaluate.winrate import WinRate, length_controlled, length_controlled_interval, outcomes, win_rate
 from psyray.records import Verdict
 
 A, B, TIE, INVALID = Verdict.A, Verdict.B, Verdict.TIE, Verdict.INVALID
@@ -72,6 +72,19 @@ def test_a_win_by_length_alone_is_controlled_away() -> None:
     assert length_controlled(won.astype(float), lengths) == pytest.approx(0.5, abs=0.04)
     better = rng.random(4000) < expit(1 + 2 * np.tanh(lengths / lengths.std()))
     assert length_controlled(better.astype(float), lengths) == pytest.approx(expit(1), abs=0.04)
+
+
+def test_the_interval_at_equal_length_is_by_speech_and_holds_what_is_left() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.normal(loc=300, scale=400, size=40)
+    won = (rng.random(40) < expit(2 * np.tanh(lengths / lengths.std()))).astype(float)
+    each = [f"s{i}" for i in range(40)]
+    low, high = length_controlled_interval(won, lengths, each)
+    assert low < length_controlled(won, lengths) < high and low < 0.5 < high
+    wide = length_controlled_interval(np.tile(won, 4), np.tile(lengths, 4), each * 4)
+    narrow = length_controlled_interval(np.tile(won, 4), np.tile(lengths, 4), [f"v{i}" for i in range(160)])
+    assert wide == pytest.approx((low, high), abs=0.02) and narrow[1] - narrow[0] < 0.7 * (wide[1] - wide[0])
+    assert length_controlled_interval([1.0, 1.0], [3, 4], ["s", "t"]) == (1.0, 1.0)
 
 
 def test_invalid_outcomes_are_left_out_with_their_lengths() -> None:
