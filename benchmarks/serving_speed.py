@@ -4,8 +4,9 @@
     python benchmarks/serving_speed.py --tiny --rows 64 --chats 10 --repeats 2
 
 The application (`serve.app:build`, keys and guard on) serves the embedded model, and a reward model of the same body
-with a random head. Chat: `vllm serve` holds the same model; each prompt goes to both, one right after the other and the
-first by turns, 16 greedy tokens; what counts is the difference of the two times, its median in a repeat. A start of
+with a random head. Chat: `vllm serve` holds the same model; each prompt goes to Serve's port, to the application's own
+(`direct=`) and to vLLM's, one right after the other and the first by turns, 16 greedy tokens; what counts is how much
+longer ours took than vLLM's, its median in a repeat. A start of
 the same engine can be some percent slower than the one before, so each repeat starts both sides anew, ours first by
 turns. Scores:
 `vllm serve --runner pooling` holds the same reward model; --clients clients send one text a request to one side, then
@@ -93,45 +94,56 @@ async def post(session: aiohttp.ClientSession, url: str, body: Any) -> Any:
         return await reply.json()
 
 
-async def chat_seconds(ours: str, theirs: str, numbers: range) -> list[tuple[float, float, bool]]:
-    """(our seconds, theirs, whether the answers are the same) for each prompt, one request at a time."""
+async def chat_seconds(sides: dict[str, tuple[str, str]], numbers: range) -> dict[str, list[tuple[float, str]]]:
+    """(seconds, answer) for each prompt by side, one request at a time; `sides` are addresses and model names."""
     async with aiohttp.ClientSession() as session:
 
-        async def ask(url: str, model: str, number: int) -> tuple[float, str]:
+        async def ask(side: str, number: int) -> tuple[float, str]:
+            url, model = sides[side]
             messages = [{"role": "system", "content": SYSTEM}, *conversation(number)]
             body = {"model": model, "messages": messages, "temperature": 0, "top_p": 1, "max_tokens": TOKENS}
             began = time.perf_counter()
             reply = await post(session, f"{url}/v1/chat/completions", body)
             return time.perf_counter() - began, reply["choices"][0]["message"]["content"]
 
-        sides = ((ours, "benchmark"), (theirs, "bare"))
-        for url, model in sides:
+        names = list(sides)
+        for name in names:
             for number in range(5):
-                await ask(url, model, 10_000_000 + number)
-        found = []
+                await ask(name, 10_000_000 + number)
+        found: dict[str, list[tuple[float, str]]] = {name: [] for name in names}
         for number in numbers:
-            first, second = sides if number % 2 else sides[::-1]
-            told = {url: await ask(url, model, number) for url, model in (first, second)}
-            found.append((told[ours][0], told[theirs][0], told[ours][1] == told[theirs][1]))
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                found[name].append(await ask(name, number))
         return found
 
 
 def chat_latency(run: Path, policy: Path, chats: int, repeats: int) -> dict[str, Any]:
-    """What the application adds to the time of an answer, over `repeats` starts of both sides."""
+    """What the application adds to the time of an answer, by its two ports, over `repeats` starts of both sides."""
     rows = []
     for repeat in range(repeats):
         with ExitStack() as stack:
-            started = {}
+            direct, started = free_port(), {}
             for side in ("ours", "theirs") if repeat % 2 == 0 else ("theirs", "ours"):
-                started[side] = stack.enter_context(up(run) if side == "ours" else vllm_server(policy))
-            rows.append(asyncio.run(chat_seconds(**started, numbers=range(repeat * chats, (repeat + 1) * chats))))
-    added = [1000 * statistics.median(ours - theirs for ours, theirs, _ in repeat) for repeat in rows]
-    return {
-        "bare_median_ms": round(1000 * statistics.median(theirs for repeat in rows for _, theirs, _ in repeat), 1),
-        "added_median_ms": round(statistics.median(added), 2),
-        "added_ms": [round(ms, 1) for ms in added],
-        "same_answers": round(statistics.mean(same for repeat in rows for *_, same in repeat), 3),
-    }
+                if side == "ours":
+                    started["served"] = stack.enter_context(up(run, direct=str(direct))), "benchmark"
+                    started["direct"] = f"http://127.0.0.1:{direct}", "benchmark"
+                else:
+                    started["bare"] = stack.enter_context(vllm_server(policy)), "bare"
+            rows.append(asyncio.run(chat_seconds(started, range(repeat * chats, (repeat + 1) * chats))))
+    bare = [seconds for repeat in rows for seconds, _ in repeat["bare"]]
+    told: dict[str, Any] = {"bare_median_ms": round(1000 * statistics.median(bare), 1)}
+    for name in ("served", "direct"):
+        pairs = [list(zip(repeat[name], repeat["bare"], strict=True)) for repeat in rows]
+        added = [1000 * statistics.median(own - their for (own, _), (their, _) in repeat) for repeat in pairs]
+        told[name] = {
+            "added_median_ms": round(statistics.median(added), 2),
+            "added_ms": [round(ms, 1) for ms in added],
+            "same_answers": round(
+                statistics.mean(own == their for repeat in pairs for (_, own), (_, their) in repeat), 3
+            ),
+        }
+    return told
 
 
 async def all_at_once(ask: Ask, rows: range, clients: int) -> tuple[float, list[Any]]:

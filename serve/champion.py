@@ -18,6 +18,7 @@ from psyray.models import resolve_model
 from psyray.run import find_run, followed, no_run
 from psyray.sections.data import EngineSection
 from serve.access import MAX_MESSAGES, Limits
+from serve.direct import Address
 
 Model = TypeVar("Model", bound=BaseModel)
 CHAMPION = "champion.json"
@@ -101,11 +102,17 @@ class Args(Words):
     guard: Literal["reply", "mark"] = Field("reply", description="what a client in a crisis gets (serve/guard.py)")
     replies: Path | None = Field(None, description="file of those replies by locale; none: the shipped ones")
     timeout_s: float = Field(300, gt=0, description="how long an answer, or each piece of a stream, may take")
+    direct: Address | None = Field(None, description="PORT or HOST:PORT that is answered without Serve's proxy")
 
     @field_validator("replicas", "reward_replicas", mode="before")
     @classmethod
     def _count(cls, words: Any) -> Any:
         return Replicas.parse(words)
+
+    @field_validator("direct", mode="before")
+    @classmethod
+    def _address(cls, words: Any) -> Any:
+        return Address.parse(words) if isinstance(words, (str, int)) else words
 
     @field_validator("beside", mode="before")
     @classmethod

@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable
+from functools import partial
+from socket import socket
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -23,6 +25,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from serve.access import Gate, Key, Limits
 from serve.best import BestRequest, answer
 from serve.chat import ChatRequest, Refusal
+from serve.direct import Address, answering, listen
 from serve.door import look
 from serve.guard import Replies, crisis_kinds, safe_reply
 from serve.health import Health
@@ -43,7 +46,7 @@ def application(order: Order, keys: tuple[Key, ...], limits: Limits, replies: Re
     options = {"num_replicas": 1, "max_ongoing_requests": MAX_ONGOING, "ray_actor_options": {"num_cpus": 0}}
     keeper = serve.deployment(Keeper, name="Keeper", **options).bind(order)
     port = serve.deployment(serve.ingress()(Ingress), name="Ingress", **options)
-    return port.bind(keeper, keys, limits, replies, order.asked.timeout_s)
+    return port.bind(keeper, keys, limits, replies, order.asked.timeout_s, order.asked.direct)
 
 
 class Pieces(Protocol):
@@ -66,10 +69,12 @@ class Ingress:
         limits: Limits,
         replies: Replies | None,
         timeout_s: float,
+        address: Address | None = None,
     ) -> None:
         look()
         self.keeper, self.keys, self.limits = keeper, keys, limits
         self.replies, self.timeout_s = replies, timeout_s
+        self.address = address
         about = "chat requests whose words speak of a crisis, by kind"
         self.crises = Counter("psyray_crisis_requests", description=about, tag_keys=("kind", "guard"))
         self.health = Health(self._check)
@@ -78,7 +83,8 @@ class Ingress:
         self._following = asyncio.create_task(self._follow())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return http_app(self, self.keys, self.limits)
+        port = listen(self.address) if self.address else None
+        return http_app(self, self.keys, self.limits, port)
 
     async def _follow(self) -> None:
         while True:
@@ -229,9 +235,13 @@ async def events(first: str, rest: Pieces, timeout_s: float) -> AsyncIterator[st
         rest.cancel()
 
 
-def http_app(routes: Ingress, keys: tuple[Key, ...], limits: Limits) -> FastAPI:
-    """A bare application without CORS: no web page of another origin may read what clients say here."""
-    app = FastAPI(title="psyray", docs_url=None, redoc_url=None)
+def http_app(routes: Ingress, keys: tuple[Key, ...], limits: Limits, port: socket | None = None) -> FastAPI:
+    """A bare application without CORS: no web page of another origin may read what clients say here.
+
+    Where there is a `port` of its own, it answers there as long as it lives.
+    """
+    lifespan = partial(answering, port=port, grace_s=routes.timeout_s) if port else None
+    app = FastAPI(title="psyray", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.get("/v1/models")(routes.models)
     app.get("/v1/models/{model:path}")(routes.model_data)
     app.post("/v1/chat/completions")(routes.chat)

@@ -35,7 +35,7 @@ from psyray.registry import promote
 from psyray.reward.score import RewardScorer
 from psyray.rubric import Principle, Rubric, load_rubric
 from psyray.sections.data import EndpointSection
-from serve.request import ask, serve_once, serving
+from serve.request import ask, free_port, serve_once, serving
 
 CLIENT = [{"role": "user", "content": "My sister moved abroad and the flat is too quiet in the evenings."}]
 TOKEN, OTHER = "tests-" + "0123456789abcdef" * 2, "other-" + "0123456789abcdef" * 2
@@ -65,10 +65,16 @@ def ray_here() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def server(home: Path, ray_here: None) -> Iterator[str]:
-    """The registry's champion, and two adapters beside it, behind one HTTP port."""
+def direct() -> int:
+    """The port that the application answers itself."""
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def server(home: Path, ray_here: None, direct: int) -> Iterator[str]:
+    """The registry's champion, and two adapters beside it, behind one HTTP port and one of its own."""
     words = {"runs": str(home), "beside": f"warm={home / 'warm'},brief={home / 'brief'}", "follow_s": "2"}
-    words |= {"device": "cpu", "keys": str(home / "keys"), "per_minute": "1000000"}
+    words |= {"device": "cpu", "keys": str(home / "keys"), "per_minute": "1000000", "direct": str(direct)}
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         # A busy machine takes long to import the engine four times over.
@@ -130,6 +136,20 @@ def test_streamed_chat_equals_the_whole(server: str) -> None:
     assert status == 200 and headers["Content-Type"].startswith("text/event-stream") and lines[-1] == "[DONE]"
     deltas = [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines[:-1]]
     assert len(deltas) > 1 and "".join(deltas) == whole["choices"][0]["message"]["content"]
+
+
+def test_the_applications_own_port_answers_alike(server: str, direct: int) -> None:
+    own = f"http://127.0.0.1:{direct}"
+    asked = {"messages": [{"role": "user", "content": "I dread Mondays."}], "temperature": 0, "max_tokens": 6}
+    answers = [call(f"{url}/v1/chat/completions", asked) for url in (server, own)]
+    assert [status for status, _, _ in answers] == [200, 200]
+    texts = [json.loads(text)["choices"][0]["message"]["content"] for _, _, text in answers]
+    assert texts[0] == texts[1]
+    assert answers[0][1]["X-Psyray-Id"] == answers[1][1]["X-Psyray-Id"]
+    status, _, events = call(f"{own}/v1/chat/completions", {**asked, "stream": True})
+    assert status == 200 and events.rstrip().endswith("data: [DONE]")
+    assert call(f"{own}/v1/models", token="wrong-" + "x" * 20)[0] == 401
+    assert call(f"{own}/-/routes")[0] != 200  # what Serve's proxy tells of the cluster
 
 
 def test_the_best_of_several_is_the_one_that_the_reward_model_scores_highest(server: str) -> None:

@@ -33,7 +33,7 @@ def test_every_strategy_learns_the_taste_and_asks_no_pair_twice(name: str) -> No
     curve = run(name)
     assert curve.budgets == (8, 64, 96)
     assert curve.accuracy_BS.shape == (3, 2)
-    assert curve.macro_B[-1] > 0.85
+    assert curve.macro_B[-1] > 0.8
     assert len({(p, frozenset((i, j))) for p, i, j in curve.asked}) == len(curve.asked) == 96
     for start in range(0, 96, 8):  # a batch asks a prompt once
         assert len({p for p, _, _ in curve.asked[start : start + 8]}) == 8
