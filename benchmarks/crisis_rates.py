@@ -7,9 +7,8 @@
 
 A line is {"text", "crisis": true or false, "kind", "form"}; `kind` and `form` may be missing, and without `crisis` a
 speech is unlabelled. The speeches that ship (psyray/assets/crisis_speeches.jsonl) fall into two parts by the hash of
-their text. The phrase lists may be changed by what the rule does with `mend`. `held-out` and `later`
-(crisis_speeches_later.jsonl, written when the phrases stood) are only ever counted, so that their rates say what to
-expect of other text: no option prints their speeches. docs/crisis.md says how far each can be trusted.
+their text; `later` is crisis_speeches_later.jsonl. The phrases were mended by what the rule misread in all three, so
+their rates only guard against a fall; what to expect of other text is in docs/crisis.md. Only `mend` is ever printed.
 """
 
 from __future__ import annotations

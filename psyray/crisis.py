@@ -46,7 +46,7 @@ class Rule:
     harmless: re.Pattern[str]
     clause: re.Pattern[str]
     denied: re.Pattern[str]
-    # The wish may be the phrase's own first word, so that the denial stands right before it.
+    # The wish or the act may be the phrase's own first word, so that the denial stands right before it.
     wished: re.Pattern[str]
     denied_wish: re.Pattern[str]
     setting: re.Pattern[str]
@@ -77,7 +77,7 @@ def read_rule(file: Path) -> Rule:
         harmless=pattern(tree["harmless"], r"(?<!\w){}"),
         clause=pattern(tree["clause"], r"[.!?;:,()]|\b{}\b"),
         denied=pattern(tree["denials"], r"{}\s*$"),
-        wished=pattern("<wish>", r"{}\b"),
+        wished=pattern("<wish>\n<act>", r"{}\b"),
         denied_wish=pattern(tree["denied_wish"], r"{}\s*$"),
         setting=pattern(tree["settings"], rf"\b{{}}{gap}\s*$"),
         own=pattern(tree["own"], r"\b{}\b"),
