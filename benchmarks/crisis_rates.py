@@ -7,8 +7,8 @@
 
 A line is {"text", "crisis": true or false, "kind", "form"}; `kind` and `form` may be missing, and without `crisis` a
 speech is unlabelled. The speeches that ship (psyray/assets/crisis_speeches.jsonl) fall into two parts by the hash of
-their text; `later` is crisis_speeches_later.jsonl. The phrases were mended by what the rule misread in all three, so
-their rates only guard against a fall; what to expect of other text is in docs/crisis.md. Only `mend` is ever printed.
+their text; `later` and `independent` are files of their own beside it. The phrases were mended by what the rule misread
+in all but `independent`, so the others' rates only guard against a fall (docs/crisis.md). Only `mend` is ever printed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from psyray import crisis
 
 ASSETS = Path(crisis.__file__).parent / "assets"
 SHIPPED = ASSETS / "crisis_speeches.jsonl"
-LATER_FILE = ASSETS / "crisis_speeches_later.jsonl"
-MEND, HELD_OUT, LATER = "mend", "held-out", "later"
+MEND, HELD_OUT = "mend", "held-out"
+FILES = {name: ASSETS / f"crisis_speeches_{name}.jsonl" for name in ("later", "independent")}
 Z = 1.959964  # of a 95 % interval
 
 
@@ -55,9 +55,8 @@ def part(case: Case) -> str:
 def shipped() -> dict[str, list[Case]]:
     """The speeches that ship, by part."""
     cases = read(SHIPPED)
-    return {name: [case for case in cases if part(case) == name] for name in (MEND, HELD_OUT)} | {
-        LATER: read(LATER_FILE)
-    }
+    halves = {name: [case for case in cases if part(case) == name] for name in (MEND, HELD_OUT)}
+    return halves | {name: read(file) for name, file in FILES.items()}
 
 
 def wilson(hits: int, of: int) -> tuple[float, float]:
@@ -107,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, help="labelled speeches; by default those that ship")
     parser.add_argument("--text", default="text", help="the field that holds the words")
-    parser.add_argument("--part", choices=[MEND, HELD_OUT, LATER], help="one part of the speeches that ship")
+    parser.add_argument("--part", choices=[MEND, HELD_OUT, *FILES], help="one part of the speeches that ship")
     parser.add_argument("--misread", action="store_true", help="also print what is misread, of `mend` or of the file")
     asked = parser.parse_args()
     parts = {asked.file.name: read(asked.file, asked.text)} if asked.file else shipped()

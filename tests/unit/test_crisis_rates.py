@@ -23,6 +23,7 @@ FLOORS = {  # part: (fewest hits of, most false alarms of)
     "mend": (97, 98, 2, 117),
     "held-out": (74, 75, 3, 108),
     "later": (59, 60, 0, 61),
+    "independent": (67, 110, 17, 110),
 }
 
 
