@@ -19,8 +19,9 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
+
+from scipy.stats import binomtest
 
 from psyray import crisis
 
@@ -28,7 +29,6 @@ ASSETS = Path(crisis.__file__).parent / "assets"
 SHIPPED = ASSETS / "crisis_speeches.jsonl"
 MEND, HELD_OUT = "mend", "held-out"
 FILES = {name: ASSETS / f"crisis_speeches_{name}.jsonl" for name in ("later", "independent")}
-Z = 1.959964  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ def wilson(hits: int, of: int) -> tuple[float, float]:
     """The 95 % interval of a share; of nothing, all that a share can be."""
     if not of:
         return 0.0, 1.0
-    share, square = hits / of, Z * Z / of
-    half = Z * sqrt(share * (1 - share) / of + square / (4 * of))
-    return max(0.0, (share + square / 2 - half) / (1 + square)), min(1.0, (share + square / 2 + half) / (1 + square))
+    interval = binomtest(hits, of).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def rates(cases: Iterable[Case]) -> dict[str, tuple[int, int]]:

@@ -62,6 +62,13 @@ class Config(Section):
     ledger: LedgerSection = LedgerSection()
     cluster: ClusterSection = ClusterSection()
 
+    @property
+    def labelling(self) -> list[JudgeSection]:
+        """The judges that label: the panel's, with the budget of `judge` where one names none, or `judge` alone."""
+        shared = {"budget": self.judge.budget}
+        panel = [j if j.budget is not None else j.model_copy(update=shared) for j in self.panel.judges]
+        return panel or [self.judge]
+
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """The configuration of a file with `key.key=value` words over it; PsyrayError names what is wrong and the mend."""

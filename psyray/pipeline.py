@@ -183,9 +183,7 @@ def open_desk(config: Config, run: Run) -> Desk:
 
     if not config.panel.judges:
         return desk(config.judge)
-    shared = {"budget": config.judge.budget}  # of a judge that names none
-    judges = [j if j.budget is not None else j.model_copy(update=shared) for j in config.panel.judges]
-    members = tuple(desk(section) for section in judges)
+    members = tuple(desk(section) for section in config.labelling)
     panel = make_panel([member.judge for member in members], config.panel, rubric)
     section = config.judge.model_copy(update={"form": config.panel.judges[0].form})
     return Desk(panel, rubric, ledger, run_id, section, members, config.panel)
@@ -241,6 +239,6 @@ def check_evaluation(config: Config, rubric: Rubric) -> None:
         load_probe(config.evaluate.probe)
     if section := config.evaluate.second:
         make_judge(section, rubric, config.engine, config.cluster.wait_s)
-        if answerer(section) in map(answerer, config.panel.judges or [config.judge]):
+        if answerer(section) in map(answerer, config.labelling):
             who = " ".join(answerer(section))
             raise PsyrayError(f"evaluate.second is the judge that labels ({who}): it would grade its own lesson")

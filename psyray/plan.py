@@ -106,9 +106,7 @@ def labels(config: Config) -> str:
 
 def rated_first(config: Config) -> str:
     """What is rated before the rounds, in words."""
-    budgets = [judge.budget for judge in config.panel.judges] or [None]
-    own = [config.judge.budget if budget is None else budget for budget in budgets]
-    each = dict.fromkeys("all" if budget is None else f"at most {budget}" for budget in own)
+    each = dict.fromkeys("all" if judge.budget is None else f"at most {judge.budget}" for judge in config.labelling)
     return f"{' or '.join(each)} responses"
 
 

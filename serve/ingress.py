@@ -32,7 +32,7 @@ from serve.health import Health
 from serve.keeper import ASK_S, Keeper
 from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
 from serve.policy import with_defaults
-from serve.refusals import invalid, openai_error, too_much
+from serve.refusals import bound, invalid, openai_error
 from serve.reward import ScoreReply, ScoreRequest
 
 HEALTH_TIMEOUT_S = 5.0
@@ -122,8 +122,7 @@ class Ingress:
         return await self._chat(body, request)
 
     async def _chat(self, body: ChatRequest, request: Request) -> Response:
-        if (said := len(body.messages)) > self.limits.messages:
-            raise too_much(said, self.limits.messages, "messages", "messages")
+        bound(len(body.messages), self.limits.messages, "messages", "messages")
         served, tree = self._called(body.model), body.tree()
         kinds = crisis_kinds(tree["messages"])
         response: Response
@@ -131,8 +130,8 @@ class Ingress:
             text = self.replies.for_language(request.headers.get("Accept-Language", ""))
             response = safe_reply(text, served.name, stream=bool(tree.get("stream")))
         else:
-            if (tokens := body.tokens(served.policy.max_tokens)) > self.limits.tokens:
-                raise too_much(tokens, self.limits.tokens, "new tokens over all answers", "max_tokens")
+            tokens = body.tokens(served.policy.max_tokens)
+            bound(tokens, self.limits.tokens, "new tokens over all answers", "max_tokens")
             request.scope["psyray.more"](body.answers - 1)  # each answer is a request's work
             tree |= {"model": served.called, "request_id": uuid4().hex}  # an id of the client's may be another's too
             if key := request.scope.get("psyray.key"):
@@ -184,8 +183,7 @@ class Ingress:
     async def score_answers(self, body: ScoreRequest, response: Response) -> ScoreReply:
         """Scores of answers by the reward model."""
         for place, item in enumerate(body.items):
-            if (said := len(item.messages)) > self.limits.messages:
-                raise too_much(said, self.limits.messages, "messages", "items", place, "messages")
+            bound(len(item.messages), self.limits.messages, "messages", "items", place, "messages")
         scoring = self._scoring()
         response.headers[ID] = scoring.export
         scores = await self._in_time(self._handle(scoring.app).score.remote(body.items))

@@ -172,7 +172,8 @@ def of_rounds(wanted: str, champion: Champion) -> Iterator[tuple[Policy, str]]:
     start = ((read_config(champion.run) or {}).get("policy") or {}).get("model")
     known: dict[int, tuple[str, str]] = {}
     if start:
-        known[0] = (resolve_model(start), called(start, Path(resolve_model(start))))
+        folder = resolve_model(start)
+        known[0] = (folder, called(start, Path(folder)))
     for stage in read_stages(champion.run):
         if stage.name.endswith("/policy"):
             known[int(stage.name[6:].partition("/")[0])] = (str(stage.path / "model"), stage.fingerprint)

@@ -17,9 +17,10 @@ def openai_error(code: int, message: str, kind: str, headers: Mapping[str, str] 
     return JSONResponse({"error": error}, code, headers=dict(headers or {}))
 
 
-def too_much(what: int, most: int, unit: str, *place: int | str) -> RequestValidationError:
-    """The error for a field whose bound this server sets itself; `place` is where it stands in the body."""
-    return RequestValidationError([{"loc": ("body", *place), "msg": f"{what} {unit}; at most {most}"}])
+def bound(what: int, most: int, unit: str, *place: int | str) -> None:
+    """RequestValidationError where a field is over a bound that this server sets; `place` is where it stands."""
+    if what > most:
+        raise RequestValidationError([{"loc": ("body", *place), "msg": f"{what} {unit}; at most {most}"}])
 
 
 async def invalid(request: Request, error: Exception) -> JSONResponse:

@@ -111,9 +111,8 @@ def why(pool: Pool, pick: Pick) -> dict[str, float]:
     """What speaks for a question, for the ledger: the rule's value, mean and spread of both responses' scores."""
     found = {"value": pick.value}
     for side, place in (("a", (pick.prompt, pick.first)), ("b", (pick.prompt, pick.second))):
-        found |= {f"{side}_mean": float(pool.mean_PK[place]), f"{side}_spread": _length(pool.doubt_PKE[place])}
+        found |= {
+            f"{side}_mean": float(pool.mean_PK[place]),
+            f"{side}_spread": float(np.linalg.norm(pool.doubt_PKE[place])),
+        }
     return found
-
-
-def _length(doubt_E: FloatArray) -> float:
-    return float(np.linalg.norm(doubt_E))

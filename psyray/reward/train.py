@@ -6,6 +6,7 @@ Saved as a Hugging Face sequence-classification model with one label, which vLLM
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import groupby, repeat
 from typing import Any
@@ -31,11 +32,11 @@ def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
     settings = section.model_dump(exclude={"adapters", "heads"}) | more
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        train = [row for row in pairs.each(["split", "margin"]) if row["split"] == "train"]
+        train = Counter(usable(row, section) for row in pairs.each(["split", "margin"]) if row["split"] == "train")
         if not train:
             raise PsyrayError("no training pair is left for the reward model; lower pairs.gap or give more speeches")
-        train_pairs = sum(usable(row, section) for row in train)
-        if told := without_margin(len(train) - train_pairs, len(train)):
+        train_pairs = train[True]
+        if told := without_margin(train[False], train.total()):
             run.say(told)
         steps = run_training(
             folder,
