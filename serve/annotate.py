@@ -116,9 +116,10 @@ class Given(Strict):
 def http_app(desk: Desk) -> FastAPI:
     """The application around the run's queue."""
     limits = Limits(body_bytes=MAX_BODY, per_minute=desk.per_minute)
-    app = page_app("psyray experts", "annotate", (experts, health), desk.keys, limits)
-    app.state.desk, app.state.queue = desk, (queue := ExpertQueue(Ledger(desk.ledger).database, desk.runs))
-    app.state.health = Health(lambda: asyncio.to_thread(queue.progress, question_ids=[]))
+    queue = ExpertQueue(Ledger(desk.ledger).database, desk.runs)
+    health = Health(lambda: asyncio.to_thread(queue.progress, question_ids=[]))
+    app = page_app("psyray experts", "annotate", [experts], desk.keys, limits, health)
+    app.state.desk, app.state.queue = desk, queue
     app.add_exception_handler(QueueError, _cannot)
     return app
 
@@ -131,7 +132,6 @@ def _queue(request: Request) -> ExpertQueue:
 Queue = Annotated[ExpertQueue, Depends(_queue)]
 Expert = Annotated[str, Depends(asker)]
 experts = APIRouter(prefix="/experts")
-health = APIRouter()
 
 
 @experts.get("/next")
@@ -181,13 +181,6 @@ def rubric(expert: Expert, request: Request) -> JSONResponse:
     principles = [{"key": p.key, "name": p.name, "guidance": p.guidance} for p in shown.principles]
     scale = {"low": shown.low, "high": shown.high, "speaker": shown.speaker, "principles": principles}
     return JSONResponse(scale | {"contact": desk.contact})
-
-
-@health.get("/healthz")
-async def healthz(request: Request) -> JSONResponse:
-    """Whether the ledger answers."""
-    answer: JSONResponse = await request.app.state.health.reply()
-    return answer
 
 
 def _shown(lease: Lease) -> JSONResponse:

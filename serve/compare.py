@@ -162,15 +162,15 @@ class Given(OfTurn):
 def http_app(room: Room) -> FastAPI:
     """The application around the room."""
     limits = Limits(body_bytes=MAX_BODY, per_minute=room.per_minute)
-    app = page_app("psyray conversations", "compare", (turns, health), room.keys, limits)
-    app.state.room, app.state.open = room, dict[str, Turn]()  # each person's latest turn
-    app.state.ledger = ledger = Ledger(room.ledger) if room.ledger else None
+    ledger = Ledger(room.ledger) if room.ledger else None
 
     async def look() -> None:
         if ledger:
             await asyncio.to_thread(ledger.spent, room.run)
 
-    app.state.health = Health(look)
+    app = page_app("psyray conversations", "compare", [turns], room.keys, limits, Health(look))
+    app.state.room, app.state.open = room, dict[str, Turn]()  # each person's latest turn
+    app.state.ledger = ledger
     app.add_exception_handler(NoAnswer, _no_answer)
     return app
 
@@ -183,7 +183,6 @@ def _room(request: Request) -> Room:
 Person = Annotated[str, Depends(asker)]
 Here = Annotated[Room, Depends(_room)]
 turns = APIRouter(prefix="/turns")
-health = APIRouter()
 
 
 @turns.get("/about")
@@ -225,13 +224,6 @@ async def choose(given: Given, person: Person, room: Here, request: Request) -> 
         raise HTTPException(409, "you have chosen already, and otherwise; a choice is final")
     goes_on = {Choice.RIGHT: "right", Choice.HARMFUL: None}.get(given.choice, "left")
     return JSONResponse({"kept": keeps, "goes_on": goes_on, "policies": turn.policies if room.reveal else None})
-
-
-@health.get("/healthz")
-async def healthz(request: Request) -> JSONResponse:
-    """Whether the ledger answers, where there is one."""
-    answer: JSONResponse = await request.app.state.health.reply()
-    return answer
 
 
 async def _lines(turn: Turn, endpoint: Endpoint, language: str) -> AsyncIterator[str]:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from psyray.active.database import LedgerError
 from serve.access import Gate, Key, Limits
+from serve.health import Health
 from serve.refusals import invalid
 
 ASSETS = Path(__file__).parent / "assets"
@@ -45,9 +46,12 @@ def page_router(name: str) -> APIRouter:
     return router
 
 
-def page_app(title: str, name: str, routers: Sequence[APIRouter], keys: tuple[Key, ...], limits: Limits) -> FastAPI:
+def page_app(
+    title: str, name: str, routers: Sequence[APIRouter], keys: tuple[Key, ...], limits: Limits, health: Health
+) -> FastAPI:
     """A page and its routes behind the gate: no CORS, so that no page of another origin may read what is said here."""
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
+    app.get("/healthz")(health.reply)
     for router in (*routers, page_router(name)):  # the page's own last: it takes every name that is left
         app.include_router(router)
     app.add_middleware(Gate, keys=keys, limits=limits, free=open_paths(name))

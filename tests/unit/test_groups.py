@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from psyray.records import PAIRS
 from psyray.reward.groups import GroupCollator, group_example, pad_apart, preference_loss
 from psyray.reward.score import RewardScorer
 from psyray.reward.train import examples, without_margin
-from psyray.run import Folder, Run
+from psyray.run import Artifact, Folder, Run
 from psyray.sections.learning import RewardSection
 
 TEXTS = ["You lie awake and it wears you out.", "Sleep.", "What goes round in your head at night?", "I see."]
@@ -133,15 +134,8 @@ def test_the_model_learns_where_it_is_scored(model, tokenizer, tmp_path):
     assert trained_on == pytest.approx(scored, abs=0.03)  # bfloat16
 
 
-def test_training_pairs_come_alone_or_by_speech(tmp_path):
-    rows = [
-        pair | {"pair_id": f"{n:02d}", "split": split, "speech_id": speech}
-        for n, (pair, split, speech) in enumerate(
-            (pair, split, speech)
-            for pair in pairs(TEXTS[:3])
-            for speech, split in (("s", "train"), ("t", "train"), ("u", "test"))
-        )
-    ]
+def stage_of(rows: list[dict], tmp_path: Path) -> Artifact:
+    """The finished stage `pairs` of a run with these rows."""
 
     def make(folder: Folder) -> dict:
         parts = folder.parts(PAIRS, "pair_id")
@@ -151,7 +145,19 @@ def test_training_pairs_come_alone_or_by_speech(tmp_path):
 
     run = Run(tmp_path / "run", say=lambda line: None)
     with run.open({}):
-        artifact = run.stage("pairs", {}, [], make)
+        return run.stage("pairs", {}, [], make)
+
+
+def test_training_pairs_come_alone_or_by_speech(tmp_path):
+    rows = [
+        pair | {"pair_id": f"{n:02d}", "split": split, "speech_id": speech}
+        for n, (pair, split, speech) in enumerate(
+            (pair, split, speech)
+            for pair in pairs(TEXTS[:3])
+            for speech, split in (("s", "train"), ("t", "train"), ("u", "test"))
+        )
+    ]
+    artifact = stage_of(rows, tmp_path)
     alone, together = (list(examples(Folder(tmp_path), RewardSection(groups=g), artifact)) for g in (False, True))
     assert [len(e["margin"]) for e in alone] == [1] * 6 and [len(e["margin"]) for e in together] == [3, 3]
     assert together[0]["responses"] == TEXTS[:3] and together[0]["margin"] == [0.0] * 3
@@ -162,16 +168,7 @@ def test_a_pair_whose_margin_nobody_knows_is_left_out_where_the_loss_needs_it_an
         pair | {"pair_id": f"{n}", "split": "train", "margin": None if n == 1 else 2.0}
         for n, pair in enumerate(pairs(TEXTS[:3]))
     ]
-
-    def make(folder: Folder) -> dict:
-        parts = folder.parts(PAIRS, "pair_id")
-        parts.append(rows)
-        parts.finish()
-        return {}
-
-    run = Run(tmp_path / "run", say=lambda line: None)
-    with run.open({}):
-        artifact = run.stage("pairs", {}, [], make)
+    artifact = stage_of(rows, tmp_path)
     for groups in (False, True):
         for use, kept in ((True, [2.0, 2.0]), (False, [0.0] * 3)):
             found = examples(Folder(tmp_path), RewardSection(groups=groups, use_margin=use), artifact)
