@@ -2,6 +2,7 @@
 
     python benchmarks/policy_proof.py --data FOLDER                              # drts beside random, 3 seeds
     python benchmarks/policy_proof.py --data FOLDER --arms random drts offline   # and one round with the whole budget
+    python benchmarks/policy_proof.py --data FOLDER --heads laplace --arms random v_optimal  # see the posterior itself
     python benchmarks/policy_proof.py --data FOLDER --seeds 1 --rounds 1 --speeches 40 --prompts 12 --budget 8
 
 FOLDER holds the labelled set that --set declares (default: PAIR, configs/agreement/tiers.yaml).
@@ -133,7 +134,7 @@ def settings(args: argparse.Namespace, place: Path, url: str, seed: int, arm: st
         "responses": {"k": 2, "responders": [{"name": "start", **sampling}]},
         "judge": {"engine": "http", "model": "gold", "url": url},
         "pairs": {"gap": 0.2, "veto": []},
-        "reward": {"train": train | {"learning_rate": 1e-4, "freeze_layers": 26}},
+        "reward": {"train": train | {"learning_rate": 1e-4, "freeze_layers": 26}, "heads": {"kind": args.heads}},
         "policy": sampling,
         "dpo": {"train": train | {"learning_rate": args.rate, "freeze_layers": 18, "epochs": args.epochs}},
         "loop": {
@@ -239,6 +240,9 @@ def main() -> None:
         "--gold-prompts", type=int, default=100, help="of the set, for gold; features cost a second for two replies"
     )
     parser.add_argument("--arms", nargs="+", default=[BASELINE, "drts"], help=f"acquisition functions, and {OFFLINE}")
+    parser.add_argument(
+        "--heads", choices=["ensemble", "laplace", "mlp"], default="ensemble", help="reward.heads.kind of all arms"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=24, help="speeches of a round")
