@@ -34,7 +34,7 @@ from serve.access import VARIABLE, Key, Limits, read_keys
 from serve.champion import Words
 from serve.door import put_up
 from serve.health import Health
-from serve.pages import asker, page_app
+from serve.pages import asker, bootstrap, page_app
 
 MAX_BODY = 64 * 1024  # bytes; an answer is a note of MAX_NOTE characters and a few ratings
 MAX_NOTE = 4_000
@@ -69,6 +69,7 @@ class Desk:
 def build(args: dict[str, str]) -> Any:
     """The Serve application of a run's expert queue; PsyrayError names what is wrong with the arguments or the run."""
     put_up()
+    bootstrap()  # a missing one is told here, not by a replica that does not start
     desk = open_desk(Args.read(args))
     from ray import serve  # takes seconds: a mistake above is told at once, and the page itself needs no Ray
 

@@ -42,7 +42,7 @@ from serve.champion import Words
 from serve.door import put_up
 from serve.endpoint import Endpoint, NoAnswer
 from serve.health import Health
-from serve.pages import asker, page_app
+from serve.pages import asker, bootstrap, page_app
 from serve.turn import SIDES, Turn
 
 TOKEN = "PSYRAY_POLICY_KEY"
@@ -93,6 +93,7 @@ class Room:
 def build(args: dict[str, str]) -> Any:
     """The Serve application; PsyrayError names what is wrong with the arguments or the run."""
     put_up()
+    bootstrap()  # a missing one is told here, not by a replica that does not start
     room = open_room(Args.read(args))
     from ray import serve  # takes seconds: a mistake above is told at once, and the page itself needs no Ray
 

@@ -1,27 +1,45 @@
-"""What the pages for people have in common: their own files and nobody else's, and what other origins may do: nothing.
+"""What the pages for people have in common: their files, all from here, and what other origins may do: nothing.
 
-A page is NAME.html and NAME.js in serve/assets, beside page.js, page.css and icon.svg, which are every page's.
+A page is NAME.html and NAME.js in serve/assets, beside page.js, page.css and icon.svg, which are every page's, and
+Bootstrap's stylesheet, which the package Bootstrap-Flask carries. Of Bootstrap's scripts none is used.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from psyray.active.database import LedgerError
+from psyray.errors import PsyrayError
 from serve.access import Gate, Key, Limits
 from serve.health import Health
 from serve.refusals import invalid
 
 ASSETS = Path(__file__).parent / "assets"
-SHARED = ("page.js", "page.css", "icon.svg")
+BOOTSTRAP = "bootstrap.min.css"
+SHARED = ("page.js", "page.css", "icon.svg", BOOTSTRAP)
+
+
+def bootstrap() -> Path:
+    """Bootstrap's stylesheet in its package, which is not imported: that would load Flask; PsyrayError without it."""
+    package = find_spec("flask_bootstrap")
+    folders = package.submodule_search_locations if package else None
+    found = [path for folder in folders or () if (path := Path(folder, "static/bootstrap5/css", BOOTSTRAP)).is_file()]
+    if not found:
+        where = f"not in {folders[0]}" if folders else "not installed"
+        raise PsyrayError(
+            f"the pages need {BOOTSTRAP} of the package Bootstrap-Flask, which is {where}; see requirements/"
+        )
+    return found[0]
 
 
 def open_paths(name: str) -> tuple[str, ...]:
@@ -31,17 +49,20 @@ def open_paths(name: str) -> tuple[str, ...]:
 
 def page_router(name: str) -> APIRouter:
     """The routes of a page's files."""
-    router = APIRouter()
+    router, files = APIRouter(), StaticFiles()
+    parts = {file: ASSETS / file for file in (f"{name}.js", *SHARED)} | {BOOTSTRAP: bootstrap()}
 
     @router.get("/", include_in_schema=False)
     def index() -> FileResponse:
         return FileResponse(ASSETS / f"{name}.html")
 
     @router.get("/{file}", include_in_schema=False)
-    def asset(file: str) -> FileResponse:
-        if file not in (f"{name}.js", *SHARED):
+    def part(request: Request, file: str) -> Response:
+        if file not in parts:
             raise HTTPException(404)
-        return FileResponse(ASSETS / file)
+        reply = files.file_response(parts[file], parts[file].stat(), request.scope)  # 304 for a copy that still holds
+        reply.headers["cache-control"] = "no-cache"  # kept, but asked about: a page never has an older version's parts
+        return reply
 
     return router
 
@@ -73,10 +94,12 @@ async def unavailable(request: Request, error: Exception) -> JSONResponse:
 
 
 class Private:
-    """Sends headers that keep answers out of caches, other origins out of the page, and the page off other hosts."""
+    """Sends headers that keep answers out of caches (unless one says otherwise), other origins out of the page, and the
+    page off other hosts."""
 
     POLICY = (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data:; "  # Bootstrap's ticks and arrows are in its stylesheet
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
@@ -95,7 +118,9 @@ class Private:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *self.HEADERS]
+                said = dict(message.get("headers", []))
+                missing = [(name, value) for name, value in self.HEADERS if name not in said]
+                message["headers"] = [*message.get("headers", []), *missing]
             await send(message)
 
         await self.app(scope, receive, sending)

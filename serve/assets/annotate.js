@@ -18,15 +18,15 @@ async function begin() {
 
 function ratingRow(principle) {
   const row = make("tr");
-  const name = make("th", principle.name, { scope: "row" });
-  name.append(make("small", principle.guidance));
+  const name = make("th", principle.name, { scope: "row", className: "fw-normal text-break" });
+  name.append(make("small", principle.guidance, { className: "d-block text-body-secondary" }));
   row.append(name, ...["left", "right"].map((side) => ratingCell(principle, side)));
   return row;
 }
 
 function ratingCell(principle, side) {
   const cell = make("td");
-  const select = make("select");
+  const select = make("select", "", { className: "form-select w-auto" });
   select.dataset.side = side;
   select.dataset.key = principle.key;
   select.setAttribute("aria-label", `${principle.name}, ${side} response`);
@@ -45,14 +45,19 @@ async function counts() {
   const now = await call("GET", "experts/progress");
   at("progress").textContent = `${now.answered} answered by you, ${now.left} left for you; ` +
     `${now.given} of ${now.wanted} answers are in`;
-  at("bar").max = Math.max(now.answered + now.left, 1);
-  at("bar").value = now.answered;
+  fill(at("bar"), now.answered, now.answered + now.left);
   at("undo").hidden = now.answered + now.skipped === 0;
   const { all, last } = await call("GET", "experts/agreement");
   at("agreement").textContent = all.compared
     ? `Others said the same as you in ${percent(last.agree)} of your last answers that they gave too, ` +
       `${percent(all.agree)} of all ${all.compared}.`
     : "";
+}
+
+function fill(bar, done, all) {
+  bar.setAttribute("aria-valuenow", done);
+  bar.setAttribute("aria-valuemax", Math.max(all, 1));
+  bar.firstElementChild.style.width = `${(100 * done) / Math.max(all, 1)}%`;
 }
 
 function percent(share) {
@@ -75,7 +80,7 @@ function show(next) {
     select.value = said?.ratings[select.dataset.side]?.[select.dataset.key] ?? "";
   }
   at("earlier").textContent = said ? `You took your answer back; it was: ${WORDS[said.choice]}.` : "";
-  window.scrollTo(0, 0);
+  window.scrollTo({ top: 0, behavior: "instant" });
   at("conversation-heading").focus({ preventScroll: true });
 }
 

@@ -36,7 +36,8 @@ function paint() {
   at("speak").hidden = Boolean(now) && !now.chosen && !now.failed;
   at("view").hidden = !now?.whole;
   for (const side of SIDES) {
-    at(`${side}-answer`).classList.toggle("chosen", now?.chosen === side);
+    at(`${side}-answer`).classList.toggle("border-primary", now?.chosen === side);
+    at(`${side}-chosen`).hidden = now?.chosen !== side;
     at(`${side}-answer`).setAttribute("aria-busy", String(Boolean(now) && !now.whole && !now.failed));
   }
 }
@@ -47,7 +48,7 @@ async function send() {
   const messages = [...history, { role: "user", content: words }];
   const got = await reply("POST", "turns/say", { messages });
   now = { words };
-  hideView();
+  showView(false);
   at("crisis").hidden = true;
   for (const side of SIDES) at(side).textContent = "";
   at("state").textContent = "Both answers are being written.";
@@ -112,31 +113,32 @@ async function choose(choice) {
 
 async function toggleView() {
   if (!now?.whole) return;
-  if (at("view").getAttribute("aria-pressed") === "true") return hideView();
+  if (at("view").getAttribute("aria-pressed") === "true") return showView(false);
   const seen = await call("POST", "turns/view", { turn_id: now.turn_id });
-  for (const side of SIDES) {
-    at(`${side}-view`).replaceChildren(...viewOf(side, seen[side]));
-    at(`${side}-view`).hidden = false;
-  }
-  at("view").setAttribute("aria-pressed", "true");
+  for (const side of SIDES) at(`${side}-view`).replaceChildren(...viewOf(side, seen[side]));
+  showView(true);
 }
 
-function hideView() {
-  for (const side of SIDES) at(`${side}-view`).hidden = true;
-  at("view").setAttribute("aria-pressed", "false");
+function showView(open) {
+  for (const side of SIDES) at(`${side}-view`).hidden = !open;
+  at("view").setAttribute("aria-pressed", open);
+  at("view").classList.toggle("active", open);
 }
 
 function viewOf(side, { score, spread, principles }) {
   const told = make("p", `Score ${score.toFixed(2)}, spread ${spread.toFixed(2)}`);
   if (!principles) return [told];
-  const table = make("table");
+  const table = make("table", "", { className: "table table-sm caption-top mb-0" });
   table.append(make("caption", `Ratings that the judge is expected to give answer ${NAMES[side]}, ` +
     `from ${facts.low} to ${facts.high}`));
   const body = make("tbody");
   for (const { key, name } of facts.principles) {
     if (!(key in principles)) continue;
     const row = make("tr");
-    row.append(make("th", name, { scope: "row" }), make("td", principles[key].toFixed(1)));
+    row.append(
+      make("th", name, { scope: "row", className: "fw-normal" }),
+      make("td", principles[key].toFixed(1), { className: "text-end" }),
+    );
     body.append(row);
   }
   table.append(body);

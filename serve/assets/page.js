@@ -4,6 +4,12 @@ const KEYS_OFF = "single-keys-off";
 const TRY_AGAIN_MS = 3000;
 
 export const at = (id) => document.getElementById(id);
+// Bootstrap takes dark or light from an attribute.
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const paintTheme = () => document.documentElement.setAttribute("data-bs-theme", dark.matches ? "dark" : "light");
+dark.addEventListener("change", paintTheme);
+paintTheme();
+
 let token = sessionStorage.getItem(TOKEN) || "";
 let busy = false;
 
@@ -128,7 +134,10 @@ export function make(name, text = "", properties = {}) {
 }
 
 export function turn(who, content) {
-  const box = make("div", "", { className: "turn" });
-  box.append(make("b", who), make("p", content, { className: "text" }));
+  const box = make("div", "", { className: "border-start border-4 ps-3 mb-3" });
+  box.append(
+    make("div", who, { className: "small fw-semibold text-body-secondary" }),
+    make("p", content, { className: "text mb-0" }),
+  );
   return box;
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from browsing import faults, fits_on_phones, refused_by_its_own_rules, until
+from browsing import dressed, faults, fits_on_phones, refused_by_its_own_rules, until
 from threaded import running
 from two_policies import POLICIES, SAID, TOKEN, stand_in
 
@@ -77,6 +77,7 @@ def test_a_conversation_of_several_turns_by_keyboard_is_kept_blind_to_sides(brow
     page.keyboard.press("1" if good == "left" else "2")
     page.wait_for_selector("#speak:not([hidden])")
     letters = {"left": "A", "right": "B"}
+    assert page.is_visible(f"#{good}-chosen") and page.locator(".badge:visible").count() == 1
     assert f"You chose {letters[good]}. Your choice is kept." in page.inner_text("#state")
     assert f"{letters[good]} was {POLICIES[1]}" in page.inner_text("#state")  # reveal=true
 
@@ -127,6 +128,10 @@ def test_it_is_for_everybody_and_asks_nobody_else(browser, place):
     page.close()
     page, _ = enter(browser, place)
     refused_by_its_own_rules(page)
+
+
+def test_it_wears_the_librarys_stylesheet_from_its_own_server(browser, place):
+    dressed(browser, place.url)
 
 
 def test_an_answer_that_breaks_off_is_said_and_the_words_are_still_there(browser, place, tmp_path):

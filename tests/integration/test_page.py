@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from browsing import faults, fits_on_phones, refused_by_its_own_rules, tabbed, until
+from browsing import dressed, faults, fits_on_phones, refused_by_its_own_rules, tabbed, until
 
 from psyray.active.ledger import Ledger, Question
 from psyray.active.queue import ExpertQueue
@@ -151,6 +151,8 @@ def test_it_works_by_keyboard_for_screen_readers_and_on_phones(browser, server):
     page.close()
     anna = Expert(browser, "anna", server.port, bypass_csp=True)
     page = anna.page
+    bar = page.get_by_role("progressbar", name="Questions that you have answered")
+    assert [bar.get_attribute(f"aria-value{name}") for name in ("min", "now", "max")] == ["0", "0", str(PAIRS)]
     for summary in page.locator("summary").all():
         summary.click()
     assert faults(page) == []
@@ -158,13 +160,13 @@ def test_it_works_by_keyboard_for_screen_readers_and_on_phones(browser, server):
     assert page.get_by_role("article", name="Left response").is_visible()
     assert page.get_by_role("group", name="Your answer").get_by_role("button").count() == 5
     assert page.get_by_role("status").filter(has_text="0 answered by you").count() == 1
-    assert page.get_by_role("progressbar", name="Questions that you have answered").count() == 1
     assert page.get_by_role("combobox", name="Empathy and emotional understanding, right response").count() == 1
     assert "Dr. Ito, room 4" in page.inner_text("#contact")
     for summary in page.locator("summary").all():
         summary.click()
     anna.presses("t", 1)  # the next question is where the reader's voice goes on
     assert page.evaluate("() => document.activeElement.id") == "conversation-heading"
+    assert bar.get_attribute("aria-valuenow") == "1"
     order = ["Ratings and a note, if you like", "left", "tie", "right", "skip", "harmful", "undo", "stop"]
     assert tabbed(page, 9) == [*order, "Keys, breaks, and what is hard to read"]
     server.kill()
@@ -172,6 +174,10 @@ def test_it_works_by_keyboard_for_screen_readers_and_on_phones(browser, server):
     page.keyboard.press("Enter")
     page.get_by_role("alert").wait_for()  # the trouble is told, and the focus is not lost
     assert page.evaluate("() => document.activeElement.dataset.choice") == "tie"
+
+
+def test_it_wears_the_librarys_stylesheet_from_its_own_server(browser, server):
+    dressed(browser, f"http://127.0.0.1:{server.port}/")
 
 
 def test_ratings_come_back_with_undo_keys_can_be_switched_off_and_a_break_frees_the_question(browser, server, ledger):
