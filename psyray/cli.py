@@ -20,7 +20,9 @@ app = typer.Typer(
 )
 out = Console(highlight=False, soft_wrap=True)
 Settings = Annotated[list[str] | None, typer.Argument(help="settings over the file's, for example loop.rounds=1")]
-RunFolder = Annotated[Path, typer.Argument(help="the run folder, for example runs/demo")]
+RunFolder = Annotated[
+    Path, typer.Argument(help="the run: its folder or URI, for example runs/demo or s3://bucket/demo")
+]
 
 
 @app.command()
@@ -80,25 +82,28 @@ def status(folder: RunFolder) -> None:
 def report(folder: RunFolder) -> None:
     """Write RUN/report.html anew from what the run has so far."""
     from psyray.report import write_report
-    from psyray.run import find_run
 
-    say(f"report: {write_report(find_run(folder))}")
+    say(f"report: {write_report(folder)}")
 
 
 @app.command()
 def fetch(
-    mirror: Annotated[str, typer.Argument(help="the run's run.mirror, for example s3://bucket/demo")],
-    folder: Annotated[Path, typer.Argument(help="the run folder to fetch it into, new or half there")],
+    mirror: Annotated[str, typer.Argument(help="the run's URI or run.mirror, for example s3://bucket/demo")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="the run folder to fetch it into, new or half there; none: the URI's own")
+    ] = None,
 ) -> None:
     """Fetch a run from its mirror: the finished stages of its latest pass, and the ledger where this machine has none.
 
-    Example:  psyray fetch s3://bucket/demo runs/demo
+    Examples:  psyray fetch s3://bucket/demo
+               psyray fetch s3://bucket/demo runs/demo
     """
     from psyray.active.ledger import ledger_file
+    from psyray.homes import run_path
     from psyray.mirror import Mirror
-    from psyray.run import fetch_run, run_path
+    from psyray.run import fetch_run
 
-    path = run_path(folder)
+    path = run_path(folder or Path(mirror))
     names = fetch_run(Mirror(mirror, path, ledger_file(path), say))
     say(f"{path}: {len(names)} finished stages; state: psyray status {path}")
 

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from psyray.errors import PsyrayError
 from psyray.origin import ORIGIN, origin
-from psyray.run import Artifact, find_run, read_json, read_stages
+from psyray.run import Artifact, find_run, read_json, read_stages, stage_folders
 from psyray.status import key_numbers, number
 from psyray.track import registered
 
@@ -69,7 +69,7 @@ def _at(path: Path) -> Place:
 
 
 def _by_fingerprint(prefix: str, runs: list[Path], where: str) -> Place:
-    found = [(run, file.parent) for run in runs for file in (run / "stages").rglob(f"{prefix}*/manifest.json")]
+    found = [(run, folder) for run in runs for folder in stage_folders(run, f"{prefix}*")]
     if not found:
         raise PsyrayError(f"no stage {prefix} in {where}; --runs names the folder that holds the run folders")
     if len({folder.name for _, folder in found}) > 1:
@@ -93,7 +93,7 @@ def parents(place: Place) -> list[Place]:
 
 def _folders(run: Path, fingerprint: str) -> Iterator[Path]:
     if re.fullmatch(r"[0-9a-f]+", fingerprint):  # a start policy is named by its folder or hub id
-        yield from (file.parent for file in (run / "stages").rglob(f"{fingerprint}/manifest.json"))
+        yield from stage_folders(run, fingerprint)
 
 
 def ancestry(place: Place) -> dict[str, Place]:

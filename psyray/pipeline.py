@@ -25,6 +25,7 @@ from psyray.data.topics import topic_judge, topics_stage
 from psyray.engines.judges import answerer, make_judge, make_panel
 from psyray.errors import PsyrayError
 from psyray.evaluate.probe import load_probe
+from psyray.homes import run_path
 from psyray.loop import Outcome, Seen, online_loop
 from psyray.mirror import Mirror, address
 from psyray.models import local_models, resolve_model
@@ -37,7 +38,7 @@ from psyray.reward.by_topic import by_topic_stage
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
 from psyray.rubric import Rubric, load_rubric
-from psyray.run import Artifact, Folder, Run, followed, run_path, write_atomic
+from psyray.run import Artifact, Folder, Run, followed, write_atomic
 from psyray.sections.data import JudgeSection
 from psyray.status import expected_stages
 from psyray.stopping import Reached, last_stage
