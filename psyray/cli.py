@@ -24,6 +24,14 @@ RunFolder = Annotated[
     Path, typer.Argument(help="the run: its folder or URI, for example runs/demo or s3://bucket/demo")
 ]
 
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        help="MLflow's registry; none: the run's own (its track.uri), for a name MLFLOW_TRACKING_URI, else SQLite in "
+        "--runs"
+    ),
+]
+
 
 @app.command()
 def run(
@@ -112,6 +120,7 @@ def fetch(
 def lineage(
     model: Annotated[str, typer.Argument(help="a run or model folder, the id of a served answer, or NAME[@ALIAS]")],
     runs: Annotated[Path, typer.Option(help="the folder that holds the run folders")] = Path("runs"),
+    tracking_uri: TrackingUri = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Tell what a model was made from: rounds, labels, judge, responses, speeches, stage by stage.
@@ -124,12 +133,10 @@ def lineage(
 
     from psyray.lineage import facts, find, show
     from psyray.run import find_run
-    from psyray.sections.place import TrackSection
-    from psyray.track import tracking_uri
+    from psyray.track import registry_beside
 
     runs = find_run(runs)
-    # The tracking database beside the run folders is where runs register, unless MLFLOW_TRACKING_URI says otherwise.
-    known = facts(find(model, runs, tracking_uri(TrackSection(), runs / "any")))
+    known = facts(find(model, runs, tracking_uri or registry_beside(runs)))
     if as_json:
         say(json.dumps(known, indent=1))
     else:
@@ -140,19 +147,18 @@ def lineage(
 def promote(
     model: Annotated[str, typer.Argument(help="a finished run's folder, the id of an export, or NAME/VERSION")],
     runs: Annotated[Path, typer.Option(help="the folder that holds the run folders")] = Path("runs"),
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Make a registered model the champion: servers that follow the registry change over without losing a request.
 
     Examples:  psyray promote runs/demo
                psyray promote psyray-policy/3      an earlier version: going back
+               psyray promote psyray-policy/3 --tracking-uri http://mlflow.internal:5000
     """
     from psyray.registry import promote
     from psyray.run import find_run
-    from psyray.sections.place import TrackSection
-    from psyray.track import tracking_uri
 
-    runs = find_run(runs)
-    for name, version in promote(model, runs, tracking_uri(TrackSection(), runs / "any")).items():
+    for name, version in promote(model, find_run(runs), tracking_uri).items():
         say(f"{name}: version {version} is champion")
 
 

@@ -38,12 +38,22 @@ class Place:
 
 def find(model: str, runs: Path, tracking: str) -> Place:
     """The stage that a run folder, a model folder, an id or a registered name means; PsyrayError if there is none."""
+    return in_runs(model, runs) or in_registry(model, tracking)
+
+
+def in_runs(model: str, runs: Path) -> Place | None:
+    """The stage that a run folder, a model folder or an id means; None for a registered name."""
     given = Path(model).expanduser()
     for path in (find_run(given), given.absolute()):  # a run lies under $PSYRAY_HOME, a model's folder may lie here
         if path.exists():
             return _at(path)
     if re.fullmatch(r"[0-9a-f]{6,}", model):
         return _by_fingerprint(model, sorted(file.parent for file in runs.glob("*/run.json")), f"the runs in {runs}")
+    return None
+
+
+def in_registry(model: str, tracking: str) -> Place:
+    """The stage that a registered name means; PsyrayError if there is none."""
     tags = registered(tracking, model)
     if not {"run", "psyray.fingerprint"} <= set(tags):
         raise PsyrayError(f"{model} was not registered by psyray: it names no run")

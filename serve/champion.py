@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from psyray.addresses import holds_secret
 from psyray.errors import PsyrayError
 from psyray.homes import no_run
 from psyray.models import resolve_model
@@ -80,6 +81,9 @@ class Args(Words):
     run: Path | None = Field(None, description="a finished run, its folder or URI; none: the registry's `model`")
     model: str = Field("psyray-policy@champion", description="in MLflow's registry: NAME@ALIAS or NAME/VERSION")
     runs: Path = Field(Path("runs"), description="the folder of run folders, beside which the registry lies")
+    tracking: str | None = Field(
+        None, description="MLflow's URI, without a password; none: MLFLOW_TRACKING_URI, else SQLite in `runs`"
+    )
     follow_s: float | None = Field(
         None, ge=1, description="seconds between looks for a new champion; none: 30 for the registry, never for a run"
     )
@@ -114,6 +118,15 @@ class Args(Words):
     @classmethod
     def _address(cls, words: Any) -> Any:
         return Address.parse(words) if isinstance(words, (str, int)) else words
+
+    @field_validator("tracking")
+    @classmethod
+    def _no_secret(cls, uri: str | None) -> str | None:
+        if uri and holds_secret(uri):
+            raise ValueError(
+                "it holds a user name, a password or a key: Serve keeps the words; set MLFLOW_TRACKING_URI"
+            )
+        return uri
 
     @field_validator("beside", mode="before")
     @classmethod
