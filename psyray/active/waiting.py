@@ -9,7 +9,8 @@ from pathlib import Path
 
 from psyray.active.database import Database, lacking
 from psyray.active.place import place_of
-from psyray.active.queue import ExpertQueue, Waiting
+from psyray.active.queue import ExpertQueue
+from psyray.active.standing import Waiting
 from psyray.run import find_run
 from psyray.status import read_config
 
