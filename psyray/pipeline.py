@@ -178,13 +178,13 @@ def open_desk(config: Config, run: Run) -> Desk:
     ledger = Ledger(ledger_url(config.ledger.url, run.path))
     run_id = ledger_name(config, run.path)
 
-    def desk(section: JudgeSection) -> Desk:
+    def desk(section: JudgeSection, setting: str) -> Desk:
         judge = make_judge(section, rubric, config.engine, config.cluster.wait_s)
-        return Desk(judge, rubric, ledger, run_id, section)
+        return Desk(judge, rubric, ledger, run_id, section, setting=setting)
 
     if not config.panel.judges:
-        return desk(config.judge)
-    members = tuple(desk(section) for section in config.labelling)
+        return desk(config.judge, "judge")
+    members = tuple(desk(section, f"panel.judges.{place}") for place, section in enumerate(config.labelling))
     panel = make_panel([member.judge for member in members], config.panel, rubric)
     section = config.judge.model_copy(update={"form": config.panel.judges[0].form})
     return Desk(panel, rubric, ledger, run_id, section, members, config.panel)
@@ -195,7 +195,7 @@ def second_desk(config: Config, desk: Desk) -> Desk | None:
     if not (section := config.evaluate.second):
         return None
     judge = make_judge(section, desk.rubric, config.engine, config.cluster.wait_s)
-    return Desk(judge, desk.rubric, desk.ledger, desk.run_id, section)
+    return Desk(judge, desk.rubric, desk.ledger, desk.run_id, section, setting="evaluate.second")
 
 
 def check(config: Config) -> None:
