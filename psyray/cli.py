@@ -20,7 +20,17 @@ app = typer.Typer(
 )
 out = Console(highlight=False, soft_wrap=True)
 Settings = Annotated[list[str] | None, typer.Argument(help="settings over the file's, for example loop.rounds=1")]
-RunFolder = Annotated[Path, typer.Argument(help="the run folder, for example runs/demo")]
+RunFolder = Annotated[
+    Path, typer.Argument(help="the run: its folder or URI, for example runs/demo or s3://bucket/demo")
+]
+
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        help="MLflow's registry; none: the run's own (its track.uri), for a name MLFLOW_TRACKING_URI, else SQLite in "
+        "--runs"
+    ),
+]
 
 
 @app.command()
@@ -80,25 +90,28 @@ def status(folder: RunFolder) -> None:
 def report(folder: RunFolder) -> None:
     """Write RUN/report.html anew from what the run has so far."""
     from psyray.report import write_report
-    from psyray.run import find_run
 
-    say(f"report: {write_report(find_run(folder))}")
+    say(f"report: {write_report(folder)}")
 
 
 @app.command()
 def fetch(
-    mirror: Annotated[str, typer.Argument(help="the run's run.mirror, for example s3://bucket/demo")],
-    folder: Annotated[Path, typer.Argument(help="the run folder to fetch it into, new or half there")],
+    mirror: Annotated[str, typer.Argument(help="the run's URI or run.mirror, for example s3://bucket/demo")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="the run folder to fetch it into, new or half there; none: the URI's own")
+    ] = None,
 ) -> None:
     """Fetch a run from its mirror: the finished stages of its latest pass, and the ledger where this machine has none.
 
-    Example:  psyray fetch s3://bucket/demo runs/demo
+    Examples:  psyray fetch s3://bucket/demo
+               psyray fetch s3://bucket/demo runs/demo
     """
     from psyray.active.ledger import ledger_file
+    from psyray.homes import run_path
     from psyray.mirror import Mirror
-    from psyray.run import fetch_run, run_path
+    from psyray.run import fetch_run
 
-    path = run_path(folder)
+    path = run_path(folder or Path(mirror))
     names = fetch_run(Mirror(mirror, path, ledger_file(path), say))
     say(f"{path}: {len(names)} finished stages; state: psyray status {path}")
 
@@ -107,6 +120,7 @@ def fetch(
 def lineage(
     model: Annotated[str, typer.Argument(help="a run or model folder, the id of a served answer, or NAME[@ALIAS]")],
     runs: Annotated[Path, typer.Option(help="the folder that holds the run folders")] = Path("runs"),
+    tracking_uri: TrackingUri = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Tell what a model was made from: rounds, labels, judge, responses, speeches, stage by stage.
@@ -119,12 +133,10 @@ def lineage(
 
     from psyray.lineage import facts, find, show
     from psyray.run import find_run
-    from psyray.sections.place import TrackSection
-    from psyray.track import tracking_uri
+    from psyray.track import registry_beside
 
     runs = find_run(runs)
-    # The tracking database beside the run folders is where runs register, unless MLFLOW_TRACKING_URI says otherwise.
-    known = facts(find(model, runs, tracking_uri(TrackSection(), runs / "any")))
+    known = facts(find(model, runs, tracking_uri or registry_beside(runs)))
     if as_json:
         say(json.dumps(known, indent=1))
     else:
@@ -135,19 +147,18 @@ def lineage(
 def promote(
     model: Annotated[str, typer.Argument(help="a finished run's folder, the id of an export, or NAME/VERSION")],
     runs: Annotated[Path, typer.Option(help="the folder that holds the run folders")] = Path("runs"),
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Make a registered model the champion: servers that follow the registry change over without losing a request.
 
     Examples:  psyray promote runs/demo
                psyray promote psyray-policy/3      an earlier version: going back
+               psyray promote psyray-policy/3 --tracking-uri http://mlflow.internal:5000
     """
     from psyray.registry import promote
     from psyray.run import find_run
-    from psyray.sections.place import TrackSection
-    from psyray.track import tracking_uri
 
-    runs = find_run(runs)
-    for name, version in promote(model, runs, tracking_uri(TrackSection(), runs / "any")).items():
+    for name, version in promote(model, find_run(runs), tracking_uri).items():
         say(f"{name}: version {version} is champion")
 
 

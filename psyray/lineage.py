@@ -20,7 +20,7 @@ from rich.text import Text
 
 from psyray.errors import PsyrayError
 from psyray.origin import ORIGIN, origin
-from psyray.run import Artifact, find_run, read_json, read_stages
+from psyray.run import Artifact, find_run, read_json, read_stages, stage_folders
 from psyray.status import key_numbers, number
 from psyray.track import registered
 
@@ -38,12 +38,22 @@ class Place:
 
 def find(model: str, runs: Path, tracking: str) -> Place:
     """The stage that a run folder, a model folder, an id or a registered name means; PsyrayError if there is none."""
+    return in_runs(model, runs) or in_registry(model, tracking)
+
+
+def in_runs(model: str, runs: Path) -> Place | None:
+    """The stage that a run folder, a model folder or an id means; None for a registered name."""
     given = Path(model).expanduser()
     for path in (find_run(given), given.absolute()):  # a run lies under $PSYRAY_HOME, a model's folder may lie here
         if path.exists():
             return _at(path)
     if re.fullmatch(r"[0-9a-f]{6,}", model):
         return _by_fingerprint(model, sorted(file.parent for file in runs.glob("*/run.json")), f"the runs in {runs}")
+    return None
+
+
+def in_registry(model: str, tracking: str) -> Place:
+    """The stage that a registered name means; PsyrayError if there is none."""
     tags = registered(tracking, model)
     if not {"run", "psyray.fingerprint"} <= set(tags):
         raise PsyrayError(f"{model} was not registered by psyray: it names no run")
@@ -69,7 +79,7 @@ def _at(path: Path) -> Place:
 
 
 def _by_fingerprint(prefix: str, runs: list[Path], where: str) -> Place:
-    found = [(run, file.parent) for run in runs for file in (run / "stages").rglob(f"{prefix}*/manifest.json")]
+    found = [(run, folder) for run in runs for folder in stage_folders(run, f"{prefix}*")]
     if not found:
         raise PsyrayError(f"no stage {prefix} in {where}; --runs names the folder that holds the run folders")
     if len({folder.name for _, folder in found}) > 1:
@@ -93,7 +103,7 @@ def parents(place: Place) -> list[Place]:
 
 def _folders(run: Path, fingerprint: str) -> Iterator[Path]:
     if re.fullmatch(r"[0-9a-f]+", fingerprint):  # a start policy is named by its folder or hub id
-        yield from (file.parent for file in (run / "stages").rglob(f"{fingerprint}/manifest.json"))
+        yield from stage_folders(run, fingerprint)
 
 
 def ancestry(place: Place) -> dict[str, Place]:

@@ -1,4 +1,6 @@
-"""A copy of a run folder on object storage (`run.mirror`), from which a machine that has nothing goes on.
+"""A copy of a run folder on object storage, from which a machine that has nothing goes on.
+
+`run.mirror` says where, or `run.path` where that is a URI (psyray/homes.py).
 
     MIRROR/run.json, config.yaml, ...                the small files of the run folder
     MIRROR/ledger.json                               which file is the latest copy of the SQLite ledger
@@ -13,6 +15,7 @@ no manifest and counts for nothing; one that differs from its sums is thrown awa
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -114,14 +117,44 @@ class Mirror:
             if path.is_file() and not path.name.startswith("."):
                 self._put(path, path.name)
 
+    def look(self, stage: Path, at: Path, *, rows: bool) -> bool:
+        """Fetch what lacks at `at` of a finished stage's manifest and, with `rows`, of its rows; whether any did.
+
+        PsyrayError where a file there is damaged.
+        """
+        manifest = at / MANIFEST
+        if not manifest.exists() and not self.has(stage):
+            return False
+        text = manifest.read_text() if manifest.exists() else self._read(f"{self._at(stage)}/{MANIFEST}")
+        wanted = [name for name in json.loads(text)["files"] if rows and not (at / name).exists()]
+        if manifest.exists() and not wanted:
+            return False
+        sums = json.loads(self._read(f"{self._at(stage)}/{CONTENTS}")) if wanted else {}
+        with self._bar(f"{stage.parent.name} from {self.uri}", sum(sums[name][0] for name in wanted)) as bar:
+            for name in wanted:
+                if self._get_whole(f"{self._at(stage)}/{name}", at / name, bar) != sums[name]:
+                    (at / name).unlink()
+                    raise PsyrayError(
+                        f"{name} of {stage.parent.name} at {self.uri} is damaged; the run's command, given again, "
+                        "makes the stage anew"
+                    )
+        at.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(text)
+        return True
+
     def fetch_small(self) -> None:
-        """Fetch those files into a folder that holds no run yet."""
-        if (self.run / "run.json").exists():
+        """Fetch those files where they lack, or where another machine has copied newer ones since.
+
+        A folder that a process of this machine is at work in has the newest.
+        """
+        if _at_work(self.run):
             return
         self.run.mkdir(parents=True, exist_ok=True)
-        for name in self._names():
-            if not name.startswith("ledger"):
-                self._get(name, self.run / name)
+        for info in self._listed():
+            here = self.run / info.base_name
+            if info.base_name.startswith("ledger") or (here.exists() and here.stat().st_mtime_ns >= info.mtime_ns):
+                continue
+            self._get_whole(info.base_name, here)
 
     def keep_ledger(self) -> None:
         """Copy the SQLite ledger as it is at this moment, if it changed."""
@@ -176,6 +209,13 @@ class Mirror:
         with self._plainly(), self._fs.open_input_stream(self._path(name)) as source, path.open("wb") as target:
             return _copy(source, target, bar)
 
+    def _get_whole(self, name: str, path: Path, bar: Any = None) -> list[Any]:
+        """The same for a file that others may read meanwhile: it is there as a whole or not at all."""
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        copied = self._get(name, draft, bar)
+        draft.replace(path)
+        return copied
+
     def _write(self, name: str, text: str) -> None:
         with self._out(name) as target:
             target.write(text.encode())
@@ -201,11 +241,14 @@ class Mirror:
 
     def _names(self) -> list[str]:
         """The files that lie in the mirror itself."""
+        return [info.base_name for info in self._listed()]
+
+    def _listed(self) -> list[Any]:
         from pyarrow.fs import FileSelector
 
         with self._plainly():
             listed = self._fs.get_file_info(FileSelector(self._root, allow_not_found=True))
-        return sorted(info.base_name for info in listed if info.is_file)
+        return sorted((info for info in listed if info.is_file), key=lambda info: str(info.base_name))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -228,12 +271,12 @@ def _plainly(uri: str) -> Iterator[None]:
         ) from error
 
 
-def address(uri: str) -> SplitResult:
+def address(uri: str, setting: str = "run.mirror") -> SplitResult:
     """The parts of a mirror's URI; PsyrayError for what is no URI, or one that holds a secret."""
     parts = urlsplit(uri)
     if not parts.scheme or parts.query or "@" in parts.netloc:
         raise PsyrayError(
-            "run.mirror is a plain URI, for example s3://bucket/prefix: credentials come from the environment "
+            f"{setting} is a plain URI, for example s3://bucket/prefix: credentials come from the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), another endpoint from AWS_ENDPOINT_URL"
         )
     return parts
@@ -283,6 +326,18 @@ def _copy(source: Any, target: Any, bar: Any) -> list[Any]:
 def _sum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _at_work(run: Path) -> bool:
+    """Whether a process of this machine holds the run's lock."""
+    if not (run / ".lock").exists():
+        return False
+    with (run / ".lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _passing(path: Path) -> bool:

@@ -25,6 +25,7 @@ from psyray.data.topics import topic_judge, topics_stage
 from psyray.engines.judges import answerer, make_judge, make_panel
 from psyray.errors import PsyrayError
 from psyray.evaluate.probe import load_probe
+from psyray.homes import run_path
 from psyray.loop import Outcome, Seen, online_loop
 from psyray.mirror import Mirror, address
 from psyray.models import local_models, resolve_model
@@ -37,7 +38,7 @@ from psyray.reward.by_topic import by_topic_stage
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
 from psyray.rubric import Rubric, load_rubric
-from psyray.run import Artifact, Folder, Run, followed, run_path, write_atomic
+from psyray.run import Artifact, Folder, Run, followed, write_atomic
 from psyray.sections.data import JudgeSection
 from psyray.status import expected_stages
 from psyray.stopping import Reached, last_stage
@@ -177,13 +178,13 @@ def open_desk(config: Config, run: Run) -> Desk:
     ledger = Ledger(ledger_url(config.ledger.url, run.path))
     run_id = ledger_name(config, run.path)
 
-    def desk(section: JudgeSection) -> Desk:
+    def desk(section: JudgeSection, setting: str) -> Desk:
         judge = make_judge(section, rubric, config.engine, config.cluster.wait_s)
-        return Desk(judge, rubric, ledger, run_id, section)
+        return Desk(judge, rubric, ledger, run_id, section, setting=setting)
 
     if not config.panel.judges:
-        return desk(config.judge)
-    members = tuple(desk(section) for section in config.labelling)
+        return desk(config.judge, "judge")
+    members = tuple(desk(section, f"panel.judges.{place}") for place, section in enumerate(config.labelling))
     panel = make_panel([member.judge for member in members], config.panel, rubric)
     section = config.judge.model_copy(update={"form": config.panel.judges[0].form})
     return Desk(panel, rubric, ledger, run_id, section, members, config.panel)
@@ -194,7 +195,7 @@ def second_desk(config: Config, desk: Desk) -> Desk | None:
     if not (section := config.evaluate.second):
         return None
     judge = make_judge(section, desk.rubric, config.engine, config.cluster.wait_s)
-    return Desk(judge, desk.rubric, desk.ledger, desk.run_id, section)
+    return Desk(judge, desk.rubric, desk.ledger, desk.run_id, section, setting="evaluate.second")
 
 
 def check(config: Config) -> None:

@@ -11,10 +11,10 @@ from rich.table import Table
 from psyray.config import Config
 from psyray.data.speeches import preview
 from psyray.errors import PsyrayError
+from psyray.homes import run_path
 from psyray.models import local_models, resolve_model
 from psyray.placement import show_places
 from psyray.rubric import load_rubric
-from psyray.run import run_path
 from psyray.sections.learning import OracleSection, TrainSection
 
 LOOKED_AT = 20_000  # rows of each source that a plan reads
@@ -36,6 +36,8 @@ def show_plan(config: Config, out: Console) -> None:
     show_places(config, out)
     for words in speech_lines(speeches):
         out.print(words)
+    if config.run.mirror:
+        out.print(f"mirror: {config.run.mirror}")
     out.print(f"labels: {labels(config)}")
     out.print(f"ledger: {'SQLite beside the run folder' if config.ledger.url is None else 'as configured'}")
     for name in missing_models(config):

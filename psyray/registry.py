@@ -12,19 +12,21 @@ from pathlib import Path
 
 from psyray.addresses import redact
 from psyray.errors import PsyrayError
-from psyray.lineage import find
-from psyray.track import registry
+from psyray.lineage import in_registry, in_runs
+from psyray.track import registry, registry_beside, registry_of
 
 MODELS = ("psyray-policy", "psyray-reward")
 
 
-def promote(model: str, runs: Path, tracking: str) -> dict[str, str]:
+def promote(model: str, runs: Path, tracking: str | None = None) -> dict[str, str]:
     """Make a registered export the champion; the version of each model by its name.
 
-    `model` is a run's folder, the id of an export, NAME/VERSION or NAME@ALIAS. PsyrayError where it is no export or
-    is not registered.
+    `model` is a run's folder, the id of an export, NAME/VERSION or NAME@ALIAS. `tracking` is the registry; None: where
+    the run registers, and for a name the one beside `runs`. PsyrayError where it is no export or is not registered.
     """
-    place = find(model, runs, tracking)
+    place = in_runs(model, runs)
+    tracking = tracking or (registry_of(place.run) if place else registry_beside(runs))
+    place = place or in_registry(model, tracking)
     if place.stage.name != "export":
         raise PsyrayError(f"{model} is the stage {place.stage.name} of {place.run}; only an export can be champion")
     with registry(tracking) as client:

@@ -22,7 +22,7 @@ Stages = Mapping[str, Artifact]
 
 def write_report(run: Path) -> Path:
     """Write RUN/report.html and return its path; PsyrayError where there is no run."""
-    path = find_run(run)
+    path = find_run(run, "rows")
     write_atomic(path / "report.html", page(path))
     return path / "report.html"
 
@@ -37,7 +37,7 @@ def page(run: Path, *, quotes: bool = True) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, share=share, change=change, duration=status.duration)
-    known = contents(find_run(run)) | {"quotes": quotes} | ({} if quotes else {"examples": {"shown": []}})
+    known = contents(find_run(run, "rows")) | {"quotes": quotes} | ({} if quotes else {"examples": {"shown": []}})
     return environment.get_template("report.html.jinja").render(**known)
 
 

@@ -7,6 +7,7 @@
         data-00000.parquet            all rows, once the stage is done
         progress.json                 how far it is
         manifest.json                 written last: the stage is done
+    RUN/seen/pairs/3fa9c1e2/          of a run at a URI: manifest and rows, fetched to read; no run goes on from them
 
 Resume is the same command again: a stage whose manifest exists is not run; one that was cut off goes on from
 its rows. A changed setting gives other fingerprints to exactly the stages that depend on it, so nothing is
@@ -18,6 +19,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +29,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +38,7 @@ import yaml
 
 from psyray.addresses import redact
 from psyray.errors import PsyrayError
+from psyray.homes import no_run, run_path, uri_of, whereabouts
 from psyray.mirror import Mirror
 from psyray.records import Row, content_id, rows, table
 from psyray.stopping import Reached
@@ -42,49 +46,9 @@ from psyray.tables import connect, cut, in_order, sources
 
 ROWS_PER_FILE = 50_000
 ROWS_IN_MEMORY = 4_096
+STAGES, SEEN = "stages", "seen"
+What = Literal["facts", "rows", "all"]  # of a run: the stages' manifests, their rows too, their models too
 MEND = "put a copy of it back, or move it away and give the run's command again, which writes it anew"
-
-
-def runs_home() -> Path:
-    """The folder that relative run paths start from.
-
-    $PSYRAY_HOME where it is set; inside a Ray job ~/.psyray, since a job's working directory is a copy that is
-    thrown away; else the current folder.
-    """
-    if home := os.environ.get("PSYRAY_HOME"):
-        return Path(home).expanduser().absolute()
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        return Path.home() / ".psyray"
-    return Path.cwd()
-
-
-def run_path(path: Path) -> Path:
-    """The absolute run folder; PsyrayError for a URI."""
-    if "://" in str(path) or str(path).startswith(("s3:", "gs:")):
-        raise PsyrayError(
-            f"run.path {path}: a run folder lies on a file system that all nodes mount; a URI goes into run.mirror, "
-            "where finished stages are copied to"
-        )
-    return path if path.is_absolute() else runs_home() / path
-
-
-def whereabouts(path: Path) -> list[Path]:
-    """Where a run that is there already may be: where a run of that path would be written from here, the current
-    folder, and $PSYRAY_HOME, or without it ~/.psyray, where jobs write.
-    """
-    asked = run_path(path)
-    jobs = Path(os.environ.get("PSYRAY_HOME") or "~/.psyray").expanduser().absolute()
-    return list(dict.fromkeys((asked, Path.cwd() / path, jobs / path)))
-
-
-def find_run(path: Path) -> Path:
-    """The absolute folder of a run, or of runs, that is there already; where it is nowhere, where one would be made."""
-    return next((place for place in whereabouts(path) if place.exists()), run_path(path))
-
-
-def no_run(path: Path) -> str:
-    """Where a run was looked for and is not, in words."""
-    return f"no run at {' or '.join(map(str, whereabouts(path)))}"
 
 
 @contextmanager
@@ -314,7 +278,7 @@ class Run:
         was to go up to this stage.
         """
         fingerprint = _fingerprint(name, config, inputs)
-        folder = Folder(self.path / "stages" / name / fingerprint)
+        folder = Folder(self.path / STAGES / name / fingerprint)
         self._list(name, fingerprint)
         manifest = folder.path / "manifest.json"
         if not manifest.exists() and self.mirror and self.mirror.fetch(folder.path):
@@ -335,7 +299,7 @@ class Run:
 
     def has(self, name: str, config: Mapping[str, Any], inputs: Sequence[Artifact]) -> bool:
         """Whether that very stage is finished already."""
-        folder = self.path / "stages" / name / _fingerprint(name, config, inputs)
+        folder = self.path / STAGES / name / _fingerprint(name, config, inputs)
         return (folder / "manifest.json").exists() or bool(self.mirror and self.mirror.has(folder))
 
     def _announce(self, name: str, folder: Folder) -> None:
@@ -383,7 +347,7 @@ class Run:
         self._write_list()
 
     def _write_list(self, **more: str) -> None:
-        state = {"pid": os.getpid(), "stages": self.stages, **more}
+        state = {"pid": os.getpid(), "host": platform.node(), "stages": self.stages, **more}
         write_atomic(self.path / "run.json", json.dumps(state, indent=1))
 
 
@@ -410,18 +374,54 @@ def followed(path: Path, written_in: Path, run: Path) -> Path:
     return moved if moved.exists() else path
 
 
-def fetch_run(mirror: Mirror) -> list[str]:
-    """Fetch what a mirror has of its run's latest pass; the names of the finished stages. PsyrayError without a run."""
+def find_run(path: Path, what: What = "facts") -> Path:
+    """The absolute folder of a run, or of runs, that is there already; where it is nowhere, where one would be made.
+
+    Of a run at a URI, what the folder lacks is fetched first, which stderr tells; PsyrayError where no run is there.
+    """
+    found = next((place for place in whereabouts(path) if place.exists()), run_path(path))
+    if uri := uri_of(path):
+        fetch_run(Mirror(uri, found, say=_to_stderr), what)
+    return found
+
+
+def fetch_run(mirror: Mirror, what: What = "all") -> list[str]:
+    """Fetch what a mirror has of its run's latest pass; the names of the finished stages. PsyrayError without a run.
+
+    Less than all of a stage lies apart (RUN/seen), where it is taken for nothing that a run could go on from.
+    """
     mirror.fetch_small()
     mirror.fetch_ledger()
     listed = mirror.run / "run.json"
     if not listed.exists():
         raise PsyrayError(f"no run at {mirror.uri}: it holds no run.json")
+    fetched = 0
     for entry in read_json(listed, "stages")["stages"]:
-        folder = mirror.run / "stages" / entry["name"] / entry["fingerprint"]
-        if not (folder / "manifest.json").exists() and mirror.fetch(folder):
+        within = Path(entry["name"], entry["fingerprint"])
+        folder = mirror.run / STAGES / within
+        if (folder / "manifest.json").exists():
+            continue
+        if what != "all":
+            fetched += mirror.look(folder, mirror.run / SEEN / within, rows=what == "rows")
+        elif mirror.fetch(folder):
             mirror.say(f"{entry['name']}: fetched")
+    if fetched:
+        mirror.say(f"{mirror.uri}: {what} of {fetched} stages fetched to {mirror.run}")
     return [stage.name for stage in read_stages(mirror.run)]
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def stage_folders(run: Path, fingerprint: str) -> Iterator[Path]:
+    """The folders of the finished stages of that fingerprint, or of all with that start of one where it ends in `*`."""
+    found: set[Path] = set()
+    for room in (run / STAGES, run / SEEN):
+        for manifest in room.rglob(f"{fingerprint}/manifest.json"):
+            if (within := manifest.parent.relative_to(room)) not in found:
+                found.add(within)
+                yield manifest.parent
 
 
 def read_stages(path: Path) -> list[Artifact]:
@@ -431,8 +431,8 @@ def read_stages(path: Path) -> list[Artifact]:
         raise PsyrayError(f"{no_run(asked)}; start one with `psyray run configs/demo.yaml run.path={path}`")
     found = []
     for entry in read_json(path / "run.json", "stages")["stages"]:
-        folder = path / "stages" / entry["name"] / entry["fingerprint"]
-        if (folder / "manifest.json").exists():
+        places = (path / room / entry["name"] / entry["fingerprint"] for room in (STAGES, SEEN))
+        if folder := next((place for place in places if (place / "manifest.json").exists()), None):
             manifest = read_json(folder / "manifest.json", "stats")
             found.append(Artifact(entry["name"], folder, entry["fingerprint"], manifest))
     return found

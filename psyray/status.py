@@ -6,6 +6,7 @@ Whom a round waits for that asks experts is read from the label ledger.
 from __future__ import annotations
 
 import json
+import platform
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +26,14 @@ from psyray.times import by_round
 
 DASH = "–"  # noqa: RUF001  what is not known, here and in the report
 ROUND = re.compile(r"round-(\d+)/(\w+)")
-STYLES = {"done": "green", "running": "bold cyan", "stopped": "yellow", "cut off": "bold red", "waiting": "dim"}
+STYLES = {
+    "done": "green",
+    "running": "bold cyan",
+    "stopped": "yellow",
+    "cut off": "bold red",
+    "elsewhere": "cyan",
+    "waiting": "dim",
+}
 
 
 def number(value: Any, digits: int = 2, unit: str = "") -> str:
@@ -112,7 +120,7 @@ class Line:
     """One stage in the table."""
 
     name: str
-    state: str  # "done" | "running" | "stopped" on purpose | "cut off" | "waiting"
+    state: str  # "done" | "running" | "stopped" on purpose | "cut off" | "elsewhere" | "waiting"
     rows: str = ""
     seconds: float | None = None
     note: str = ""
@@ -128,7 +136,14 @@ def driver(path: Path) -> tuple[int | None, bool]:
     """The process id of the run's latest pass and whether that process is alive on this machine."""
     listed = find_run(path) / "run.json"
     pid = read_json(listed).get("pid") if listed.exists() else None
-    return pid, pid is not None and _alive(int(pid), listed.stat().st_mtime)
+    return pid, pid is not None and not elsewhere(path) and _alive(int(pid), listed.stat().st_mtime)
+
+
+def elsewhere(path: Path) -> str:
+    """The machine of the run's latest pass; empty where that is this one."""
+    listed = find_run(path) / "run.json"
+    host = read_json(listed).get("host") if listed.exists() else None
+    return str(host) if host not in (None, platform.node()) else ""
 
 
 def _alive(pid: int, seen: float) -> bool:
@@ -145,6 +160,7 @@ def stage_lines(path: Path) -> list[Line]:
     path = find_run(path)
     done = stages_by_name(path)
     state = "stopped" if stopped_at(path) else "running" if driver(path)[1] else "cut off"
+    state = "elsewhere" if state == "cut off" and elsewhere(path) else state
     listed = read_json(path / "run.json", "stages")["stages"]
     lines = []
     for entry in listed:
@@ -343,6 +359,8 @@ def _driver_fact(path: Path, lines: list[Line]) -> str:
         return f"Driver: stopped at {at}; run the same command again to go on"
     if alive:
         return f"Driver: process {pid} is alive"
+    if host := elsewhere(path):
+        return f"Driver: process {pid} on {host}; whether it is at work cannot be seen from here"
     return f"Driver: process {pid} is not alive on this machine; {_cut(lines)}run the same command again to go on"
 
 

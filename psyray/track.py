@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from psyray.addresses import redact
 from psyray.errors import PsyrayError
 from psyray.models import model_identity
-from psyray.run import Artifact, write_atomic
+from psyray.run import Artifact, read_settings, write_atomic
 from psyray.sections.place import TrackSection
 from psyray.times import by_round, spent
 
@@ -89,6 +89,18 @@ def tracking_uri(section: TrackSection, run_folder: Path) -> str:
     """The configured tracking server, else MLFLOW_TRACKING_URI, else SQLite beside the run folder."""
     beside = f"sqlite:///{run_folder.absolute().parent / 'mlflow.db'}"
     return section.uri or os.environ.get("MLFLOW_TRACKING_URI") or beside
+
+
+def registry_of(run_folder: Path) -> str:
+    """Where a run registers its models, by the settings that its folder keeps."""
+    kept = run_folder / "config.yaml"
+    section = (read_settings(kept) if kept.exists() else {}).get("track") or {}
+    return tracking_uri(TrackSection(uri=section.get("uri")), run_folder)
+
+
+def registry_beside(runs: Path) -> str:
+    """MLFLOW_TRACKING_URI, else SQLite in a folder of run folders: where a model given by its name is looked for."""
+    return tracking_uri(TrackSection(), runs / "any")
 
 
 class Tracker:
@@ -277,9 +289,10 @@ class Tracker:
         if new or held is None:
             self._client.set_registered_model_alias(name, alias, version)
         elif str(held) != version:
+            where = f"--tracking-uri {self.section.uri}" if self.section.uri else f"--runs {self.folder.parent}"
             self.say(
                 f"{name}: version {held} stays {alias}, since this run's version {version} was registered before; to "
-                f"change that: psyray promote {name}/{version} --runs {self.folder.parent}"
+                f"change that: psyray promote {name}/{version} {where}"
             )
 
     def _unless_there(self, create: Callable[[], object]) -> None:
@@ -334,7 +347,10 @@ def registered(uri: str, model: str) -> dict[str, str]:
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
-            raise PsyrayError(f"MLflow at {redact(uri)} has no model {model}, and no folder has that name") from None
+            raise PsyrayError(
+                f"MLflow at {redact(uri)} has no model {model}, and no folder has that name; "
+                "--tracking-uri names another MLflow"
+            ) from None
     return dict(found.tags)
 
 

@@ -24,9 +24,10 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
+from psyray.active.leases import Answered, Gone, Lease, NoTicket, QueueError
 from psyray.active.ledger import Ledger
 from psyray.active.place import place_of
-from psyray.active.queue import Answered, ExpertQueue, Gone, Lease, NoTicket, QueueError
+from psyray.active.queue import ExpertQueue
 from psyray.active.votes import Choice
 from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric

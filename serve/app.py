@@ -21,8 +21,7 @@ import logging
 from typing import Any
 
 from psyray.cluster import use_gpu
-from psyray.sections.place import TrackSection
-from psyray.track import tracking_uri
+from psyray.track import registry_beside
 from serve.access import VARIABLE, read_keys
 from serve.champion import Args
 from serve.door import put_up
@@ -35,7 +34,7 @@ def build(args: dict[str, Any]) -> Any:
     """The Serve application; PsyrayError names what is wrong with the arguments, the run or the registry."""
     put_up()
     asked = Args.read(args).settled()
-    order = Order(asked, tracking_uri(TrackSection(), asked.runs / "any"), gpus=use_gpu("auto"))
+    order = Order(asked, asked.tracking or registry_beside(asked.runs), gpus=use_gpu("auto"))
     order.read("check")  # a mistake is told here, not in a replica's log
     keys = read_keys(asked.keys)
     if not keys:

@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from psyray.addresses import holds_secret
 from psyray.errors import PsyrayError
+from psyray.homes import no_run
 from psyray.models import resolve_model
-from psyray.run import find_run, followed, no_run
+from psyray.run import find_run, followed
 from psyray.sections.data import EngineSection
 from serve.access import MAX_MESSAGES, Limits
 from serve.direct import Address
@@ -76,9 +78,12 @@ class Args(Words):
 
     usage = "serve run serve.app:build [run=RUN]"
 
-    run: Path | None = Field(None, description="the folder of a finished run; none: the registry's `model`")
+    run: Path | None = Field(None, description="a finished run, its folder or URI; none: the registry's `model`")
     model: str = Field("psyray-policy@champion", description="in MLflow's registry: NAME@ALIAS or NAME/VERSION")
     runs: Path = Field(Path("runs"), description="the folder of run folders, beside which the registry lies")
+    tracking: str | None = Field(
+        None, description="MLflow's URI, without a password; none: MLFLOW_TRACKING_URI, else SQLite in `runs`"
+    )
     follow_s: float | None = Field(
         None, ge=1, description="seconds between looks for a new champion; none: 30 for the registry, never for a run"
     )
@@ -114,6 +119,15 @@ class Args(Words):
     def _address(cls, words: Any) -> Any:
         return Address.parse(words) if isinstance(words, (str, int)) else words
 
+    @field_validator("tracking")
+    @classmethod
+    def _no_secret(cls, uri: str | None) -> str | None:
+        if uri and holds_secret(uri):
+            raise ValueError(
+                "it holds a user name, a password or a key: Serve keeps the words; set MLFLOW_TRACKING_URI"
+            )
+        return uri
+
     @field_validator("beside", mode="before")
     @classmethod
     def _by_name(cls, words: Any) -> Any:
@@ -128,7 +142,7 @@ class Args(Words):
         """The words with every folder absolute, so that they mean the same in another process."""
         places = {name: Path(place).expanduser() for name, place in self.beside.items()}
         beside = {name: str(p.absolute()) if p.exists() else self.beside[name] for name, p in places.items()}
-        run = find_run(self.run) if self.run else None
+        run = find_run(self.run, "all") if self.run else None
         if self.run and run and not run.is_dir():
             raise PsyrayError(f"{no_run(self.run)}; give the folder of a finished run")
         return self.model_copy(update={"run": run, "runs": find_run(self.runs), "beside": beside})

@@ -141,6 +141,12 @@ def parsed(url: str) -> sa.URL:
         ) from None
 
 
+def lacking(url: str) -> bool:
+    """Whether the database is a SQLite file that is not there; opening it would make one."""
+    there = parsed(url)
+    return there.get_backend_name() == "sqlite" and not Path(there.database or "").exists()
+
+
 def _engine(url: sa.URL, shown: str) -> sa.Engine:
     """An engine that keeps rows out of error messages; on SQLite one writer at a time; others wait."""
     sqlite = url.get_backend_name() == "sqlite"

@@ -15,6 +15,7 @@ from psyray.active.acquisition import acquire
 from psyray.active.oracle_kinds import make_oracle
 from psyray.active.oracles import Label, Pair
 from psyray.active.pool import Pool, asked_before, keep_asked, why
+from psyray.ceiling import Ceiling, check_ceiling
 from psyray.config import Config
 from psyray.data.judge import Desk
 from psyray.data.rules import Rules
@@ -108,22 +109,21 @@ def check_usable(purpose: str, who: str, labels: Sequence[Label | None], config:
     given = [label for label in labels if label]
     bad = [said for verdict, _, said in given if verdict is Verdict.INVALID and "experts" not in said]
     own = config.oracle.max_invalid_share
-    section, ceiling = ("judge", config.judge.max_invalid_share) if own is None else ("oracle", own)
+    section, share = ("judge", config.judge.max_invalid_share) if own is None else ("oracle", own)
     if labels and not given:
         raise PsyrayError(
             f"{purpose}: none of {len(labels)} questions has an answer by {who}: there is nothing but the reward "
             "model's own labels to learn from. Give them time (oracle.wait_s) or another oracle.fall_back, and run the "
             "same command again; loop.budget=0 is a round that asks nobody"
         )
-    if len(bad) > ceiling * len(given):
-        (error, _), *_ = Counter(str(said.get("error") or "invalid") for said in bad).most_common(1)
-        raise PsyrayError(
-            f"{purpose}: {len(bad)} of {len(given)} answers by {who} cannot be used ({len(bad) / len(given):.0%}), "
-            f"more than {section}.max_invalid_share ({ceiling:.0%}); most often: {error[:300]}. "
-            "The answers are in the ledger; change who answers (a run with another run.path asks anew where there is "
-            "no usable answer, and buys no other twice), or raise oracle.max_invalid_share to go on with the usable "
-            "ones, the reward model labelling the rest, and run the same command again"
-        )
+    errors = Counter(str(said.get("error") or "invalid") for said in bad)
+    mend = (
+        "The answers are in the ledger; change who answers (a run with another run.path asks anew where there is no "
+        "usable answer, and buys no other twice), or raise oracle.max_invalid_share to go on with the usable ones, the "
+        "reward model labelling the rest, and run the same command again"
+    )
+    ceiling = Ceiling(share, f"{section}.max_invalid_share")
+    check_ceiling(purpose, f"answers by {who} cannot be used", errors, len(given), ceiling, lambda: mend)
 
 
 def different(groups: Sequence[Sequence[Row]], K: int) -> BoolArray:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from psyray.active.database import Database, parsed
+from psyray.active.database import Database, lacking
 from psyray.active.place import place_of
-from psyray.active.queue import ExpertQueue, Waiting
+from psyray.active.queue import ExpertQueue
+from psyray.active.standing import Waiting
 from psyray.run import find_run
 from psyray.status import read_config
 
@@ -61,8 +62,7 @@ def wait_of(run: Path) -> str:
     if "experts" not in (oracle.get("kind"), oracle.get("of") if oracle.get("kind") == "noisy" else ""):
         return ""
     place = place_of(run)
-    url = parsed(place.ledger)
-    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+    if lacking(place.ledger):
         return ""  # looking must not make one
     database = Database(place.ledger)
     told = Wait(ExpertQueue(database, place.runs).waiting()).told()

@@ -102,17 +102,18 @@ def export_run(
 
 def read_source(run: Path) -> Source:
     """The finished stages of the run's latest pass; PsyrayError where pairs are missing or the rubric changed."""
+    run = find_run(run, "rows")
     stages = {stage.name: stage for stage in read_stages(run)}
     if "pairs" not in stages:
-        raise PsyrayError(f"{find_run(run)} has no finished stage `pairs` yet; see `psyray status {run}`")
+        raise PsyrayError(f"{run} has no finished stage `pairs` yet; see `psyray status {run}`")
     config = read_config(run)
     rubric = load_rubric(config["rubric"])
     if rubric.id != stages["pairs"].manifest["config"]["rubric"]:
         raise PsyrayError(
-            f"the rubric {config['rubric']} has changed since the pairs of {find_run(run)} were made; "
+            f"the rubric {config['rubric']} has changed since the pairs of {run} were made; "
             "bring the old one back, or run the same command again to rate by the new one"
         )
-    return Source(find_run(run), stages, config, rubric)
+    return Source(run, stages, config, rubric)
 
 
 def open_views(database: duckdb.DuckDBPyConnection, source: Source, rounds: bool) -> None:

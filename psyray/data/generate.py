@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from psyray.ceiling import Ceiling, check_ceiling
 from psyray.config import Config
 from psyray.data.quality import LOOP_SHARE, repetition
 from psyray.engines import http, journal, vllm
-from psyray.errors import PsyrayError
 from psyray.models import model_identity, resolve_model
 from psyray.records import MESSAGES, RESPONSES, Message, Row, Status, content_id, response_id
 from psyray.run import Artifact, Folder, Parts, Run
@@ -218,18 +218,19 @@ def hopeless(failed: Row) -> bool:
     return "endpoint" in failed["engine"] or any(words in failed["error"] for words in TOO_LONG)
 
 
-def check_share(parts: Parts, ceiling: float, title: str) -> None:
+def check_share(parts: Parts, share: float, title: str) -> None:
     """PsyrayError where too large a share of the draws has no usable answer; those are set aside, to be made anew."""
     bad = {row["response_id"]: row["error"] for row in parts.each(["response_id", "status", "error"])
            if row["status"] != Status.OK}  # fmt: skip
-    if bad and len(bad) / len(parts.ids) > ceiling:
-        found = len(parts.ids)
-        aside = parts.set_aside(set(bad))
-        raise PsyrayError(
-            f"{title}: {len(bad)} of {found} responses failed, more than responses.max_invalid_share "
-            f"({ceiling:.0%}). The first says: {next(iter(bad.values()))[:300]}. They are in {aside}; mend the cause "
-            "and run the same command again: the good ones are kept, the failed ones are tried anew"
+
+    def mend() -> str:
+        return (
+            f"They are in {parts.set_aside(set(bad))}; mend the cause and run the same command again: the good ones "
+            "are kept, the failed ones are tried anew"
         )
+
+    ceiling = Ceiling(share, "responses.max_invalid_share")
+    check_ceiling(title, "responses failed", Counter(bad.values()), len(parts.ids), ceiling, mend)
 
 
 def _response(result: Row) -> Row:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from psyray.active.ledger import Answer, Ledger, Question
+from psyray.ceiling import Ceiling, check_ceiling
 from psyray.data.consensus import judges_agreement, panel_rows
 from psyray.engines import journal
 from psyray.engines.judges import ASKED, Judge, error_class
@@ -21,6 +22,11 @@ from psyray.rubric import Rubric
 from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
 from psyray.sections.data import JudgeSection, PanelSection
 from psyray.stream import CALLS, stream
+
+CHANGE_THE_JUDGE = (
+    "The answers are in the ledger; change the judge, or raise the ceiling to leave those out, and run the same "
+    "command again (a run with another run.path asks anew where there is no usable answer, and buys no other twice)"
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,12 @@ class Desk:
     section: JudgeSection
     members: tuple[Desk, ...] = ()  # of a panel: a desk for each judge, where its answers are bought
     panel: PanelSection = field(default_factory=PanelSection)
+    setting: str = "judge"  # the section's name
+
+    @property
+    def ceiling(self) -> Ceiling:
+        """How many of its answers may be unusable."""
+        return Ceiling(self.section.max_invalid_share, f"{self.setting}.max_invalid_share")
 
     @property
     def identity(self) -> dict[str, str]:
@@ -100,12 +112,12 @@ def judge(folder: Folder, desk: Desk, responses: Responses, count: int, *, purpo
         for member in desk.members:
             budget = member.section.budget if bounded else None
             buy(folder, member, still_open, count, f"{purpose}/{member.judge.id}", budget)
-            check_share(judged(member, responses), member)
+            check_share(judged(member, responses), member, purpose)
     else:
         buy(folder, desk, still_open, count, purpose, desk.section.budget if bounded else None)
     for rows in settled(desk, still_open):
         parts.append(rows)
-    check_share(parts.each(["status", "error"]), desk)
+    check_share(parts.each(["status", "error"]), desk, purpose)
     return parts
 
 
@@ -202,21 +214,15 @@ def judgement(desk: Desk, response: Row, answer: Answer) -> Row:
     }
 
 
-def check_share(judged: Iterable[Row], desk: Desk) -> None:
+def check_share(judged: Iterable[Row], desk: Desk, purpose: str) -> None:
     """PsyrayError where too large a share of a judge's answers cannot be used; the answers stay in the ledger."""
-    ceiling, count, bad = desk.section.max_invalid_share, 0, Counter[str]()
+    count, bad = 0, Counter[str]()
     for row in judged:
         count += 1
         if row["status"] != Status.OK:
             bad[row["error"]] += 1
-    if bad.total() > ceiling * count:
-        (error, _), *_ = bad.most_common(1)
-        raise PsyrayError(
-            f"the judge {desk.judge.id} gave no usable answer for {bad.total()} of {count} responses, more than "
-            f"judge.max_invalid_share ({ceiling:.0%}); most often: {error[:300]}. The answers are in the ledger; "
-            "change the judge, or raise the ceiling to leave those responses out, and run the same command "
-            "again (a run with another run.path asks anew where there is no usable answer, and buys no other twice)"
-        )
+    what = f"responses have no usable answer by the judge {desk.judge.id}"
+    check_ceiling(purpose, what, bad, count, desk.ceiling, lambda: CHANGE_THE_JUDGE)
 
 
 def summary(judged: Responses, desk: Desk) -> dict[str, Any]:

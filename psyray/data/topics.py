@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
+from psyray.ceiling import Ceiling, check_ceiling
 from psyray.config import Config
 from psyray.engines.judges import ASKED, Judge, make_judge
 from psyray.errors import PsyrayError
@@ -119,7 +121,7 @@ def topics_stage(run: Run, config: Config, speeches: Artifact) -> Artifact | Non
         todo = _open(speeches, parts)
         rate = partial(judge.rate, folder=folder.path / CALLS)
         stream(folder, todo, rate, keep, title="topics", schema=ASKED, total=count, done=len(parts.ids))
-        check_share(parts, section.max_invalid_share)
+        check_share(parts, Ceiling(section.max_invalid_share, "topics.max_invalid_share"))
         parts.finish()
         return summary(parts)
 
@@ -158,17 +160,18 @@ def topic_row(result: Row, by: str) -> Row:
     }
 
 
-def check_share(parts: Parts, ceiling: float) -> None:
+def check_share(parts: Parts, ceiling: Ceiling) -> None:
     """PsyrayError where too large a share of the answers is invalid; those are set aside, to be asked anew."""
     asked = [row for row in parts.each(["speech_id", "by", "status", "error"]) if row["by"] != "column"]
-    bad = [row for row in asked if row["status"] != Status.OK]
-    if len(bad) > ceiling * len(asked):
-        aside = parts.set_aside({row["speech_id"] for row in bad})
-        raise PsyrayError(
-            f"topics: {len(bad)} of {len(asked)} answers are invalid, more than topics.max_invalid_share "
-            f"({ceiling:.0%}). The first: {bad[0]['error'][:300]}. They are in {aside}; mend the cause, or raise the "
-            "ceiling, and run the same command again: the good ones are kept"
+    bad = {row["speech_id"]: row["error"] for row in asked if row["status"] != Status.OK}
+
+    def mend() -> str:
+        return (
+            f"They are in {parts.set_aside(set(bad))}; mend the cause, or raise the ceiling, and run the same command "
+            "again: the good ones are kept"
         )
+
+    check_ceiling("topics", "answers are invalid", Counter(bad.values()), len(asked), ceiling, mend)
 
 
 def summary(parts: Parts) -> dict[str, Any]:

@@ -207,12 +207,17 @@ def answerer(section: JudgeSection) -> tuple[str, ...]:
 
 
 def make_panel(judges: Sequence[Judge], section: PanelSection, rubric: Rubric) -> Panel:
-    """The configured panel; PsyrayError where two judges are one, or a principle is none of the rubric's."""
-    ids = [judge.id for judge in judges]
-    if len(set(ids)) < len(ids):
-        raise PsyrayError(
-            f"two judges of the panel are the same ({max(ids, key=ids.count)}): one answer would count twice"
-        )
+    """The configured panel; PsyrayError where two judges are one, or a principle is none of the rubric's.
+
+    However it is asked, one judge has one voice: with other settings it would agree with itself.
+    """
+    seats: dict[tuple[str, ...], int] = {}
+    for place, who in enumerate(map(answerer, section.judges)):
+        if (first := seats.setdefault(who, place)) != place:
+            raise PsyrayError(
+                f"panel.judges.{first} and panel.judges.{place} are the same judge ({' '.join(who)}), whose voice "
+                "would count twice, also where the other settings differ: leave one out, or name another model"
+            )
     if unknown := set(section.strictest_on) - set(rubric.keys):
         raise PsyrayError(
             f"panel.strictest_on names {', '.join(sorted(unknown))}; the rubric has {', '.join(rubric.keys)}"

@@ -6,6 +6,7 @@ each pair in both orders, and where it contradicts itself that is a tie.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from psyray.active.oracles import Label, Pair, label
-from psyray.data.judge import Desk, buy, check_share, settled
+from psyray.ceiling import check_ceiling
+from psyray.data.judge import CHANGE_THE_JUDGE, Desk, buy, check_share, settled
 from psyray.engines import journal
 from psyray.errors import PsyrayError
 from psyray.evaluate.winrate import length_controlled, length_controlled_interval, outcomes, win_rate
@@ -77,7 +79,7 @@ def side_by_side(
     asked = [d for d in duels if d.policy["text"] and d.start["text"] and d.policy["text"] != d.start["text"]]
     pairs: list[Pair] = [(d.policy, d.start, {}) for d in asked]
     labels = label(folder, desk, pairs, purpose=purpose, strategy="", budget=budget)[0] if pairs else []
-    check_invalid([one for one in labels if one is not None], desk)
+    check_invalid([one for one in labels if one is not None], desk, purpose)
     found = {d.speech: one for d, one in zip(asked, labels, strict=True) if one is not None}
     unasked = {d.speech for d in asked} - set(found)
 
@@ -101,7 +103,7 @@ def by_ratings(
     answers = [answer for duel in duels for answer in (duel.policy, duel.start)]
     buy(folder, desk, lambda: answers, len(answers), purpose, budget)
     judged = [row for rows in settled(desk, lambda: answers) for row in rows]
-    check_share(judged, desk)
+    check_share(judged, desk, purpose)
     known = {row["response_id"] for row in judged}
 
     def reached(row: Row) -> bool:
@@ -111,17 +113,11 @@ def by_ratings(
     return by_scores(both, judged, desk.section.tie_margin)
 
 
-def check_invalid(labels: Sequence[Label], desk: Desk) -> None:
+def check_invalid(labels: Sequence[Label], desk: Desk, purpose: str) -> None:
     """PsyrayError where too large a share of the comparisons cannot be used; the answers stay in the ledger."""
-    bad = [one for one in labels if one[0] is Verdict.INVALID]
-    if len(bad) > desk.section.max_invalid_share * len(labels):
-        said = str(bad[0][2].get("error") or "")
-        raise PsyrayError(
-            f"the judge {desk.judge.id} gave no usable verdict on {len(bad)} of {len(labels)} pairs of held-out "
-            f"answers, more than its max_invalid_share ({desk.section.max_invalid_share:.0%}); the first: "
-            f"{said[:300]}. The answers are in the ledger; change the judge, or raise the ceiling, and run the same "
-            "command again"
-        )
+    bad = Counter(str(said.get("error") or "invalid") for verdict, _, said in labels if verdict is Verdict.INVALID)
+    what = f"pairs of held-out answers have no usable verdict by the judge {desk.judge.id}"
+    check_ceiling(purpose, what, bad, len(labels), desk.ceiling, lambda: CHANGE_THE_JUDGE)
 
 
 def second_stage(run: Run, number: int, desk: Desk, samples: Artifact, first: Artifact) -> Artifact:

@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from psyray.homes import folder_of, uri_of
+
 EMBEDDED = "embedded:smollm2-135m-instruct"
 ASSETS = Path(__file__).parents[1] / "assets"
 COUNSELLOR = (
@@ -20,11 +22,27 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    path: Path = Field(Path("runs/run"), description="the run folder; a relative one lies under $PSYRAY_HOME or here")
+    path: Path = Field(
+        Path("runs/run"),
+        description="the run folder, a relative one under $PSYRAY_HOME or here; or a URI (s3://bucket/prefix), which "
+        "is then the mirror of a folder there",
+    )
     seed: int = 0
     mirror: str | None = Field(
         None, description="URI (s3://bucket/prefix) that finished stages and the SQLite ledger are copied to"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def a_uri_is_the_mirror(cls, tree: Any) -> Any:
+        """`path: s3://...` says both: the mirror, and by it the folder at work."""
+        path = tree.get("path") if isinstance(tree, dict) else None
+        uri = uri_of(path) if isinstance(path, str | Path) else None
+        if uri is None:
+            return tree
+        if tree.get("mirror"):
+            raise ValueError("run.path is a URI, and so the run's mirror: leave run.mirror out, or name a folder there")
+        return {**tree, "path": folder_of(uri), "mirror": uri}
 
 
 class SourceSection(Section):

@@ -79,7 +79,7 @@ def test_a_budget_buys_so_many_judgements_and_no_more(tmp_path, ray_cluster):
 def test_a_judge_that_answers_nonsense_stops_the_stage_and_its_answers_are_kept(tmp_path, ray_cluster):
     with hostile_server() as server:
         bad = desk(tmp_path, engine="http", url=server.url, model="m", retries=0, max_invalid_share=0.4)
-        with pytest.raises(PsyrayError, match=r"no usable answer for 2 of 3 .*40%.*no JSON object"):
+        with pytest.raises(PsyrayError, match=r"2 of 3 responses have no usable answer .*40%.*no JSON object"):
             judged(folder(tmp_path), bad, responses("fine", "nonsense", "nonsense "))
     assert bad.ledger.summary("run")[0]["failed"] >= 1
 

@@ -14,8 +14,10 @@ import pytest
 from slow_server import slow_server
 
 from psyray.active.ledger import Ledger
+from psyray.cli import app as main
 from psyray.config import Config, load_config
 from psyray.errors import PsyrayError
+from psyray.homes import run_path
 from psyray.mirror import Mirror
 from psyray.pipeline import run_pipeline
 from psyray.run import Run, read_stages
@@ -150,3 +152,30 @@ def test_a_fresh_machine_goes_on_with_a_run_and_asks_nobody_twice(
     assert names == ["speeches", "responses", "judgements"]
     assert sum(row["bought"] for row in bought) > 0
     assert Ledger(f"sqlite:///{tmp_path}/two/labels.db").summary(uri) == bought
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_at_a_uri_is_told_of_and_gone_on_with_where_nothing_is(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"{bucket}/at-a-uri"
+    monkeypatch.setenv("PSYRAY_HOME", str(tmp_path / "one"))
+    words = [str(ROOT / "configs/demo.yaml"), f"run.path={uri}", "speeches.limit=12", "--until", "speeches"]
+    main(["run", *words], standalone_mode=False)
+    assert "speeches: done" in capsys.readouterr().out and run_path(Path(uri)).is_dir()
+    shutil.rmtree(tmp_path / "one")  # that machine is gone
+    monkeypatch.setenv("PSYRAY_HOME", str(tmp_path / "two"))
+    folder = run_path(Path(uri))
+
+    main(["status", uri], standalone_mode=False)
+    told = capsys.readouterr()
+    assert f"{uri}: facts of 1 stages fetched to {folder}" in told.err
+    assert "speeches" in told.out and "done" in told.out
+    assert [stage.files[0].exists() for stage in read_stages(folder)] == [False]
+
+    main(["report", uri], standalone_mode=False)
+    assert f"report: {folder}/report.html" in capsys.readouterr().out
+    assert [stage.files[0].exists() for stage in read_stages(folder)] == [True]
+
+    main(["run", *words], standalone_mode=False)
+    assert f"speeches: fetched from {uri}" in capsys.readouterr().out

@@ -132,8 +132,12 @@ def test_a_judge_sits_on_a_panel_once_and_principles_are_the_rubrics():
         def __init__(self, id: str) -> None:
             self.id = id
 
-    with pytest.raises(PsyrayError, match="two judges of the panel are the same"):
-        make_panel([Named("a"), Named("a")], panel(), REVIEW)
+    twice = [*JUDGES, JUDGES[1].model_copy(update={"mode": "soft", "max_tokens": 9, "url": "http://x/v1/"})]
+    said = r"panel\.judges\.1 and panel\.judges\.3 are the same judge \(http http://x/v1 b\)"
+    with pytest.raises(PsyrayError, match=said):
+        make_panel([Named(id) for id in "abcd"], PanelSection(judges=twice), REVIEW)
+    elsewhere = [*JUDGES, JUDGES[1].model_copy(update={"url": "http://y/v1"})]
+    assert len(make_panel([Named(id) for id in "abcd"], PanelSection(judges=elsewhere), REVIEW).judges) == 4
     with pytest.raises(PsyrayError, match=r"strictest_on names safety; the rubric has right, safe"):
         make_panel([Named("a"), Named("b")], panel(strictest_on=["safety"]), REVIEW)
     ids = {make_panel([Named("a"), Named("b")], panel(rule=rule), REVIEW).id for rule in ("mean", "median")}

@@ -1,6 +1,7 @@
 """The gate: what it compares, which speeches decide, and why a policy may not go on."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -79,9 +80,11 @@ def test_too_many_unusable_verdicts_stop_the_stage():
     rubric = load_rubric("counselling")
     desk = Desk(RuleJudge(rubric), rubric, None, "run", JudgeSection(max_invalid_share=0.25))  # type: ignore[arg-type]
     good = [(Verdict.A, 1.0, {})] * 3
-    check_invalid([*good, (Verdict.INVALID, 0.0, {"error": "gone"})], desk)
-    with pytest.raises(PsyrayError, match=r"2 of 5 pairs .* the first: gone"):
-        check_invalid([*good, (Verdict.INVALID, 0.0, {"error": "gone"}), (Verdict.INVALID, 0.0, {})], desk)
+    gone = (Verdict.INVALID, 0.0, {"error": "gone"})
+    check_invalid([*good, gone], desk, "duels-1")
+    said = r"duels-1: 2 of 5 pairs .*, more than evaluate\.second\.max_invalid_share \(25%\); most often: gone"
+    with pytest.raises(PsyrayError, match=said):
+        check_invalid([*good, gone, gone], replace(desk, setting="evaluate.second"), "duels-1")
     duels = [Duel(answer("n", "s"), answer("o", "s"))]
     [row] = verdict_rows(by_scores(duels, judged(n=2.0, o=1.5), 0.0), desk)
     assert row == {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
+from made_mirrored import Counted, passes
 
 from psyray import mirror as mirrors
 from psyray.active.ledger import Answer, Ledger, Question
@@ -15,43 +14,13 @@ from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.mirror import Mirror
 from psyray.pipeline import open_mirror
-from psyray.run import Folder, Run, fetch_run, followed
+from psyray.run import Run, fetch_run, followed
 from psyray.status import stage_lines
-
-SCHEMA = pa.schema([("key", pa.string())])
-
-
-class Counted:
-    """A stage's work that counts how often it is done: rows and a model of two files."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    def __call__(self, folder: Folder) -> dict[str, int]:
-        self.times += 1
-        parts = folder.parts(SCHEMA, "key")
-        parts.append([{"key": key} for key in "cab"])
-        parts.finish()
-        (folder.path / "model").mkdir()
-        (folder.path / "model" / "weights.bin").write_bytes(bytes(range(256)) * 64)
-        (folder.path / "model" / "config.json").write_text("{}")
-        folder.progress(3, 3)
-        return {"rows": 3}
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "store" / "demo"
-
-
-def passes(path: Path, store: Path, work: Counted, said: list[str] | None = None, **more: Any) -> Run:
-    """One pass of a run of one stage in a folder with a copy in `store`."""
-    say = (said if said is not None else []).append
-    mirror = Mirror(f"file://{store}", path, say=say, **more)
-    run = Run(path, say, mirror=mirror)
-    with mirror.open(), run.open({"a": 1}):
-        run.stage("letters", {}, [], work)
-    return run
 
 
 def stage_in(folder: Path) -> Path:

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from made_ledger import fresh_url, sql
 
+from psyray.active.leases import Answered, Gone, Lease, NoTicket
 from psyray.active.ledger import Ledger, Question
-from psyray.active.queue import Answered, ExpertQueue, Gone, Lease, NoTicket
+from psyray.active.queue import ExpertQueue
 from psyray.active.votes import Choice, Vote, agreement, consensus, decided
 from psyray.records import Verdict
 

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from psyray.cli import app
 from psyray.errors import PsyrayError
 from psyray.registry import promote
 from psyray.track import registered, registry
@@ -88,3 +91,35 @@ def test_what_cannot_be_champion_says_why(home: Path) -> None:
         promote("abcdef12", home, uri(home))
     with pytest.raises(PsyrayError, match="has no model psyray-policy@none"):
         find_champion(Args.read({"runs": str(home), "model": "psyray-policy@none"}), uri(home))
+
+
+def test_a_run_is_promoted_where_its_own_settings_register(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    kept = home / "b" / "config.yaml"
+    kept.write_text(yaml.safe_dump({"track": {"uri": uri(home)}}))
+    assert promote(str(home / "b"), tmp_path)["psyray-policy"] == "2"
+    assert promote("a" * 16, home, uri(home))["psyray-policy"] == "1"  # as asked
+    for tracking, run in ((None, "a"), (f"sqlite:///{tmp_path}/other.db", "b")):
+        with pytest.raises(PsyrayError, match=r"has not registered .* at sqlite.*other\.db"):
+            promote(str(home / run), home, tracking)
+    kept.write_text(yaml.safe_dump({"track": {"uri": None}}))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert promote(str(home / "b"), tmp_path)["psyray-policy"] == "2"  # SQLite beside the run, not beside --runs
+    kept.unlink()
+
+
+def test_a_name_is_looked_for_at_the_registry_that_is_said(home: Path, tmp_path: Path) -> None:
+    there = ["--tracking-uri", uri(home), "--runs", str(tmp_path)]
+    done = CliRunner().invoke(app, ["promote", "psyray-policy/2", *there], env={"COLUMNS": "200"})
+    assert done.exit_code == 0 and "psyray-policy: version 2 is champion" in done.output
+    told = CliRunner().invoke(app, ["lineage", "psyray-policy@none", *there])
+    assert "has no model psyray-policy@none" in str(told.exception)
+
+
+def test_a_server_is_not_given_a_password_in_its_words() -> None:
+    assert Args.read({"tracking": "http://mlflow.internal:5000"}).tracking == "http://mlflow.internal:5000"
+    with pytest.raises(PsyrayError, match="MLFLOW_TRACKING_URI") as told:
+        Args.read({"tracking": "https://me:hunter2@mlflow.internal"})
+    assert "hunter2" not in str(told.value)

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from psyray.errors import PsyrayError
-from psyray.run import Run, find_run, read_stages, run_path
+from psyray.homes import run_path
+from psyray.run import Run, find_run, read_stages
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
 
@@ -131,11 +132,9 @@ def test_rows_set_aside_are_kept_beside_and_made_anew(tmp_path, said):
     assert open_run(tmp_path, said).stage("letters", {}, [], make).manifest["rows"] == 3
 
 
-def test_there_is_no_status_of_no_run_and_no_run_at_a_uri(tmp_path):
+def test_there_is_no_status_of_no_run(tmp_path):
     with pytest.raises(PsyrayError, match="no run at"):
         read_stages(tmp_path)
-    with pytest.raises(PsyrayError, match=r"a URI goes into run\.mirror"):
-        run_path(Path("s3://bucket/run"))
 
 
 def test_a_run_in_a_ray_job_does_not_land_in_the_jobs_throw_away_folder(monkeypatch):
@@ -164,5 +163,3 @@ def test_a_run_that_is_there_is_found_here_and_where_jobs_write(monkeypatch, tmp
     assert find_run(demo) == here
     (tmp_path / "shared/runs/demo").mkdir(parents=True)
     assert find_run(demo) == tmp_path / "shared/runs/demo"  # where a run would go on from here
-    with pytest.raises(PsyrayError, match="a URI goes into"):
-        find_run(Path("s3://bucket/run"))

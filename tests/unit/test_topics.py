@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from psyray.ceiling import Ceiling
 from psyray.config import load_config
 from psyray.data.speeches import SHIPPED
 from psyray.data.topics import TOPICS, check_share, choice, summary, topic_judge, topic_row, topics
@@ -58,9 +59,10 @@ def test_invalid_answers_are_counted_and_too_many_stop_the_stage(tmp_path):
     parts.append([{"speech_id": "a", "topic": "mood", "subtopic": "numbness", "by": "m", "status": "ok"}])
     parts.append([{"speech_id": "b", "by": "m", "status": "invalid", "error": "no name"}])
     assert summary(parts) == {"column": 8, "engine": 1, "invalid": 1, "topics": {"grief": 8, "mood": 1}}
-    check_share(parts, 0.5)
-    with pytest.raises(PsyrayError, match="1 of 2 answers are invalid"):
-        check_share(parts, 0.4)
+    check_share(parts, Ceiling(0.4, "x"))
+    parts.append([{"speech_id": "c", "by": "m", "status": "invalid", "error": "no name"}])
+    with pytest.raises(PsyrayError, match=r"topics: 2 of 3 answers are invalid .*no name.*They are in .*aside-"):
+        check_share(parts, Ceiling(0.4, "x"))
     assert parts.ids == {"a", *(f"c{n}" for n in range(8))}
 
 
