@@ -134,10 +134,9 @@ class Watch:
     def _drop(self) -> None:
         if not self.trainer.is_world_process_zero():
             return
-        needed = {str(step) for step in self._resumable | {look.step for look in self.looks[-1:]}}
-        needed |= {str(best(self.looks).step)} if self.looks else set()
+        needed = self._resumable | ({best(self.looks).step} if self.looks else set())
         for folder in (self.folder / KEPT).glob("*"):
-            if folder.name not in needed:
+            if int(folder.name) not in needed:
                 shutil.rmtree(folder)
 
     def adopt(self, out: Path, planned: int) -> None:

@@ -97,7 +97,9 @@ def run_training(
     with watched(folder, title, int(steps)):
         _fit(trainer, title)
     _adopt(folder)
-    taken = read_choice(folder.path).get("dev", {}).get("taken", steps)
+    if not section.dev:
+        return read_steps(folder.path)
+    taken = read_choice(folder.path)["dev"]["taken"]  # an attempt that was cut off may have been further
     return [step for step in read_steps(folder.path) if step["step"] <= taken]
 
 

@@ -29,9 +29,11 @@ from psyray.looks import (
     read_choice,
 )
 from psyray.policy import dpo
+from psyray.records import PAIRS as RECORDS
+from psyray.records import pair_row
 from psyray.reward import train as reward
 from psyray.reward.groups import group_example
-from psyray.run import Artifact, Folder
+from psyray.run import Artifact, Folder, Run
 from psyray.sections.learning import DevSection, TrainSection
 from psyray.train import log_step, read_steps, write_examples
 
@@ -265,3 +267,42 @@ def test_a_policys_dev_pairs_are_whole_speeches_and_are_not_trained_on(
     dpo.train_policy(Folder(tmp_path), load_config(None), pairs[:1], "p", "r", title="policy")
     assert len(got["train"]) == 1 and not got["dev"]
     assert not (tmp_path / CHOICE).exists()
+
+
+def test_the_reward_models_dev_pairs_are_not_trained_on_and_are_counted_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    responses = [
+        {"response_id": f"{n}-{side}", "speech_id": f"s{n // 2}", "messages": PAIRS[0]["messages"], "split": "train",
+         "text": f"{side} {n}"}
+        for n in range(40) for side in ("Good", "Bad")
+    ]  # fmt: skip
+    rows = [
+        pair_row(good, good, bad, margin=None if n == 0 else 1.0, source="data set")
+        for n, (good, bad) in enumerate(zip(responses[::2], responses[1::2], strict=True))
+    ]
+    got: dict[str, Any] = {}
+
+    def run_training(folder: Folder, loop: Any, examples: Any, *_: Any, title: str, dev: Any) -> list[Any]:
+        got.update(train=list(examples), dev=list(dev))
+        (folder.path / CHOICE).write_text(json.dumps({"kept": 4}))
+        return []
+
+    def keep(folder: Folder) -> dict[str, Any]:
+        parts = folder.parts(RECORDS, "pair_id")
+        parts.append(rows)
+        parts.finish()
+        return {}
+
+    monkeypatch.setattr(reward, "run_training", run_training)
+    words = [f"reward.model={tiny_model}", "reward.use_margin=true"]
+    run = Run(tmp_path / "run", say=lambda line: None)
+    with run.open({}):
+        pairs = run.stage("pairs", {}, [], keep)
+        made = reward.reward_stage(run, load_config(None, [*words, "reward.train.dev.share=0.3"]), pairs)
+        with pytest.raises(PsyrayError, match=r"reward\.train\.dev\.share 0\.001 puts 0 of 39"):
+            reward.reward_stage(run, load_config(None, [*words, "reward.train.dev.share=0.001"]), pairs)
+    measured = sum(aside(row["speech_id"], DevSection(share=0.3)) for row in rows[1:])
+    assert (len(got["train"]), len(got["dev"])) == (39 - measured, measured) and measured
+    assert not {row["responses"][0] for row in got["train"]} & {row["responses"][0] for row in got["dev"]}
+    assert made.stats == {"train_pairs": 39 - measured, "steps": [], "dev": {"kept": 4}}
