@@ -20,6 +20,7 @@ from psyray.errors import PsyrayError
 from psyray.evaluate.duels import second_stage
 from psyray.evaluate.gate import Start, gate_stage
 from psyray.evaluate.probe import probe_stage
+from psyray.looks import read_choice
 from psyray.models import model_identity, resolve_model
 from psyray.policy.dpo import train_policy
 from psyray.records import Row, content_id
@@ -236,7 +237,7 @@ def policy_stage(
             )
         random.Random(config.run.seed).shuffle(pairs)
         steps = train_policy(folder, config, pairs, policy.path, reference.path, title=f"policy of round {number}")
-        return {"pairs": len(pairs), "fresh": len(fresh), "steps": steps}
+        return {"pairs": len(pairs), "fresh": len(fresh), "steps": steps, **read_choice(folder.path)}
 
     trained = run.stage(f"round-{number}/policy", settings, [labels, *seen.pairs[:-1]], make)
     return Policy(number, str(trained.model), trained.fingerprint)

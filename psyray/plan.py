@@ -93,7 +93,9 @@ def graded(config: Config) -> str:
 def training(train: TrainSection) -> str:
     """A training section in words."""
     words = "epochs {epochs}, batch {batch_size}, learning rate {learning_rate}, ZeRO-{zero_stage}"
-    return words.format(**vars(train)) + (f", LoRA of rank {train.lora.rank}" if train.lora else "")
+    lora = f", LoRA of rank {train.lora.rank}" if train.lora else ""
+    dev = f", the best step by {train.dev.share:.0%} of the speeches" if train.dev else ""
+    return words.format(**vars(train)) + lora + dev
 
 
 def labels(config: Config) -> str:

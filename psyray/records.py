@@ -58,6 +58,11 @@ def content_id(*parts: object) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def in_share(share: float, *parts: object) -> bool:
+    """Whether the parts fall into a share of all, by their hash: the same on every machine."""
+    return int(content_id(*parts), 16) < share * 16**16
+
+
 def speech_id(messages: Sequence[Message]) -> str:
     """The id of a conversation that ends in the client's words."""
     return content_id("speech", [(m["role"], normalise(m["content"])) for m in messages])

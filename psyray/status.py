@@ -211,10 +211,24 @@ def _last_loss(stats: Mapping[str, Any]) -> str:
     return f"loss {number(losses[0], 3)} → {number(losses[-1], 3)}" if losses else f"loss {DASH}"
 
 
+def _trained(stats: Mapping[str, Any]) -> str:
+    return _last_loss(stats) + _kept(stats.get("dev"))
+
+
+def _kept(dev: Mapping[str, Any] | None) -> str:
+    """Which step a job kept, where it looked at dev; empty where it did not."""
+    if not dev:
+        return ""
+    figures = f"dev loss {number(dev['loss'], 3)}, accuracy {share(dev['accuracy'])}"
+    early = f"; ended before step {number(dev['planned'])}: {dev['stopped']}" if dev["taken"] < dev["planned"] else ""
+    return f" (kept step {number(dev['kept'])} of {number(dev['taken'])}, {figures}{early})"
+
+
 def _adapters(stats: Mapping[str, Any]) -> str:
     names = [f"adapter-{at}" for at in range(stats.get("adapters") or 0)]
-    steps = ([entry[name] for entry in stats["steps"] if name in entry] for name in names)
-    return f"{len(names)} adapters, " + "; ".join(_last_loss({"steps": one}) for one in steps)
+    steps = {name: [entry[name] for entry in stats["steps"] if name in entry] for name in names}
+    dev = stats.get("dev") or {}
+    return f"{len(names)} adapters, " + "; ".join(_trained({"steps": steps[n], "dev": dev.get(n)}) for n in names)
 
 
 def _heads(stats: Mapping[str, Any]) -> str:
@@ -277,9 +291,9 @@ KEY_NUMBERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "samples": lambda s: f"{_counts(s, 'ok', 'failed')}, {number(s.get('mean_words'), 0)} words",
     "judgements": lambda s: f"mean {number(s.get('mean_score'))}, invalid {share(s.get('invalid_share'))}",
     "pairs": lambda s: _counts(s, "train", "test"),
-    "reward": _last_loss,
+    "reward": _trained,
     "reward-adapters": _adapters,
-    "policy": lambda s: f"{_last_loss(s)}, {_counts(s, 'pairs')}",
+    "policy": lambda s: f"{_trained(s)}, {_counts(s, 'pairs')}",
     "reward-heads": _heads,
     "heads": _heads,
     "reward-topics": _by_topic,

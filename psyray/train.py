@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from psyray.cluster import QUIET, require, use_gpu
 from psyray.errors import PsyrayError
+from psyray.looks import KEPT, Measure, Watch, read_choice
 from psyray.lora import merge_adapter
 from psyray.models import cache_folder
 from psyray.needs import training
@@ -55,10 +56,12 @@ def run_training(
     cluster: ClusterSection,
     *,
     title: str,
+    dev: Iterable[Row] = (),
 ) -> list[dict[str, float]]:
     """Run `loop` in Ray Train workers over `examples` until `folder/model`, or `adapter`, holds what was trained.
 
-    Returns the logged steps. `loop` gets `settings` plus {train, examples, folder, gpu, seed}.
+    Returns the logged steps. `loop` gets `settings` plus {train, examples, dev, folder, gpu, threads}; `dev` are the
+    examples put aside, where `section.dev` is set.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -67,10 +70,13 @@ def run_training(
     require(training(section, gpu), cluster.wait_s, title)
     data = folder.path / "examples.parquet"
     count = write_examples(data, examples)
+    if section.dev:
+        write_examples(folder.path / "dev.parquet", dev)
     config: dict[str, Any] = {
         **settings,
         "train": section.model_dump(),
         "examples": str(data),
+        "dev": str(folder.path / "dev.parquet") if section.dev else None,
         "folder": str(folder.path),
         "gpu": gpu,
         "threads": max(1, (os.cpu_count() or 1) // section.workers),
@@ -91,7 +97,10 @@ def run_training(
     with watched(folder, title, int(steps)):
         _fit(trainer, title)
     _adopt(folder)
-    return read_steps(folder.path)
+    if not section.dev:
+        return read_steps(folder.path)
+    taken = read_choice(folder.path)["dev"]["taken"]  # an attempt that was cut off may have been further
+    return [step for step in read_steps(folder.path) if step["step"] <= taken]
 
 
 def write_examples(path: Path, examples: Iterable[Row]) -> int:
@@ -149,12 +158,17 @@ def watched(folder: Folder, title: str, total: int) -> Iterator[None]:
 
 
 def read_steps(path: Path) -> list[dict[str, float]]:
-    """The logged steps in order; a step that was done again after a restart counts once, as it was last."""
+    """The logged steps in order, each with its look at dev, if it had one.
+
+    A step that was done again after a restart counts once, as it was last.
+    """
     log = path / STEPS
     if not log.exists():
         return []
     entries = filter(None, map(_entry, log.read_text().splitlines()))
-    by_step = {entry["step"]: entry for entry in entries}
+    by_step: dict[float, dict[str, float]] = {}
+    for entry in entries:
+        by_step[entry["step"]] = by_step.get(entry["step"], {}) | entry
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -172,7 +186,7 @@ def _adopt(folder: Folder) -> None:
     if draft.exists():
         shutil.rmtree(model, ignore_errors=True)
         draft.rename(model)
-    for name in ("checkpoints", "ray-train"):
+    for name in ("checkpoints", "ray-train", KEPT):
         shutil.rmtree(folder.path / name, ignore_errors=True)
 
 
@@ -253,18 +267,27 @@ def freeze(model: Any, layers: int) -> None:
         part.requires_grad_(False)
 
 
-def fit_and_save(trainer: Any, config: Mapping[str, Any]) -> None:
+def fit_and_save(trainer: Any, config: Mapping[str, Any], measure: Measure) -> None:
     """Train from the last complete checkpoint, if there is one, and write the model to `folder/model.draft`.
 
-    What LoRA learned is kept apart in `folder/adapter`, and merged into its base there unless `merge` is off.
+    It is that of the last step, or with `train.dev` that of the best look, by `measure`. What LoRA learned is kept
+    apart in `folder/adapter`, and merged into its base there unless `merge` is off.
     """
     import torch.distributed as dist
 
     folder = Path(config["folder"])
     draft, adapter = folder / "model.draft", folder / "adapter"
-    trainer.add_callback(_reporter(folder))
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
-    trainer.save_model(str(adapter if config["train"]["lora"] else draft))
+    out = adapter if config["train"]["lora"] else draft
+    start = last_checkpoint(folder / "checkpoints")
+    marker = Path(start) / COMPLETE if start else None
+    dev = config["train"].get("dev")
+    watch = Watch(trainer, measure, dev, folder, marker) if dev else None
+    trainer.add_callback(_reporter(folder, watch))
+    trainer.train(resume_from_checkpoint=start)
+    if not watch:
+        trainer.save_model(str(out))
+    elif trainer.is_world_process_zero():
+        watch.adopt(out, trainer.state.max_steps)
     if config["train"]["lora"] and config.get("merge", True) and trainer.is_world_process_zero():
         merge_adapter(trainer, config["model"], adapter, draft)
     dist.barrier()
@@ -289,12 +312,12 @@ def last_checkpoint(path: Path) -> str | None:
     return str(best[1]) if best else None
 
 
-def _reporter(folder: Path) -> Any:
+def _reporter(folder: Path, watch: Watch | None) -> Any:
     import torch.distributed as dist
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
-        """Writes each logged step down and marks checkpoints that all ranks have finished."""
+        """Writes each logged step down, has dev looked at, and marks checkpoints that all ranks have finished."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if state.is_world_process_zero and logs and "loss" in logs:
@@ -302,14 +325,22 @@ def _reporter(folder: Path) -> Any:
                 log_step(folder, entry)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step >= state.max_steps:
+            if watch and watch.due(state.global_step, state.max_steps):
+                look = watch.look(state.global_step)
+                if state.is_world_process_zero:
+                    entry = {"step": look.step, "dev_loss": look.loss, "dev_accuracy": look.accuracy}
+                    log_step(folder, entry)
+                control.should_training_stop |= watch.over
+            if state.global_step >= state.max_steps or control.should_training_stop:
                 control.should_save = False  # the model itself is saved next; its optimiser state is of no more use
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             dist.barrier()
             if state.is_world_process_zero:
                 saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_atomic(saved / COMPLETE, "")
+                write_atomic(saved / COMPLETE, watch.marker() if watch else "")
+            if watch:
+                watch.saved()
             dist.barrier()
 
     return Reporter()

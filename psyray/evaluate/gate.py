@@ -30,7 +30,7 @@ from psyray.evaluate.duels import (
     side_by_side,
     verdict_rows,
 )
-from psyray.records import Row, Verdict, content_id, table
+from psyray.records import Row, Verdict, in_share, table
 from psyray.run import Artifact, Folder, Run, write_parquet
 from psyray.sections.learning import EvaluateSection
 
@@ -123,7 +123,7 @@ def by_part(measure: Callable[[Keep], dict[str, Any]], answers: Sequence[Row], d
 
 def decides(speech: str, dev_share: float) -> bool:
     """Whether a held-out speech is of the part that decides: by hash, the same in every round and run."""
-    return int(content_id("dev", speech), 16) < dev_share * 16**16
+    return in_share(dev_share, "dev", speech)
 
 
 @dataclass(frozen=True)

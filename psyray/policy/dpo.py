@@ -9,6 +9,7 @@ from typing import Any
 from psyray.config import Config
 from psyray.data.generate import with_system
 from psyray.data.layout import SIDES
+from psyray.looks import aside, check_parts
 from psyray.lora import adapter_config
 from psyray.records import Row
 from psyray.run import Folder
@@ -18,7 +19,11 @@ from psyray.train import fit_and_save, freeze, prepare_worker, run_training, tra
 
 def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, reference: str, *, title: str) -> Any:
     """Train `policy` on the pairs against the frozen `reference` into `folder/model`. Returns the steps."""
-    examples = [example(pair, config.policy.system) for pair in pairs]
+    dev = config.dpo.train.dev
+    parts: dict[bool, list[Row]] = {False: [], True: []}
+    for pair in pairs:
+        parts[aside(pair["speech_id"], dev)].append(example(pair, config.policy.system))
+    check_parts("dpo.train.dev", dev, len(parts[True]), len(pairs))
     settings = {
         "model": policy,
         "reference": reference,
@@ -26,8 +31,9 @@ def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, 
         "seed": config.run.seed,
     }
     return run_training(
-        folder, train_loop, examples, settings, config.dpo.train, config.engine, config.cluster, title=title
-    )
+        folder, train_loop, parts[False], settings, config.dpo.train, config.engine, config.cluster, title=title,
+        dev=parts[True],
+    )  # fmt: skip
 
 
 def example(pair: Row, system: str) -> Row:
@@ -50,7 +56,22 @@ def loss_arguments(section: DpoSection) -> dict[str, Any]:
 def train_loop(config: dict[str, Any]) -> None:
     """The worker: `config` holds the settings of `train_policy` and what `run_training` adds."""
     prepare_worker(config)
-    fit_and_save(make_trainer(config, trainer_arguments(config)), config)
+    fit_and_save(make_trainer(config, trainer_arguments(config)), config, measure)
+
+
+def measure(trainer: Any, pairs: list[Row]) -> tuple[float, float, int]:
+    """For a look at dev: the pairs' summed loss, how many have the chosen side's reward above the other's, how many.
+
+    One at a time: a batch's loss is no sum over its pairs where losses count tokens, or sort. TRL tells the accuracy
+    as a mean over the workers; as each of them counts it, the sum is right.
+    """
+    losses, accuracies = [], []
+    for pair in pairs:
+        batch = trainer._prepare_inputs(trainer.data_collator([pair]))
+        losses.append(float(trainer.compute_loss(trainer.model_wrapped, batch)))
+        accuracies.append(trainer._metrics["eval"]["rewards/accuracies"][-1])
+    trainer._metrics["eval"].clear()
+    return sum(losses), sum(accuracies), len(pairs)
 
 
 def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
@@ -73,10 +94,14 @@ def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any
         ref_model=None if own else _load(config["reference"]),
         args=args,
         train_dataset=Dataset.from_parquet(config["examples"]),
+        eval_dataset=Dataset.from_parquet(config["dev"]) if config.get("dev") else None,
         processing_class=tokenizer,
         peft_config=adapter,
     )
-    trainer.train_dataset = trainer.train_dataset.map(partial(left_open, closing=closing(tokenizer)))
+    ended = partial(left_open, closing=closing(tokenizer))
+    trainer.train_dataset = trainer.train_dataset.map(ended)
+    if trainer.eval_dataset is not None:
+        trainer.eval_dataset = trainer.eval_dataset.map(ended)
     return trainer
 
 

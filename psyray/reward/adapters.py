@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from psyray.config import Config
+from psyray.looks import CHOICE, aside, check_parts, read_choice
 from psyray.reward.body import ADAPTERS
-from psyray.reward.train import examples, losses, train_loop
+from psyray.reward.train import dev_pairs, examples, losses, train_loop, usable
 from psyray.run import Artifact, Folder, Run
+from psyray.sections.learning import DevSection
 from psyray.train import STEPS, read_steps, run_training
 
 
@@ -48,6 +50,7 @@ def adapters_stage(run: Run, config: Config, reward: Artifact, pairs: Artifact) 
 
     def make(folder: Folder) -> Mapping[str, Any]:
         link_files(reward.model, folder.path / "model")
+        check_dev(config, pairs)
         for number in range(section.count):
             kept = folder.path / "model" / ADAPTERS / str(number)
             member = Member(folder.path / f"member-{number}", stage=folder, number=number, of=section.count)
@@ -55,9 +58,12 @@ def adapters_stage(run: Run, config: Config, reward: Artifact, pairs: Artifact) 
                 train_member(member, config, reward, pairs)
                 kept.parent.mkdir(exist_ok=True)
                 (member.path / STEPS).rename(member.path / "adapter" / STEPS)
+                if (choice := member.path / CHOICE).exists():
+                    choice.rename(member.path / "adapter" / CHOICE)
                 (member.path / "adapter").rename(kept)  # last: what has this name is whole
             shutil.rmtree(member.path, ignore_errors=True)
-        return {"adapters": section.count, "steps": curves(folder.path / "model" / ADAPTERS, section.count)}
+        adapters = folder.path / "model" / ADAPTERS
+        return {"adapters": section.count, "steps": curves(adapters, section.count)} | choices(adapters, section.count)
 
     told = {"use_margin": config.reward.use_margin, "groups": config.reward.groups, **losses(config.reward)}
     settings = section.model_dump() | told | {"seed": config.run.seed}
@@ -67,22 +73,36 @@ def adapters_stage(run: Run, config: Config, reward: Artifact, pairs: Artifact) 
 def train_member(member: Member, config: Config, reward: Artifact, pairs: Artifact) -> None:
     """Train one adapter; it is then in the folder's `adapter`, its steps beside it."""
     section, seed = config.reward.adapters.train, config.run.seed
+    times = drawn(pairs, seed, member.number, section.dev)
     member.path.mkdir(exist_ok=True)
     run_training(
         member,
         train_loop,
-        examples(member, config.reward, pairs, drawn(pairs, seed, member.number)),
+        examples(member, config.reward, pairs, times, lambda speech: not aside(speech, section.dev)),
         {"model": str(reward.model), **losses(config.reward), "seed": seed + 1 + member.number, "merge": False},
         section,
         config.engine,
         config.cluster,
         title=f"adapter {member.number + 1} of {member.of}",
+        dev=examples(member, config.reward, pairs, keep=lambda speech: aside(speech, section.dev)),
     )
 
 
-def drawn(pairs: Artifact, seed: int, number: int) -> dict[str, int]:
-    """How often member `number` sees each training speech: as many draws as there are speeches, with replacement."""
-    ids = sorted({row["speech_id"] for row in pairs.each(["speech_id", "split"]) if row["split"] == "train"})
+def check_dev(config: Config, pairs: Artifact) -> None:
+    """PsyrayError where adapters put speeches aside and dev or training is left without a pair."""
+    if dev := config.reward.adapters.train.dev:
+        found = pairs.each(["split", "margin"])
+        count = sum(row["split"] == "train" and usable(row, config.reward) for row in found)
+        check_parts("reward.adapters.train.dev", dev, dev_pairs(config.reward, pairs, dev), count)
+
+
+def drawn(pairs: Artifact, seed: int, number: int, dev: DevSection | None = None) -> dict[str, int]:
+    """How often member `number` sees each training speech: as many draws as there are speeches, with replacement.
+
+    Those put aside as dev are not among them.
+    """
+    train = (row["speech_id"] for row in pairs.each(["speech_id", "split"]) if row["split"] == "train")
+    ids = sorted({speech for speech in train if not aside(speech, dev)})
     times = np.random.default_rng([seed, number]).multinomial(len(ids), np.full(len(ids), 1 / len(ids)))
     return dict(zip(ids, times.tolist(), strict=True))
 
@@ -95,6 +115,13 @@ def curves(folder: Path, count: int) -> list[dict[str, Any]]:
             step = entry.pop("step")
             found.setdefault(step, {"step": step})[f"adapter-{number}"] = entry
     return [found[step] for step in sorted(found)]
+
+
+def choices(folder: Path, count: int) -> dict[str, Any]:
+    """What each adapter's looks at dev made of it, as numbers of the stage; empty where there was no dev."""
+    found = {f"adapter-{number}": read_choice(folder / str(number)) for number in range(count)}
+    known = {name: choice["dev"] for name, choice in found.items() if choice}
+    return {"dev": known} if known else {}
 
 
 def link_files(model: Path, folder: Path) -> None:

@@ -7,7 +7,7 @@ Saved as a Hugging Face sequence-classification model with one label, which vLLM
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby, repeat
 from typing import Any
 
@@ -15,12 +15,13 @@ import pyarrow as pa
 
 from psyray.config import Config
 from psyray.errors import PsyrayError
+from psyray.looks import aside, check_parts, read_choice
 from psyray.lora import adapter_config
 from psyray.models import model_identity, resolve_model
 from psyray.records import Row, rows
 from psyray.reward.groups import GroupCollator, group_example, pad_apart, preference_loss
 from psyray.run import Artifact, Folder, Run
-from psyray.sections.learning import RewardSection
+from psyray.sections.learning import DevSection, RewardSection
 from psyray.tables import connect, in_order, view
 from psyray.train import fit_and_save, freeze, prepare_worker, run_training, trainer_arguments
 
@@ -35,20 +36,22 @@ def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
         train = Counter(usable(row, section) for row in pairs.each(["split", "margin"]) if row["split"] == "train")
         if not train:
             raise PsyrayError("no training pair is left for the reward model; lower pairs.gap or give more speeches")
-        train_pairs = train[True]
         if told := without_margin(train[False], train.total()):
             run.say(told)
+        measured = dev_pairs(section, pairs, section.train.dev)
+        check_parts("reward.train.dev", section.train.dev, measured, train[True])
         steps = run_training(
             folder,
             train_loop,
-            examples(folder, section, pairs),
+            examples(folder, section, pairs, keep=lambda speech: not aside(speech, section.train.dev)),
             {"model": resolve_model(section.model), **losses(section), "seed": config.run.seed},
             section.train,
             config.engine,
             config.cluster,
             title="reward model",
+            dev=examples(folder, section, pairs, keep=lambda speech: aside(speech, section.train.dev)),
         )
-        return {"train_pairs": train_pairs, "steps": steps}
+        return {"train_pairs": train[True] - measured, "steps": steps, **read_choice(folder.path)}
 
     return run.stage("reward", settings, [pairs], make)
 
@@ -56,6 +59,12 @@ def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
 def usable(pair: Row, section: RewardSection) -> bool:
     """Whether the loss can take the pair: with `use_margin` not where nobody knows its margin."""
     return not (section.use_margin and pair["margin"] is None)
+
+
+def dev_pairs(section: RewardSection, pairs: Artifact, dev: DevSection | None) -> int:
+    """How many of the pairs that the loss can take are put aside."""
+    found = pairs.each(["speech_id", "split", "margin"]) if dev else ()
+    return sum(row["split"] == "train" and usable(row, section) and aside(row["speech_id"], dev) for row in found)
 
 
 def without_margin(left_out: int, of: int) -> str:
@@ -73,14 +82,23 @@ def losses(section: RewardSection) -> dict[str, float]:
     return {"smoothing": section.label_smoothing, "center": section.center}
 
 
+Keep = Callable[[str], bool]  # whether a speech, by its id, is of the part
+
+
 def examples(
-    folder: Folder, section: RewardSection, pairs: Artifact, times: Mapping[str, int] | None = None
+    folder: Folder,
+    section: RewardSection,
+    pairs: Artifact,
+    times: Mapping[str, int] | None = None,
+    keep: Keep = lambda speech: True,
 ) -> Iterator[Row]:
-    """The training pairs as groups: each alone, or those of a speech together.
+    """The training pairs of the speeches in `keep` as groups: each alone, or those of a speech together.
 
     `times`: how often those of each speech come; none: once.
     """
     for group in grouped(folder, section, pairs):
+        if not keep(group[0]["speech_id"]):
+            continue
         once = group_example(group, section.use_margin)
         yield from repeat(once, 1 if times is None else times[group[0]["speech_id"]])
 
@@ -102,7 +120,32 @@ def grouped(folder: Folder, section: RewardSection, pairs: Artifact) -> Iterator
 def train_loop(config: dict[str, Any]) -> None:
     """The worker: `config` holds {model, smoothing, center, seed}, may hold {merge}, and what `run_training` adds."""
     prepare_worker(config)
-    fit_and_save(make_trainer(config, trainer_arguments(config)), config)
+    fit_and_save(make_trainer(config, trainer_arguments(config)), config, measure)
+
+
+def measure(trainer: Any, groups: list[Row]) -> tuple[float, float, int]:
+    """For a look at dev: the pairs' summed log loss by the scores alone, how many are right (a tie: half), how many."""
+    from torch.nn.functional import logsigmoid
+
+    batch = trainer._prepare_inputs(trainer.data_collator(groups))
+    gap_P = gaps(scored(trainer.model_wrapped, batch)[0], batch)
+    return float(-logsigmoid(gap_P).sum()), float(right(gap_P).sum()), len(gap_P)
+
+
+def scored(model: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The responses' rewards, and all that the model gives out."""
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return outputs.logits.float().squeeze(-1), outputs
+
+
+def gaps(rewards_N: Any, batch: Mapping[str, Any]) -> Any:
+    """r(chosen) - r(rejected) of each pair."""
+    return rewards_N[batch["chosen"]] - rewards_N[batch["rejected"]]
+
+
+def right(gap_P: Any) -> Any:
+    """1 where a pair is ranked right, 0.5 where it is a tie."""
+    return (gap_P > 0) + 0.5 * (gap_P == 0)
 
 
 def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
@@ -123,6 +166,7 @@ def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any
         model=model,
         args=args,
         train_dataset=data,
+        eval_dataset=Dataset.from_parquet(config["dev"]) if config.get("dev") else None,
         data_collator=GroupCollator(tokenizer, config["train"]["max_length"]),
         processing_class=tokenizer,
         peft_config=adapter_config(config["train"], "SEQ_CLS"),
@@ -140,13 +184,10 @@ def _trainer_class(smoothing: float, center: float) -> Any:
             return dataset  # the collator makes the tokens
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-            read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-            outputs = model(**read, use_cache=False)
-            rewards_N = outputs.logits.float().squeeze(-1)
+            rewards_N, outputs = scored(model, inputs)
             loss = preference_loss(rewards_N, inputs, smoothing=smoothing, center=center)
-            gap_P = (rewards_N[inputs["chosen"]] - rewards_N[inputs["rejected"]]).detach()
-            right_P = (gap_P > 0) + 0.5 * (gap_P == 0)
-            self._note("accuracy", (right_P / inputs["share"]).sum())
+            gap_P = gaps(rewards_N, inputs).detach()
+            self._note("accuracy", (right(gap_P) / inputs["share"]).sum())
             self._note("margin", (gap_P / inputs["share"]).sum())
             self._note("mean_reward", rewards_N.detach().mean())
             return (loss, outputs) if return_outputs else loss

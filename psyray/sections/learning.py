@@ -21,6 +21,14 @@ class LoraSection(Section):
     targets: list[str] = Field([], description="names of the layers that get one; none: all linear ones below the head")
 
 
+class DevSection(Section):
+    """Training speeches that a job does not learn from: measured while it trains, they choose the step it keeps."""
+
+    share: float = Field(0.1, gt=0, lt=1, description="share of the job's training speeches, by hash")
+    every: int = Field(10, ge=1, description="optimiser steps between two looks; the last step has one as well")
+    patience: int | None = Field(None, ge=1, description="looks without a better one that end the job; none: off")
+
+
 class TrainSection(Section):
     """One training job; lengths in tokens, batch sizes in pairs over all workers (reward.groups: in speeches)."""
 
@@ -39,6 +47,12 @@ class TrainSection(Section):
     workers: int = Field(1, ge=1)
     gradient_checkpointing: bool = False
     save_every: int = Field(50, ge=1, description="optimiser steps between checkpoints")
+    dev: DevSection | None = Field(
+        None,
+        exclude_if=lambda value: value is None,  # off, it is no part of what a finished stage was made with
+        description="put speeches aside, look at them and keep the best step (keys share, every, patience); none: off; "
+        "docs/training.md",
+    )
 
     @model_validator(mode="after")
     def batch_divides(self) -> Self:

@@ -21,7 +21,7 @@ from psyray.errors import PsyrayError
 from psyray.records import RESPONSES
 from psyray.reward.groups import group_example
 from psyray.reward.score import RewardScorer
-from psyray.reward.train import make_trainer, train_loop
+from psyray.reward.train import make_trainer, measure, train_loop
 from psyray.rubric import PREFERENCE, load_rubric, side_by_side
 from psyray.run import Folder
 from psyray.sections.data import EngineSection, JudgeSection
@@ -220,7 +220,7 @@ def test_an_adapter_spread_by_zero_3_goes_on_after_a_crash_and_ends_as_a_plain_m
         prepare_worker(config)
         trainer = make_trainer(config, trainer_arguments(config))
         trainer.add_callback(Cut())
-        fit_and_save(trainer, config)
+        fit_and_save(trainer, config, measure)
 
     lora = {"rank": 8, "alpha": 16}
     steps = trained(

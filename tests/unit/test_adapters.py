@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from psyray import plan, status
 from psyray.config import load_config
 from psyray.errors import PsyrayError
+from psyray.looks import CHOICE, aside
 from psyray.records import PAIRS
 from psyray.reward import adapters
 from psyray.reward.adapters import adapters_stage, curves, drawn, link_files
@@ -26,10 +27,10 @@ from psyray.reward.ensemble import fitted, fitted_by_member, own_heads
 from psyray.reward.heads import FloatArray, Heads, own_head
 from psyray.reward.ratings import fit_ratings
 from psyray.reward.score import RewardScorer, chats
-from psyray.reward.train import examples, reward_stage
+from psyray.reward.train import dev_pairs, examples, reward_stage
 from psyray.rubric import load_rubric
 from psyray.run import Artifact, Folder, Run
-from psyray.sections.learning import HeadsSection, RewardSection
+from psyray.sections.learning import DevSection, HeadsSection, RewardSection
 from psyray.train import STEPS
 from serve.reward import Gathered, RewardServer, judged
 
@@ -184,6 +185,21 @@ def test_each_member_learns_from_its_own_draw_of_the_training_speeches(tmp_path:
     assert len(list(examples(Folder(tmp_path), RewardSection(), pairs))) == 40  # without a draw each once
 
 
+def test_speeches_put_aside_are_drawn_for_no_member_and_measured_once_by_each(tmp_path: Path) -> None:
+    pairs, dev = pairs_artifact(tmp_path / "run"), DevSection(share=0.3)
+    out = {speech for speech in drawn(pairs, 0, 0) if aside(speech, dev)}
+    times = drawn(pairs, 0, 0, dev)
+    assert out and not out & times.keys() and sum(times.values()) == len(times) == 20 - len(out)
+    section = RewardSection()
+    learnt = list(examples(Folder(tmp_path), section, pairs, times, lambda speech: speech not in out))
+    measured = list(examples(Folder(tmp_path), section, pairs, keep=lambda speech: speech in out))
+    assert len(learnt) == 2 * len(times) and len(measured) == 2 * len(out) == dev_pairs(section, pairs, dev)
+    config = load_config(None, ["reward.adapters={count: 2, train: {dev: {share: 0.0001}}}"])
+    with pytest.raises(PsyrayError, match=r"reward\.adapters\.train\.dev\.share 0\.0001 puts 0 of 40"):
+        adapters.check_dev(config, pairs)
+    adapters.check_dev(load_config(None, ["reward.adapters.count=2"]), pairs)
+
+
 class Noted:
     """A run that only notes what its stages depend on."""
 
@@ -211,7 +227,7 @@ def test_a_setting_of_an_adapters_training_leaves_its_other_defaults() -> None:
     assert (train.learning_rate, train.lora.rank, train.lora.alpha, train.epochs) == (1e-4, 8, 8, 2)
 
 
-def stand_in(trained: list[int], fail_at: int | None) -> Callable[..., None]:
+def stand_in(trained: list[int], fail_at: int | None, looks: bool = False) -> Callable[..., None]:
     """Writes what a training leaves; dies in the middle of member `fail_at`."""
 
     def train_member(member: adapters.Member, *_: Any) -> None:
@@ -222,6 +238,8 @@ def stand_in(trained: list[int], fail_at: int | None) -> Callable[..., None]:
         (member.path / "adapter" / "weights").write_text(str(member.number))
         steps = [{"step": n, "loss": 0.75 - 0.125 * n - member.number} for n in (1, 2, 3)[: 3 - member.number]]
         (member.path / STEPS).write_text("".join(json.dumps(step) + "\n" for step in steps))
+        if looks:
+            (member.path / CHOICE).write_text(json.dumps({"kept": member.number}))
         member.progress(1, 4, "steps")
 
     return train_member
@@ -255,6 +273,20 @@ def test_a_stage_that_was_cut_off_goes_on_after_the_last_adapter_that_is_done(
     assert stage.stats["steps"][1] == {"step": 2, "adapter-0": {"loss": 0.5}, "adapter-1": {"loss": -0.5}}
     assert stage.stats["steps"][2] == {"step": 3, "adapter-0": {"loss": 0.375}}
     assert status.key_numbers("reward-adapters", stage.stats) == "2 adapters, loss 0.625 → 0.375; loss -0.375 → -0.500"
+
+
+def test_each_adapters_choice_stands_beside_it_and_in_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(None, ["reward.adapters={count: 2, train: {dev: {share: 0.3}}}"])
+    pairs, run = pairs_artifact(tmp_path / "run"), Run(tmp_path / "run", say=lambda line: None)
+    reward = Artifact("reward", tmp_path / "run/stages/reward/1", "1", {})
+    reward.model.mkdir(parents=True)
+    monkeypatch.setattr(adapters, "train_member", stand_in([], None, looks=True))
+    with run.open({}):
+        stage = adapters_stage(run, config, reward, pairs)
+    assert stage.stats["dev"] == {"adapter-0": {"kept": 0}, "adapter-1": {"kept": 1}}
+    assert (stage.model / "adapters/1" / CHOICE).exists()
 
 
 def test_a_file_system_without_hard_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ def test_words_on_the_command_line_go_over_the_file(tmp_path):
         ("dpo.train.batch_size=6", "no multiple"),
         ("reward.train={lora: {rank: 4}, freeze_layers: 2}", "freeze_layers and lora exclude each other"),
         ("reward.train.lora.rnk=4", "did you mean 'rank'"),
+        ("dpo.train.dev.patence=2", "did you mean 'patience'"),
+        ("reward.train.dev.share=1", "reward.train.dev.share"),
         ("reward.adapters.count=1", "one adapter disagrees with nobody"),
         ("reward.adapters.count=3", "reward.heads.count 10 is no multiple of reward.adapters.count 3"),
         ("reward.adapters.train.lora=", "reward.adapters.train.lora"),
