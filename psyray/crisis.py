@@ -1,10 +1,10 @@
 """Whether a client's words speak of a crisis, and of which kind: a transparent phrase list, not a diagnosis.
 
-A hit says that a person should look at the conversation; no hit says nothing. The list
-(psyray/assets/crisis_phrases.yaml) covers plain English in three kinds (`KINDS`): self-harm with suicide, abuse of the
-client or those around them, and danger to others. It reads words, not meaning: hints, other languages and most slang go
-by unseen, and a sentence about somebody else or the past counts as much as one about now. Where it must err it flags.
-How often: docs/crisis.md.
+A hit says that a person should look at the conversation; no hit says nothing. The lists, one for each language
+(psyray/assets/crisis_phrases.yaml for English, crisis_phrases_german.yaml), cover plain words in three kinds
+(`KINDS`): self-harm with suicide, abuse of the client or those around them, and danger to others. Every text is read by
+every list. They read words, not meaning: hints, further languages and most slang go by unseen, and a sentence about
+somebody else or the past counts as much as one about now. Where it must err it flags. How often: docs/crisis.md.
 
 A phrase does not count where the words just before it deny it ("I have no thoughts of suicide", "I'm not suicidal") or
 set it in a story or in the work of those who help ("in the novel she wants to die"). "Trying not to hurt myself" is no
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -29,7 +29,7 @@ KINDS = ("self-harm", "abuse", "danger to others")
 _LOOK_BACK = 120  # characters before a phrase in which a denial of it may stand; the longest have some 80
 # What keyboards put for an apostrophe (acute, grave, prime, modifier letters, quotation marks), and hyphens.
 _STRAIGHT = dict.fromkeys(map(ord, "\u00b4`\u02b9\u02bb\u02bc\u02c8\u2018\u2019\u201b\u2032\u2035\uff40"), "'")
-_STRAIGHT |= dict.fromkeys(map(ord, "\u2010\u2011"), "-") | dict.fromkeys(map(ord, "\u201c\u201d"), '"')
+_STRAIGHT |= dict.fromkeys(map(ord, "\u2010\u2011"), "-") | dict.fromkeys(map(ord, "\u201c\u201d\u201e"), '"')
 _UNSEEN = ("Cf", "Mn")  # soft hyphens, zero-width characters and the like; marks drawn onto a letter
 _MARKS = re.compile(r"[-*_~\"']+")
 _PAUSES = re.compile(r"\.{2,}|--+|[\u2013\u2014]|(?<=\s)-(?=\s)")
@@ -38,10 +38,18 @@ _LONG = re.compile(r"([^\W\d_])\1{2,}")
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
 
+class Hit(NamedTuple):
+    """A kind of crisis that is spoken of, and the language of the phrase."""
+
+    kind: str
+    language: str
+
+
 @dataclass(frozen=True)
 class Rule:
     """One language's words, from a file like psyray/assets/crisis_phrases.yaml."""
 
+    language: str  # as in a locale
     phrases: Mapping[str, re.Pattern[str]]  # by kind
     harmless: re.Pattern[str]
     clause: re.Pattern[str]
@@ -52,6 +60,7 @@ class Rule:
     setting: re.Pattern[str]
     own: re.Pattern[str]  # the client's own words for themselves: no story
     spellings: Mapping[str, str]
+    letters: Mapping[int, str]  # such as umlauts, and how they are spelt out
 
     def holds(self, words: str, kind: str) -> bool:
         """Whether the plain words hold a phrase of the kind that nothing denies."""
@@ -59,7 +68,8 @@ class Rule:
 
     def reading(self, plain: str) -> str:
         """The plain text with usual short forms and misspellings spelt out, without the idioms."""
-        spelt = _WORD.sub(lambda word: self.spellings.get(word.group(), word.group()), _LONG.sub(r"\1", plain))
+        written = _LONG.sub(r"\1", plain.translate(self.letters))
+        spelt = _WORD.sub(lambda word: self.spellings.get(word.group(), word.group()), written)
         return self.harmless.sub(";", spelt)
 
 
@@ -73,6 +83,7 @@ def read_rule(file: Path) -> Rule:
 
     gap = _filled(f"(?: (?!{_either(tree['own'] + tree['here'])}\\b)[\\w'-]+)", parts) + "{{0,10}}"
     return Rule(
+        language=tree["language"],
         phrases={kind: pattern(tree["phrases"].get(kind, "(?!)"), r"(?<!\w){}") for kind in KINDS},
         harmless=pattern(tree["harmless"], r"(?<!\w){}"),
         clause=pattern(tree["clause"], r"[.!?;:,()]|\b{}\b"),
@@ -82,6 +93,7 @@ def read_rule(file: Path) -> Rule:
         setting=pattern(tree["settings"], rf"\b{{}}{gap}\s*$"),
         own=pattern(tree["own"], r"\b{}\b"),
         spellings=dict(_slips(tree["typos"].split())) | tree["spellings"],
+        letters=str.maketrans(tree.get("letters", {})),
     )
 
 
@@ -106,7 +118,7 @@ def _slips(words: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield word[:place] + word[place + 1] + word[place] + word[place + 2 :], word
 
 
-FILES = (_ASSETS / "crisis_phrases.yaml",)
+FILES = (_ASSETS / "crisis_phrases.yaml", _ASSETS / "crisis_phrases_german.yaml")
 RULES = tuple(map(read_rule, FILES))
 
 
@@ -117,9 +129,19 @@ def flag(text: str) -> bool:
 
 def kinds(*texts: str) -> list[str]:
     """The kinds of crisis that the texts hold a phrase of, in the order of KINDS."""
+    return list(dict.fromkeys(hit.kind for hit in hits(*texts)))
+
+
+def hits(*texts: str) -> list[Hit]:
+    """Of which kinds, and in which languages, the texts hold a phrase, in the order of KINDS."""
     plain = [reading for text in texts for reading in _readings(text)]
-    read = [(rule, words) for rule in RULES for words in {rule.reading(text) for text in plain}]
-    return [kind for kind in KINDS if any(rule.holds(words, kind) for rule, words in read)]
+    read = [(rule, {rule.reading(text) for text in plain}) for rule in RULES]
+    return [
+        Hit(kind, rule.language)
+        for kind in KINDS
+        for rule, readings in read
+        if any(rule.holds(words, kind) for words in readings)
+    ]
 
 
 def identity() -> list[Any]:

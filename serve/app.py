@@ -11,7 +11,8 @@
 
 Where a client names no system message or no sampling, those that the policy was trained with apply. Client words
 that speak of a crisis (psyray/crisis.py) get a fixed reply (serve/guard.py) and the header `X-Psyray-Crisis: true`.
-`X-Psyray-Id` names the export that answered, for `psyray lineage`. Without keys (serve/access.py)
+`X-Psyray-Id` names the export that answered, for `psyray lineage`. What clients say is written down nowhere unless
+`log_text=FOLDER` says where (serve/transcript.py). Without keys (serve/access.py)
 anyone who reaches the port may ask: then keep it on loopback.
 """
 
@@ -28,6 +29,7 @@ from serve.door import put_up
 from serve.guard import read_replies
 from serve.ingress import application
 from serve.lineup import Order
+from serve.transcript import ready
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -36,7 +38,10 @@ def build(args: dict[str, Any]) -> Any:
     asked = Args.read(args).settled()
     order = Order(asked, asked.tracking or registry_beside(asked.runs), gpus=use_gpu("auto"))
     order.read("check")  # a mistake is told here, not in a replica's log
-    keys = read_keys(asked.keys)
+    keys, logger = read_keys(asked.keys), logging.getLogger(__name__)
     if not keys:
-        logging.getLogger(__name__).warning("no keys (keys=FILE or %s): anyone who reaches the port may ask", VARIABLE)
+        logger.warning("no keys (keys=FILE or %s): anyone who reaches the port may ask", VARIABLE)
+    if asked.log_text:
+        ready(asked.log_text)
+        logger.warning("what clients say and are answered is kept in %s (log_text)", asked.log_text)
     return application(order, keys, asked.limits, read_replies(asked.replies) if asked.guard == "reply" else None)

@@ -65,12 +65,12 @@ class Replicas:
             raise ValueError("a number of replicas is 2, or 1-4 for the least and the most")
         return cls(int(least), int(most or least))
 
-    def options(self, ongoing: int) -> dict[str, Any]:
+    def options(self, ongoing: int, up_after_s: float, down_after_s: float) -> dict[str, Any]:
         """Ray Serve's options; `ongoing` is how many requests a replica should have under way."""
         if self.least == self.most:
             return {"num_replicas": self.least}
         scaling = {"min_replicas": self.least, "max_replicas": self.most, "target_ongoing_requests": ongoing}
-        return {"autoscaling_config": scaling}
+        return {"autoscaling_config": scaling | {"upscale_delay_s": up_after_s, "downscale_delay_s": down_after_s}}
 
 
 class Args(Words):
@@ -95,6 +95,8 @@ class Args(Words):
     ongoing: int = Field(32, ge=1, description="requests that an engine's replica should have when scaling")
     reward_replicas: Replicas = Field(Replicas(), description="of the reward model, as `replicas`")
     reward_ongoing: int = Field(32, ge=1, description="as `ongoing`, of the reward model")
+    up_after_s: float = Field(30, ge=0, description="seconds of more to do before a replica is added")
+    down_after_s: float = Field(600, ge=0, description="seconds of less to do before a replica is taken away")
     reward: bool = Field(True, description="false: only the policy")
     device: Literal["auto", "cpu", "gpu"] = "auto"
     reward_gpus: float = Field(0, ge=0, le=1, description="GPU share of the reward model; 0: it runs on CPU")
@@ -108,6 +110,7 @@ class Args(Words):
     replies: Path | None = Field(None, description="file of those replies by locale; none: the shipped ones")
     timeout_s: float = Field(300, gt=0, description="how long an answer, or each piece of a stream, may take")
     direct: Address | None = Field(None, description="PORT or HOST:PORT that is answered without Serve's proxy")
+    log_text: Path | None = Field(None, description="folder that words and answers are written into; none: nowhere")
 
     @field_validator("replicas", "reward_replicas", mode="before")
     @classmethod
@@ -145,7 +148,9 @@ class Args(Words):
         run = find_run(self.run, "all") if self.run else None
         if self.run and run and not run.is_dir():
             raise PsyrayError(f"{no_run(self.run)}; give the folder of a finished run")
-        return self.model_copy(update={"run": run, "runs": find_run(self.runs), "beside": beside})
+        log_text = self.log_text.expanduser().absolute() if self.log_text else None
+        settled = {"run": run, "runs": find_run(self.runs), "beside": beside, "log_text": log_text}
+        return self.model_copy(update=settled)
 
     @property
     def limits(self) -> Limits:

@@ -2,8 +2,9 @@
 
 The proxy decodes some headers as UTF-8 and answers 500, with the request's queue left behind, where they are not; and
 it obeys others that lift the server's own time limit, keep abandoned work going, or choose a replica. Here such bytes
-are a 400, and those orders never reach it. The environment variable `HOOK` (psyray/cluster.py), set where the proxy's
-process starts, has the proxy load this: it holds for every Serve application of that Ray.
+are a 400, and those orders never reach it; nor do questions for its routes, which it would answer without a key. The
+environment variable `HOOK` (psyray/cluster.py), set where the proxy's process starts, has the proxy load this: it holds
+for every Serve application of that Ray.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ORDERS = (
     os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id"),
     "serve-multiplexed-model-id",
 )
+HIDDEN = "/-/routes"  # every application's name and place; nothing of Ray's asks. Kubernetes asks /-/healthz
 READ = b"x-request-id"  # decoded, kept in logs and sent back
 _NAME = re.compile(rb"[!-~]+")
 _VALUE = re.compile(rb"[\t -~]*")
@@ -45,6 +47,9 @@ class Door:
         if any(not readable(name, value) for name, value in scope["headers"]):
             refusal = openai_error(400, "a header that is read here is not in ASCII", "access")
             await refusal(scope, receive, send)  # to a WebSocket's handshake too
+            return
+        if scope["path"].removeprefix(scope.get("root_path", "")) == HIDDEN:
+            await openai_error(404, "not found", "access")(scope, receive, send)
             return
         await self.app({**scope, "headers": passed_on(scope["headers"])}, receive, send)
 

@@ -1,4 +1,4 @@
-"""What a client in a crisis is answered: a fixed reply from a file instead of the policy's, in the client's locale.
+"""What a client in a crisis is answered: a fixed reply from a file instead of the policy's, in the client's language.
 
     serve run serve.app:build run=RUN guard=reply            the shipped replies (psyray/assets/crisis_replies.yaml)
     serve run serve.app:build run=RUN replies=FILE           your own: a text for each locale and for `default`
@@ -14,7 +14,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,15 @@ class Replies:
 
     texts: Mapping[str, str]
 
-    def for_language(self, accepted: str) -> str:
-        """The text for an Accept-Language header: of the most wanted locale that is there, or of its language."""
-        for locale in locales(accepted):
+    def for_client(self, accepted: str, spoken: Collection[str] = ()) -> str:
+        """The text for an Accept-Language header and the languages that the client wrote in.
+
+        Whoever writes German reads German, whatever a browser or a program says: of the locales in the header those
+        of a spoken language come first, then that language, then the others.
+        """
+        wanted = locales(accepted)
+        own = [locale for locale in wanted if locale.partition("-")[0] in spoken]
+        for locale in (*own, *spoken, *wanted):
             for name in (locale, locale.partition("-")[0]):
                 if name in self.texts:
                     return self.texts[name]
@@ -74,9 +80,9 @@ def locales(accepted: str) -> list[str]:
     return [name for _, _, name in sorted(weighed)]
 
 
-def crisis_kinds(messages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The kinds of crisis that the client's own messages speak of; one named earlier still counts."""
-    return crisis.kinds(*crisis.spoken((str(m.get("role")), words(m.get("content"))) for m in messages))
+def crisis_hits(messages: Iterable[Mapping[str, Any]]) -> list[crisis.Hit]:
+    """The kinds of crisis that the client's own messages speak of, and in which language; of earlier ones too."""
+    return crisis.hits(*crisis.spoken((str(m.get("role")), words(m.get("content"))) for m in messages))
 
 
 def words(content: Any) -> str:

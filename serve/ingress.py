@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable
 from functools import partial
+from pathlib import Path
 from socket import socket
 from typing import Any, Protocol
 from uuid import uuid4
@@ -22,18 +23,19 @@ from ray.util.metrics import Counter
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from serve.access import Gate, Key, Limits
+from serve.access import Gate, Key, Limits, path_of
 from serve.best import BestRequest, answer
 from serve.chat import ChatRequest, Refusal
 from serve.direct import Address, answering, listen
 from serve.door import look
-from serve.guard import Replies, crisis_kinds, safe_reply
+from serve.guard import Replies, crisis_hits, safe_reply
 from serve.health import Health
 from serve.keeper import ASK_S, Keeper
 from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
 from serve.policy import with_defaults
 from serve.refusals import bound, invalid, openai_error
 from serve.reward import ScoreReply, ScoreRequest
+from serve.transcript import Transcript, said
 
 HEALTH_TIMEOUT_S = 5.0
 ID, CRISIS = "X-Psyray-Id", "X-Psyray-Crisis"
@@ -46,7 +48,8 @@ def application(order: Order, keys: tuple[Key, ...], limits: Limits, replies: Re
     options = {"num_replicas": 1, "max_ongoing_requests": MAX_ONGOING, "ray_actor_options": {"num_cpus": 0}}
     keeper = serve.deployment(Keeper, name="Keeper", **options).bind(order)
     port = serve.deployment(serve.ingress()(Ingress), name="Ingress", **options)
-    return port.bind(keeper, keys, limits, replies, order.asked.timeout_s, order.asked.direct)
+    asked = order.asked
+    return port.bind(keeper, keys, limits, replies, asked.timeout_s, asked.direct, asked.log_text)
 
 
 class Pieces(Protocol):
@@ -70,11 +73,13 @@ class Ingress:
         replies: Replies | None,
         timeout_s: float,
         address: Address | None = None,
+        log_text: Path | None = None,
     ) -> None:
         look()
         self.keeper, self.keys, self.limits = keeper, keys, limits
         self.replies, self.timeout_s = replies, timeout_s
         self.address = address
+        self.transcript = self._transcript(log_text) if log_text else None
         about = "chat requests whose words speak of a crisis, by kind"
         self.crises = Counter("psyray_crisis_requests", description=about, tag_keys=("kind", "guard"))
         self.health = Health(self._check)
@@ -85,6 +90,12 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         port = listen(self.address) if self.address else None
         return http_app(self, self.keys, self.limits, port)
+
+    def _transcript(self, folder: Path) -> Transcript:
+        replica = serve.get_replica_context()
+        transcript = Transcript(folder, f"{replica.app_name}-{replica.replica_id.unique_id}")
+        logging.getLogger("ray.serve").warning("what clients say and are answered is kept in %s", transcript.file)
+        return transcript
 
     async def _follow(self) -> None:
         while True:
@@ -119,15 +130,16 @@ class Ingress:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """A chat completion by the policy."""
-        return await self._chat(body, request)
+        return self._kept(body, request, await self._chat(body, request))
 
     async def _chat(self, body: ChatRequest, request: Request) -> Response:
         bound(len(body.messages), self.limits.messages, "messages", "messages")
         served, tree = self._called(body.model), body.tree()
-        kinds = crisis_kinds(tree["messages"])
+        hits = crisis_hits(tree["messages"])
         response: Response
-        if kinds and self.replies:
-            text = self.replies.for_language(request.headers.get("Accept-Language", ""))
+        if hits and self.replies:
+            spoken = dict.fromkeys(hit.language for hit in hits)
+            text = self.replies.for_client(request.headers.get("Accept-Language", ""), spoken)
             response = safe_reply(text, served.name, stream=bool(tree.get("stream")))
         else:
             tokens = body.tokens(served.policy.max_tokens)
@@ -138,9 +150,9 @@ class Ingress:
                 tree["cache_salt"] = key  # or the time of an answer told what another key has asked
             response = await self._in_time(self._ask(served, with_defaults(tree, served.policy)))
         response.headers[ID] = served.export
-        if kinds:
+        if hits:
             response.headers[CRISIS] = "true"
-            for kind in kinds:
+            for kind in dict.fromkeys(hit.kind for hit in hits):
                 self.crises.inc(tags={"kind": kind, "guard": "reply" if self.replies else "mark"})
         return response
 
@@ -168,7 +180,7 @@ class Ingress:
             raise RequestValidationError(error.errors()) from error
         response = await self._chat(body, request)
         if self.replies and CRISIS in response.headers:
-            return response
+            return self._kept(body, request, response)
         completion = json.loads(bytes(response.body))
         completion["choices"] = [c for c in completion["choices"] if (c["message"]["content"] or "").strip()]
         if not completion["choices"]:
@@ -178,16 +190,31 @@ class Ingress:
         scoring = self._scoring()  # whoever it is by now: the one before may have gone with its champion
         scores = [(s.score, s.spread) for s in await self._in_time(self._handle(scoring.app).score.remote(items))]
         kept = {name: response.headers[name] for name in (ID, CRISIS) if name in response.headers}
-        return JSONResponse(answer(completion, scores, body.caution, scoring.name), headers=kept)
+        best = JSONResponse(answer(completion, scores, body.caution, scoring.name), headers=kept)
+        return self._kept(body, request, best)
 
-    async def score_answers(self, body: ScoreRequest, response: Response) -> ScoreReply:
+    def _kept(self, body: ChatRequest, request: Request, response: Response) -> Response:
+        """The response, written down where that was asked for; a stream when it ends."""
+        if self.transcript is None:
+            return response
+        row = {**asker(request), "messages": body.tree()["messages"], "flagged": CRISIS in response.headers}
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = self.transcript.keep_stream(response.body_iterator, row)
+        else:
+            self.transcript.keep({**row, **said(json.loads(bytes(response.body)))})
+        return response
+
+    async def score_answers(self, body: ScoreRequest, request: Request, response: Response) -> ScoreReply:
         """Scores of answers by the reward model."""
         for place, item in enumerate(body.items):
             bound(len(item.messages), self.limits.messages, "messages", "items", place, "messages")
         scoring = self._scoring()
         response.headers[ID] = scoring.export
         scores = await self._in_time(self._handle(scoring.app).score.remote(body.items))
-        return ScoreReply(model=scoring.name, scores=scores)
+        reply = ScoreReply(model=scoring.name, scores=scores)
+        if self.transcript:
+            self.transcript.keep({**asker(request), "id": uuid4().hex, **body.model_dump(), **reply.model_dump()})
+        return reply
 
     def _scoring(self) -> Scoring:
         if self.lineup.reward is None:
@@ -216,6 +243,11 @@ def card(served: Served, name: str) -> dict[str, Any]:
     """A policy as OpenAI's clients list models."""
     about = {"name": served.name, "round": served.policy.round, "export": served.export}
     return {"id": name, "object": "model", "created": 0, "owned_by": "psyray", "metadata": about}
+
+
+def asker(request: Request) -> dict[str, str]:
+    """Who asked, and what for, as a transcript's line begins."""
+    return {"key": request.scope.get("psyray.key", ""), "route": path_of(request.scope)}
 
 
 async def events(first: str, rest: Pieces, timeout_s: float) -> AsyncIterator[str]:

@@ -138,7 +138,7 @@ def _engine(path: str, policies: list[Policy], asked: Args, engine: EngineSectio
     # Answers that an engine owes when it is to go are given first.
     settings["deployment_config"] |= {
         "graceful_shutdown_timeout_s": asked.timeout_s,
-        **asked.replicas.options(asked.ongoing),
+        **asked.replicas.options(asked.ongoing, asked.up_after_s, asked.down_after_s),
     }
     identities = [model_identity(path), *(model_identity(folder) for _, folder in adapters)]
     return Part(f"{owner}.policy.{content_id(settings, adapters, identities)}", llm=settings, adapters=adapters)
@@ -154,7 +154,7 @@ def _reward(reward: Reward, asked: Args, owner: str) -> Part:
             "runtime_env": {"env_vars": QUIET | environment(asked.reward_gpus)},
         },
         "graceful_shutdown_timeout_s": asked.timeout_s,
-        **asked.reward_replicas.options(asked.reward_ongoing),
+        **asked.reward_replicas.options(asked.reward_ongoing, asked.up_after_s, asked.down_after_s),
     }
     files = [reward.heads, reward.heads.with_name(RATINGS)] if reward.heads else []
     known = [file.stat() for file in files if file.exists()]

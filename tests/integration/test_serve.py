@@ -35,6 +35,10 @@ from psyray.registry import promote
 from psyray.reward.score import RewardScorer
 from psyray.rubric import Principle, Rubric, load_rubric
 from psyray.sections.data import EndpointSection
+from serve.access import Limits, read_keys
+from serve.bring_up import LOGGING
+from serve.guard import read_replies
+from serve.ingress import Ingress
 from serve.request import ask, free_port, serve_once, serving
 
 CLIENT = [{"role": "user", "content": "My sister moved abroad and the flat is too quiet in the evenings."}]
@@ -75,6 +79,7 @@ def server(home: Path, ray_here: None, direct: int) -> Iterator[str]:
     """The registry's champion, and two adapters beside it, behind one HTTP port and one of its own."""
     words = {"runs": str(home), "beside": f"warm={home / 'warm'},brief={home / 'brief'}", "follow_s": "2"}
     words |= {"device": "cpu", "keys": str(home / "keys"), "per_minute": "1000000", "direct": str(direct)}
+    words |= {"reward_replicas": "1-2", "reward_ongoing": "4", "up_after_s": "5", "down_after_s": "30"}
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         # A busy machine takes long to import the engine four times over.
@@ -150,6 +155,50 @@ def test_the_applications_own_port_answers_alike(server: str, direct: int) -> No
     assert status == 200 and events.rstrip().endswith("data: [DONE]")
     assert call(f"{own}/v1/models", token="wrong-" + "x" * 20)[0] == 401
     assert call(f"{own}/-/routes")[0] != 200  # what Serve's proxy tells of the cluster
+
+
+def test_client_text_is_written_down_where_that_was_asked_for_and_in_no_log(
+    server: str, home: Path, tmp_path: Path
+) -> None:
+    """A second port to the same engines keeps it; neither port leaves a word in what Ray and Serve write."""
+    keys, keeper = read_keys(home / "keys"), serve.get_deployment_handle("Keeper", "psyray")
+    port = serve.deployment(serve.ingress()(Ingress), name="Ingress", ray_actor_options={"num_cpus": 0})
+    kept = port.bind(keeper, keys, Limits(per_minute=1_000), read_replies(None), 60.0, None, tmp_path / "said")
+    serve.run(kept, name="kept", route_prefix="/kept", logging_config=LOGGING)
+    words = "The quokka upstairs practises the theremin."
+    asked = {"messages": [{"role": "user", "content": words}], "max_tokens": 6}
+    crisis = {"messages": [{"role": "user", "content": f"{words} I want to die."}]}
+    scored = {"items": [{"messages": asked["messages"], "response": words}]}
+    answers = []
+    for url in (server, f"{server}/kept"):
+        for path, body in (
+            ("chat/completions", asked),
+            ("chat/completions", {**asked, "stream": True}),
+            ("chat/best", {**asked, "of": 2, "temperature": 1}),
+            ("chat/completions", crisis),
+            ("chat/completions", {**asked, "max_tokens": 999_999}),  # refused
+        ):
+            answers.append(call(f"{url}/v1/{path}", body))
+        answers.append(call(f"{url}/reward/score", scored))
+    assert [status for status, _, _ in answers] == [200, 200, 200, 200, 422, 200] * 2
+    serve.delete("kept")
+    [file] = (tmp_path / "said").iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    chat, best_of, score = "/v1/chat/completions", "/v1/chat/best", "/reward/score"
+    assert [row["route"] for row in rows] == [chat, chat, best_of, chat, score]
+    whole, stream, best, reply, scores = rows
+    assert {row["key"] for row in rows} == {"tests"} and whole["messages"] == stream["messages"] == asked["messages"]
+    assert [whole["id"], whole["answers"][0]] == [
+        json.loads(answers[6][2])["id"],
+        json.loads(answers[6][2])["choices"][0]["message"]["content"],
+    ]
+    assert stream["answers"] == whole["answers"] and stream["whole"] and len(best["best_of"]["considered"]) == 2
+    assert (whole["flagged"], reply["flagged"], reply["messages"]) == (False, True, crisis["messages"])
+    assert scores["items"] == scored["items"] and len(scores["scores"]) == 1
+    logs = [log for log in Path(ray.get_runtime_context().get_session_dir()).glob("logs/**/*") if log.is_file()]
+    assert len(logs) > 10 and any("kept in" in log.read_text(errors="replace") for log in logs)
+    for log in logs:
+        assert not re.search("quokka|theremin", log.read_text(errors="replace")), log
 
 
 def test_the_best_of_several_is_the_one_that_the_reward_model_scores_highest(server: str) -> None:
@@ -335,6 +384,12 @@ def test_no_header_steers_or_breaks_a_port(server: str, direct: int, header: byt
     assert status_of(f"http://127.0.0.1:{direct}", header) in (b"200", b"400")  # no proxy decodes headers there
 
 
+def test_what_serve_tells_of_the_cluster_is_told_to_nobody_outside(server: str, direct: int) -> None:
+    status, _, text = call(f"{server}/-/routes")
+    assert status == 404 and "psyray" not in text
+    assert call(f"{server}/-/healthz", token="none")[::2] == (200, "success")  # for Kubernetes
+
+
 def status_of(url: str, header: bytes) -> bytes:
     place = urlsplit(url)
     with socket.create_connection((place.hostname, place.port), timeout=60) as line:
@@ -400,6 +455,37 @@ class Asking(threading.Thread):
             whole = not self.body.get("stream") or text.endswith("data: [DONE]\n\n")
             self.seen.append((status if whole else 0, headers["X-Psyray-Id"]))
             self.stop_now.wait(0.3)  # the next engine needs the cores too
+
+
+def test_load_brings_a_second_replica_and_its_end_takes_it_away(server: str) -> None:
+    """No request is lost meanwhile: a second reward model comes when one has more than four requests under way."""
+    [app] = [name for name in serve.status().applications if name.startswith("psyray.reward.")]
+
+    def replicas(*states: str) -> int:
+        known = serve.status().applications[app].deployments["RewardServer"].replica_states
+        return sum(known.get(state, 0) for state in states)
+
+    def until(count: int, *states: str) -> bool:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and replicas(*states) != count:
+            time.sleep(0.5)
+        return replicas(*states) == count
+
+    items = [{"messages": CLIENT, "response": f"That sounds lonely, {n} times over."} for n in range(64)]
+    loud, quiet = threading.Event(), threading.Event()
+    many = [Asking(f"{server}/reward/score", {"items": items}, loud) for _ in range(16)]
+    one = Asking(f"{server}/reward/score", {"items": items[:1]}, quiet)
+    assert replicas("RUNNING") == 1
+    for client in (*many, one):
+        client.start()
+    assert until(2, "RUNNING", "STARTING")
+    loud.set()  # the mean of half a minute keeps it wanted, and its start has the cores
+    assert until(2, "RUNNING")
+    assert until(1, "RUNNING")
+    quiet.set()
+    for client in (*many, one):
+        client.join(120)
+        assert client.seen and {status for status, _ in client.seen} == {200}
 
 
 def test_another_champion_takes_over_without_a_lost_request(server: str, home: Path) -> None:

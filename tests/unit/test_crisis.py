@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from psyray import crisis
-from psyray.crisis import flag, kinds, spoken
+from psyray.crisis import flag, hits, kinds, spoken
 
 CRISES = [
     "I want to kill myself.",
@@ -335,6 +335,81 @@ def test_case_spaces_and_apostrophes_do_not_matter() -> None:
 )
 def test_a_long_text_of_beginnings_is_read_in_good_time(unit: str) -> None:
     """Half a second would be much; a repetition without a bound would take hours."""
+    began = time.process_time()
+    kinds(unit * (50_000 // len(unit)))
+    assert time.process_time() - began < 5
+
+
+GERMAN = {
+    "Ich will nicht mehr leben": ["self-harm"],
+    "ICH MÖCHTE STERBEN": ["self-harm"],
+    "Ich mo\u0308chte sterben": ["self-harm"],  # the umlaut as a letter and a mark
+    "ich moechte einfach nur noch sterben": ["self-harm"],
+    "Ich denke an \u201eSelbstmord\u201c": ["self-harm"],
+    "Wie kann ich mich umbringen?": ["self-harm"],
+    "am liebsten würd ich mich vor den Zug werfen": ["self-harm"],
+    "Ich bring mich um.": ["self-harm"],
+    "Ich habe vierzig Tabletten genommen": ["self-harm"],
+    "eine Überdosis": ["self-harm"],
+    "Ich ritze mich, wenn es zu laut wird": ["self-harm"],
+    "Meine Tochter ritzt sich": ["self-harm"],
+    "Er schlägt mich": ["abuse"],
+    "mein Mann hat mich gestern verprügelt": ["abuse"],
+    "Ich wurde vergewaltigt": ["abuse"],
+    "Mein Onkel hat mich als Kind missbraucht": ["abuse"],
+    "Er hat gedroht, die Kinder umzubringen": ["abuse"],
+    "Ich will ihn erstechen": ["danger to others"],
+    "Ich habe Angst, dass ich meinem Kind etwas antue": ["danger to others"],
+    "Ich will mich nicht umbringen": [],
+    "Ich habe keine Suizidgedanken": [],
+    "Ich denke nicht an Selbstmord": [],
+    "Ich habe nicht vor, mich umzubringen": [],
+    "Ich würde mir nie etwas antun": [],
+    "Er hat mich nie geschlagen": [],
+    "Niemand schlägt mich": [],
+    "Ich lach mich tot": [],
+    "zum Sterben schön": [],
+    "Ich will nicht mehr in Berlin leben": [],
+    "Er schlägt mich im Tennis": [],
+    "Sie schlägt uns für den Preis vor.": [],
+    "Beim Kochen habe ich mich geschnitten": [],
+    "Im Film will sie sterben": [],
+    "Ich schreibe ein Referat über häusliche Gewalt": [],
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), GERMAN.items())
+def test_german_is_read_beside_english(text: str, expected: list[str]) -> None:
+    assert kinds(text) == expected
+
+
+def test_a_hit_tells_the_language_of_its_phrase() -> None:
+    both = "Ich will sterben. I want to die, he hits me."
+    assert hits(both) == [("self-harm", "en"), ("self-harm", "de"), ("abuse", "en")] and hits("Guten Tag.") == []
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "ich ",
+        "ich will ",
+        "will ihn ",
+        "er schlaegt ",
+        "mich so ",
+        "vierzig ",
+        "im roman ",
+        "hat gedroht die ",
+        "gedanken an die ",
+        "stimmen die ",
+        "schneide so ",
+        "wird von der ",
+        "von der bruecke ",
+        "vor so ",
+        "fuer das ",
+        "kein ",
+    ],
+)
+def test_a_long_german_text_of_beginnings_is_read_in_good_time(unit: str) -> None:
     began = time.process_time()
     kinds(unit * (50_000 // len(unit)))
     assert time.process_time() - began < 5

@@ -16,6 +16,7 @@ from ray.serve._private.http_util import (
     validate_http_proxy_callback_return,
 )
 from ray.serve._private.proxy import _matches_session_id_header
+from ray.serve._private.proxy_request_response import ASGIProxyRequest
 
 from psyray.cluster import HOOK
 from serve.door import Door, look, middlewares, put_up
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 Headers = list[tuple[bytes, bytes]]
 
 
-def passed(headers: Headers) -> tuple[int, Headers]:
+def passed(headers: Headers, path: str = "/", root: str = "") -> tuple[int, Headers]:
     """The status of the answer, and the headers that a stand-in for the proxy saw."""
     seen: Headers = []
     sent: list[Any] = []
@@ -38,7 +39,8 @@ def passed(headers: Headers) -> tuple[int, Headers]:
         sent.append(message)
 
     lower = [(name.lower(), value) for name, value in headers]  # as uvicorn gives them
-    asyncio.run(Door(proxy)({"type": "http", "method": "GET", "path": "/", "headers": lower}, None, send))  # type: ignore[arg-type]
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": root, "headers": lower}
+    asyncio.run(Door(proxy)(scope, None, send))  # type: ignore[arg-type]
     return sent[0]["status"], seen
 
 
@@ -68,6 +70,18 @@ def test_other_headers_pass_as_they_are() -> None:
     given = [(b"x-request-id", b"client's own"), (b"accept-language", b"\xff"), (b"authorization", b"Bearer \xfe")]
     status, seen = passed(given)
     assert status == 200 and seen == given
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "status"),
+    [("/-/routes", "", 404), ("/under/-/routes", "/under", 404), ("/-/healthz", "", 200), ("/v1/models", "", 200)],
+)
+def test_the_proxys_routes_are_nobodys_to_know(path: str, root: str, status: int) -> None:
+    """By the proxy's own reading of the path."""
+    scope = {"type": "http", "path": path, "root_path": root}
+    assert ASGIProxyRequest(scope, None, None).is_route_request == (status == 404)  # type: ignore[arg-type]
+    got, seen = passed([(b"accept", b"*/*")], path, root)
+    assert got == status and bool(seen) == (status == 200)
 
 
 def test_serves_proxy_takes_the_hook() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from psyray.errors import PsyrayError
-from serve.guard import Replies, crisis_kinds, locales, read_replies, safe_reply
+from serve.guard import Replies, crisis_hits, locales, read_replies, safe_reply
 
 OWN = Replies({"default": "Call someone.", "en-gb": "Call 116 123.", "de": "Rufen Sie an."})
 
@@ -16,16 +16,16 @@ def test_the_shipped_replies_name_people_and_say_what_is_talking():
     replies = read_replies(None)
     assert {"default", "en-us", "en-gb", "de"} <= set(replies.texts)
     assert all("program" in text.lower() and len(text) > 200 for text in replies.texts.values())
-    assert "988" in replies.for_language("en-US") and "116 123" in replies.for_language("en-GB,en;q=0.9")
-    assert replies.for_language("") == replies.for_language("xx") == replies.texts["default"]
+    assert "988" in replies.for_client("en-US") and "116 123" in replies.for_client("en-GB,en;q=0.9")
+    assert replies.for_client("") == replies.for_client("xx") == replies.texts["default"]
 
 
 def test_the_clients_words_are_read_across_parts_and_messages_and_nobody_elses():
     parts = [{"type": "text", "text": "I want"}, {"type": "text", "text": "to"}]
     client = [{"role": "user", "content": parts}, {"role": "user", "content": "die"}]
-    assert crisis_kinds(client) == ["self-harm"] and crisis_kinds(client[:1]) == []
+    assert crisis_hits(client) == [("self-harm", "en")] and crisis_hits(client[:1]) == []
     own = {"role": "system", "content": "If the client wants to kill himself, name a crisis line."}
-    assert crisis_kinds([own, own | {"role": "developer"}, {"role": "user", "content": "Hello."}]) == []
+    assert crisis_hits([own, own | {"role": "developer"}, {"role": "user", "content": "Hello."}]) == []
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,30 @@ def test_the_clients_words_are_read_across_parts_and_messages_and_nobody_elses()
     ],
 )
 def test_the_most_wanted_locale_that_is_there_answers(header: str, found: str):
-    assert OWN.for_language(header) == found
+    assert OWN.for_client(header) == found
+
+
+@pytest.mark.parametrize(
+    ("header", "spoken", "found"),
+    [
+        ("", ["de"], "Rufen Sie an."),
+        ("*", ["de"], "Rufen Sie an."),
+        ("en-GB,en;q=0.9", ["de"], "Rufen Sie an."),
+        ("fr", ["fr"], "Call someone."),
+        ("", ["en"], "Call someone."),
+        ("de-DE,en-GB;q=0.1", ["en"], "Call 116 123."),
+        ("de-DE", ["en"], "Rufen Sie an."),  # no text for English alone
+        ("en-GB,de;q=0.5", ["de", "en"], "Call 116 123."),
+    ],
+)
+def test_the_language_of_the_words_comes_before_the_headers(header: str, spoken: list[str], found: str):
+    assert OWN.for_client(header, spoken) == found
+
+
+def test_german_words_bring_the_german_reply():
+    said = [{"role": "user", "content": "Ich will nicht mehr leben."}]
+    assert crisis_hits(said) == [("self-harm", "de")]
+    assert "TelefonSeelsorge" in read_replies(None).for_client("", [hit.language for hit in crisis_hits(said)])
 
 
 def test_locales_of_one_weight_keep_their_order():

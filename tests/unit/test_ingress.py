@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +19,12 @@ from starlette.testclient import TestClient
 from serve.access import Limits, parse_keys
 from serve.champion import Policy
 from serve.chat import Refusal
-from serve.guard import crisis_kinds, read_replies
+from serve.guard import crisis_hits, read_replies
 from serve.health import Health
 from serve.ingress import Ingress, description, http_app
 from serve.lineup import BASE, Lineup, Scoring, Served
 from serve.reward import Score
+from serve.transcript import Transcript
 
 CLIENT = {"role": "user", "content": "The flat is too quiet."}
 TOKENS = {"ann": "ann-" + "a" * 20, "bob": "bob-" + "b" * 20}
@@ -104,6 +107,7 @@ def routes(engine: MadeEngine) -> Ingress:
     routes.lineup = Lineup(models, Scoring("scorer", "export1", "app.reward.y"), ())
     routes.limits = Limits(messages=5, tokens=400)
     routes.replies, routes.timeout_s = read_replies(None), 5.0
+    routes.transcript = None
     routes.crises = MadeCounter()  # type: ignore[assignment]
     routes.health = Health(routes._check)
     routes._handles = {("app.policy.x", True): engine, ("app.reward.y", False): MadeReward()}  # type: ignore[dict-item]
@@ -294,15 +298,82 @@ def test_crises_are_counted_by_kind_and_by_what_the_guard_does(port: TestClient,
     for path, more in (("chat/completions", {}), ("chat/completions", {"stream": True}), ("chat/best", {"of": 2})):
         reply = port.post(f"/v1/{path}", json={"messages": [said], **more})
         assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
-    kinds = crisis_kinds([said])
+    kinds = [hit.kind for hit in crisis_hits([said])]
     assert len(kinds) == 2
     assert routes.crises.counted == dict.fromkeys(((kind, guard) for kind in kinds), 3)  # type: ignore[attr-defined]
+
+
+def test_whoever_writes_german_is_answered_in_german(port: TestClient) -> None:
+    said = {"role": "user", "content": "Ich möchte sterben."}
+    for header in ({}, {"Accept-Language": "en-US,en;q=0.9"}):
+        reply = port.post("/v1/chat/completions", json={"messages": [said]}, headers=header)
+        assert "TelefonSeelsorge" in reply.json()["choices"][0]["message"]["content"]
 
 
 def test_who_is_in_a_crisis_is_answered_whatever_was_asked_for(port: TestClient) -> None:
     said = {"role": "user", "content": "I want to kill myself."}
     reply = chat(port, messages=[said], n=16, max_tokens=9_999)
     assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in folder.iterdir() for line in file.read_text().splitlines()]
+
+
+def test_every_answered_request_is_one_line_where_text_is_kept(
+    port: TestClient, engine: MadeEngine, routes: Ingress, tmp_path: Path
+) -> None:
+    routes.transcript = Transcript(tmp_path, "replica")
+    chat(port)
+    chat(port, model="other"), chat(port, temperature=-1), port.get("/v1/models")  # no answers
+    port.post("/v1/chat/best", json={"messages": [CLIENT], "of": 2}, headers=bearer("bob"))
+    port.post("/v1/chat/best", json={"messages": [{"role": "user", "content": "I want to die."}], "of": 2})
+    port.post("/reward/score", json={"items": [{"messages": [CLIENT], "response": "I see."}]})
+    plain, best, crisis, scored = lines(tmp_path)
+    assert plain.pop("time") > 0
+    assert plain == {
+        "key": "ann", "route": "/v1/chat/completions", "id": "", "model": "psyray-round-2", "messages": [CLIENT],
+        "answers": ["I see."], "flagged": False, "whole": True,
+    }  # fmt: skip
+    assert (best["key"], best["answers"], len(best["best_of"]["considered"])) == ("bob", ["I see."], 2)
+    assert crisis["flagged"] and "program" in crisis["answers"][0] and crisis["id"].startswith("chatcmpl-")
+    assert (scored["route"], scored["model"], scored["scores"][0]["score"]) == ("/reward/score", "scorer", 6.0)
+    assert scored["items"] == [{"messages": [CLIENT], "response": "I see."}] and scored["id"]
+
+
+def test_a_stream_is_kept_at_its_end_also_where_it_breaks_off(
+    port: TestClient, engine: MadeEngine, routes: Ingress, tmp_path: Path
+) -> None:
+    routes.transcript, routes.timeout_s = Transcript(tmp_path, "replica"), 0.2
+
+    def event(index: int, **delta: str) -> str:
+        choice = {"index": index, "delta": delta}
+        return f"data: {json.dumps({'id': 'x', 'model': 'm', 'choices': [choice]})}\n\n"
+
+    pieces = [event(0, role="assistant") + event(1, content="One"), event(0, content="Two "), event(0, content="words")]
+    for end in ("data: [DONE]\n\n", 30.0):
+        engine.says = [*pieces, end]
+        chat(port, stream=True, n=2)
+    chat(port, stream=True, messages=[{"role": "user", "content": "I want to die."}])
+    whole, broken, crisis = lines(tmp_path)
+    assert whole["answers"] == broken["answers"] == ["Two words", "One"] and (whole["id"], whole["model"]) == ("x", "m")
+    assert whole["whole"] and not broken["whole"] and not whole["flagged"]
+    assert crisis["flagged"] and crisis["whole"] and "program" in crisis["answers"][0]
+
+
+def test_what_cannot_be_kept_is_answered_all_the_same(
+    port: TestClient, routes: Ingress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    routes.transcript = Transcript(tmp_path, "replica")
+    full = Path("/dev/full").open("w")  # noqa: SIM115  # the transcript closes it
+    routes.transcript._handler.stream = full
+    assert chat(port).status_code == 200 and full.closed
+    assert "No space left" in caplog.text and "quiet" not in caplog.text and "I see" not in caplog.text
+    assert chat(port).status_code == 200
+    assert [row["answers"] for row in map(json.loads, routes.transcript.file.read_text().split("\n")[1:-1])] == [
+        ["I see."]
+    ]
 
 
 def test_names_in_refusals_are_short_and_ascii(port: TestClient) -> None:

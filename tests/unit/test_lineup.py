@@ -93,10 +93,11 @@ def test_other_settings_or_other_files_are_another_engine(tmp_path: Path) -> Non
 
 
 def test_replicas_and_the_time_for_last_answers_reach_serve(tmp_path: Path) -> None:
-    words = {"replicas": "1-4", "ongoing": "8", "reward_replicas": "2", "timeout_s": "120"}
+    words = {"replicas": "1-4", "ongoing": "8", "reward_replicas": "2", "timeout_s": "120", "up_after_s": "5"}
     engine, reward = found(tmp_path, champion(tmp_path), **words).parts
     options = (engine.llm or {})["deployment_config"]
     scaling = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 8}
+    scaling |= {"upscale_delay_s": 5, "downscale_delay_s": 600}
     assert options["autoscaling_config"] == scaling and options["graceful_shutdown_timeout_s"] == 120
     assert (reward.options or {})["num_replicas"] == 2 and (reward.options or {})["graceful_shutdown_timeout_s"] == 120
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import yaml
 from pydantic import ValidationError
+from ray.serve.config import AutoscalingConfig
 
 from psyray.errors import PsyrayError
 from psyray.reward.uncertainty import Belief
 from psyray.sections.data import EngineSection
 from serve.access import Limits
 from serve.champion import Args, Policy, Replicas, read_champion, read_engine
-from serve.guard import crisis_kinds
+from serve.guard import crisis_hits
 from serve.policy import engine_settings, with_defaults
 from serve.request import serve_once
 from serve.reward import MAX_ITEMS, ScoreRequest, features_together, judged
@@ -93,9 +94,13 @@ def test_the_run_of_a_job_is_found_by_the_words_of_the_serve_file(
 
 
 def test_replicas_are_a_number_or_scale_between_two() -> None:
-    assert Replicas(2, 2).options(8) == {"num_replicas": 2}
+    assert Replicas(2, 2).options(8, 30, 600) == {"num_replicas": 2}
     scaling = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 8}
-    assert Replicas(1, 4).options(8) == {"autoscaling_config": scaling}
+    delays = {"upscale_delay_s": 5, "downscale_delay_s": 60}
+    assert Replicas(1, 4).options(8, 5, 60) == {"autoscaling_config": scaling | delays}
+    asked = Args.read({})  # as Serve does unless told otherwise
+    by_default = AutoscalingConfig()
+    assert (asked.up_after_s, asked.down_after_s) == (by_default.upscale_delay_s, by_default.downscale_delay_s)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +176,9 @@ def test_policy_defaults_yield_to_the_client() -> None:
 def test_only_the_clients_words_raise_the_crisis_header() -> None:
     crisis = "I want to kill myself"
     parts = [{"type": "text", "text": crisis}]
-    assert crisis_kinds([{"role": "user", "content": crisis}, {"role": "assistant", "content": "ok"}])
-    assert crisis_kinds([{"role": "user", "content": parts}])
-    assert not crisis_kinds([{"role": "system", "content": crisis}, CLIENT])
+    assert crisis_hits([{"role": "user", "content": crisis}, {"role": "assistant", "content": "ok"}])
+    assert crisis_hits([{"role": "user", "content": parts}])
+    assert not crisis_hits([{"role": "system", "content": crisis}, CLIENT])
 
 
 class TwoHeads:
