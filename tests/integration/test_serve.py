@@ -195,7 +195,8 @@ def test_client_text_is_written_down_where_that_was_asked_for_and_in_no_log(
     assert stream["answers"] == whole["answers"] and stream["whole"] and len(best["best_of"]["considered"]) == 2
     assert (whole["flagged"], reply["flagged"], reply["messages"]) == (False, True, crisis["messages"])
     assert scores["items"] == scored["items"] and len(scores["scores"]) == 1
-    logs = [log for log in Path(ray.get_runtime_context().get_session_dir()).glob("logs/**/*") if log.is_file()]
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    logs = [log for log in session.glob("logs/**/*") if log.is_file()]
     assert len(logs) > 10 and any("kept in" in log.read_text(errors="replace") for log in logs)
     for log in logs:
         assert not re.search("quokka|theremin", log.read_text(errors="replace")), log

@@ -36,7 +36,9 @@ def made_answers(
     return generate.summary(parts.each(generate.SUMMED))
 
 
-def copied_model(folder: Folder, work: Any, examples: Iterable[Row], settings: Any, *_: Any, title: str) -> Any:
+def copied_model(
+    folder: Folder, work: Any, examples: Iterable[Row], settings: Any, *_: Any, title: str, dev: Iterable[Row]
+) -> Any:
     """The model as it was before: a trainer that learns nothing."""
     count = sum(1 for _ in examples)
     shutil.copytree(settings["model"], folder.path / "model", dirs_exist_ok=True)
