@@ -75,7 +75,7 @@ def _start(ray: Any, config: Config, address: str | None) -> None:
     try:
         ray.init(
             address="local",
-            num_cpus=config.cluster.logical_cpus,
+            num_cpus=slots(config),
             object_store_memory=config.cluster.object_store_mib * 2**20,
             include_dashboard=False,
             **common,
@@ -114,8 +114,15 @@ def _quiet_data() -> None:
 
 
 def gpus_here() -> int:
-    """The NVIDIA devices of this machine; the driver's files say so without the seconds that torch takes."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    """The NVIDIA devices that this process may use; the driver's files say so without the seconds that torch takes."""
+    devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return devices if allowed is None else min(devices, len(list(filter(None, allowed.split(",")))))
+
+
+def slots(config: Config) -> int:
+    """The CPUs that a Ray started here is told of: whatever works on a GPU takes one beside it."""
+    return config.cluster.logical_cpus + gpus_here()
 
 
 def has_gpu() -> bool:
@@ -143,7 +150,7 @@ def at_hand(config: Config) -> tuple[list[Bundle], str]:
     """The nodes that a run with these settings would find, and what they are; PsyrayError where nobody can tell."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if not address:
-        here = {"CPU": config.cluster.logical_cpus, "GPU": gpus_here()}
+        here = {"CPU": slots(config), "GPU": gpus_here()}
         return [here], "the Ray that would be started on this machine"
     if address.startswith("http"):
         raise PsyrayError(f"{address} takes jobs only; submit the dry run as a job to learn of its nodes")

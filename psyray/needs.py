@@ -17,12 +17,16 @@ LIGHT: Bundle = {"CPU": 0.25}  # the tasks around an engine that read and conver
 TASK: Bundle = {"CPU": 1}  # one task of the speeches, and room for what rates by rule or asks an endpoint
 
 
-def engine(section: EngineSection, gpu: bool) -> list[Bundle]:
-    """vLLM on Ray Data: each replica's workers, one to a GPU or a CPU, and the light tasks beside."""
-    worker: Bundle = {"GPU": 1, "CPU": 1} if gpu else {"CPU": 1}
+def workers(section: EngineSection) -> int:
+    """How many GPUs, or CPUs, one engine spreads its model over."""
     parallel = section.kwargs.get("tensor_parallel_size", section.tensor_parallel)
-    workers = section.replicas * parallel * section.kwargs.get("pipeline_parallel_size", 1)
-    return [worker] * int(workers) + [LIGHT]
+    return int(parallel * section.kwargs.get("pipeline_parallel_size", 1))
+
+
+def engine(section: EngineSection, gpu: bool) -> list[Bundle]:
+    """vLLM on Ray Data: each replica with all its workers on one node, and the light tasks beside."""
+    replica: Bundle = {"GPU": workers(section), "CPU": 1} if gpu else {"CPU": workers(section)}
+    return [replica] * section.replicas + [LIGHT]
 
 
 def scoring(section: EngineSection, gpu: bool) -> list[Bundle]:
@@ -44,7 +48,7 @@ def forward(gpu: bool) -> list[Bundle]:
 def serving(section: EngineSection, gpu: bool, reward_gpus: float = 0) -> list[Bundle]:
     """Ray Serve: one replica of the policy's engine and one of the reward model."""
     reward: Bundle = {"CPU": 0.5, "GPU": reward_gpus} if reward_gpus else {"CPU": 0.5}
-    return [*([{"GPU": 1} if gpu else {"CPU": 1}] * section.tensor_parallel), reward]
+    return [*([{"GPU": 1} if gpu else {"CPU": 1}] * workers(section)), reward]
 
 
 def total(bundles: Iterable[Bundle]) -> dict[str, float]:

@@ -235,13 +235,14 @@ def trainer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": config["gpu"],
-        "deepspeed": deepspeed_config(train["zero_stage"]),
+        "deepspeed": deepspeed_config(train["zero_stage"], config["gpu"]),
     }
 
 
-def deepspeed_config(stage: int) -> dict[str, Any]:
+def deepspeed_config(stage: int, gpu: bool) -> dict[str, Any]:
     """ZeRO in bf16 with fp32 master weights; transformers fills each "auto"."""
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+    # A GPU computes while the weights that ZeRO-3 spread are on their way, which is DeepSpeed's default.
+    zero: dict[str, Any] = {"stage": stage} if gpu else {"stage": stage, "overlap_comm": False}
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {

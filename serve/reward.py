@@ -101,7 +101,7 @@ def features_together(body: Body, requests: Sequence[Sequence[Chat]]) -> list[Fl
 
 
 class Gathered:
-    """A body of this process, for what vLLM does not give; requests that come together share its batches."""
+    """A body of this process, for what vLLM does not give, or where it cannot run; requests together share batches."""
 
     def __init__(self, body: Body) -> None:
         self.body = body
@@ -123,13 +123,13 @@ class RewardServer:
 
     def __init__(self, path: str, heads: str | None, max_length: int, *, gpus: float = 0.0) -> None:
         from psyray.reward.body import Body, Reading
-        from psyray.reward.engine_body import EngineBody
+        from psyray.reward.engine_body import EngineBody, engine_runs
         from psyray.reward.score import ScoreHeads
 
         self.heads = ScoreHeads(path, Path(heads) if heads else None)
         self.body: EngineBody | Gathered = (
             EngineBody(path, max_length=max_length, max_num_seqs=MAX_TOGETHER, gpus=gpus)
-            if self.heads.reading == Reading()
+            if self.heads.reading == Reading() and engine_runs(gpus)
             else Gathered(Body(path, [self.heads.reading], max_length=max_length, gpu=gpus > 0))
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 from psyray.cluster import require, use_gpu
 from psyray.errors import PsyrayError
 from psyray.needs import engine as bundles
+from psyray.needs import workers
 from psyray.records import Row
 from psyray.sections.data import EngineSection
 
@@ -58,6 +59,9 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, ada
         "stream_interval": WHOLE,
         "disable_log_stats": True,
         **({"tensor_parallel_size": engine.tensor_parallel} if engine.tensor_parallel > 1 else {}),
+        # Ray Data's own choice, workers that are Ray's, reserves GPUs for one replica more than there are, and none of
+        # them is given back before the run ends.
+        **({"distributed_executor_backend": "mp"} if workers(engine) > 1 else {}),
         **lora(adapters, gpu),
         **engine.kwargs,
     }

@@ -24,6 +24,13 @@ def environment(gpus: float) -> dict[str, str]:
     return {} if gpus else cpu_environment(CACHE_GIB)
 
 
+def engine_runs(gpus: float) -> bool:
+    """Whether the vLLM that is installed can compute with this share of a GPU: one built for GPUs needs some."""
+    from vllm.platforms import current_platform
+
+    return gpus > 0 or current_platform.is_cpu()
+
+
 class EngineBody:
     """The default reading of `Body`, the last layer's state at the last token, by another way to compute it.
 

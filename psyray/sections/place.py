@@ -24,6 +24,8 @@ class LedgerSection(Section):
 
 class ClusterSection(Section):
     address: str | None = Field(None, description="a running Ray; none: RAY_ADDRESS, else one is started here")
-    logical_cpus: int = Field(4, ge=3, description="for a Ray started here: slots for light tasks, not cores")
+    logical_cpus: int = Field(
+        4, ge=3, description="for a Ray started here: slots for light tasks, not cores; each GPU adds one"
+    )
     object_store_mib: int = Field(256, ge=80)
     wait_s: float = Field(60, gt=0, description="how long a stage waits for missing resources before it stops")

@@ -110,6 +110,20 @@ def test_a_served_score_is_the_offline_one_to_the_last_digit(adapted: Path, tmp_
     assert [score.spread for score in served] == offline_NH.std(axis=1).tolist()
 
 
+def test_where_vllm_was_built_for_gpus_and_has_none_transformers_score(
+    adapted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms.interface import UnspecifiedPlatform
+
+    monkeypatch.setattr("vllm.platforms.current_platform", UnspecifiedPlatform())
+    server = RewardServer(str(adapted), None, 128)
+    assert isinstance(server.body, Gathered)
+    served = judged(server.heads, server.body.body.features(CHATS))
+    assert [score.score for score in served] == RewardScorer(adapted, max_length=128).scores(MESSAGES, RESPONSES)[
+        :, 0
+    ].tolist()
+
+
 @pytest.mark.parametrize("kind", ["ensemble", "laplace", "mlp"])
 def test_a_head_reads_its_members_features_and_nothing_else(kind: str) -> None:
     section = HeadsSection.model_validate({"kind": kind, "count": 4, "hidden": 3})

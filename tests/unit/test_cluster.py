@@ -12,6 +12,8 @@ from psyray import cluster
 from psyray.cluster import ray_session, require
 from psyray.config import Config
 from psyray.errors import PsyrayError
+from psyray.needs import engine, missing
+from psyray.sections.data import EngineSection
 
 
 def test_a_ray_that_does_not_start_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +30,22 @@ def test_a_ray_that_does_not_start_is_one_clear_error(monkeypatch: pytest.Monkey
         ray_session(Config()),
     ):
         pass
+
+
+@pytest.mark.parametrize(("allowed", "gpus"), [(None, 8), ("2,3", 2), ("", 0)])
+def test_a_ray_of_this_machine_has_room_for_an_engine_on_each_gpu_that_may_be_used(
+    allowed: str | None, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "Path", lambda _: SimpleNamespace(glob=lambda _: ["a device"] * 8))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if allowed is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    [here], _ = cluster.at_hand(Config())
+    assert here == {"CPU": 4 + gpus, "GPU": gpus}
+    if gpus:
+        assert not missing(engine(EngineSection(replicas=gpus), gpu=True), [here])
 
 
 def test_a_stage_that_waits_for_room_says_within_a_minute_what_is_lacking_and_goes_on_waiting(

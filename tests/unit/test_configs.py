@@ -11,7 +11,9 @@ import yaml
 
 from psyray.config import load_config
 from psyray.data.generate import draw_row, start_of
+from psyray.needs import missing
 from psyray.pipeline import check_settings
+from psyray.placement import places
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -47,6 +49,18 @@ def test_recipes_differ_only_in_size() -> None:
     small, large = (load_config(CONFIGS / f"psychocounsel-{size}.yaml") for size in ("3b", "8b"))
     for section in ("speeches", "engine", "responses", "judge", "pairs", "loop", "evaluate", "cluster"):
         assert getattr(small, section) == getattr(large, section)
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_adapters_of_an_8b_model_find_room_on_the_gpus_of_one_machine(gpus: int) -> None:
+    words = [f"{name}={gpus}" for name in ("engine.replicas", "reward.train.workers", "dpo.train.workers")]
+    config = load_config(CONFIGS / "llama-8b-lora.yaml", words)
+    check_settings(config)
+    machine = [{"CPU": config.cluster.logical_cpus + gpus, "GPU": gpus}]
+    for place in places(config, gpu=True):
+        assert not missing(place.bundles, machine), place
+    judges = {config.judge.model, config.evaluate.second and config.evaluate.second.model}
+    assert len(judges) == 2 and config.policy.model not in judges
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

@@ -239,6 +239,9 @@ def test_the_service_serves_what_serve_yaml_does() -> None:
               for mount in c["volumeMounts"]]  # fmt: skip
     assert mounts.count(str(asked.keys.parent)) == len(templates(RAY["RayService/psyray-model"]))
     assert asked.run == Path("runs/psychocounsel-8b")
+    # vLLM's build for GPUs runs nowhere else: the policy's engine and the reward model's have one each.
+    (group,) = cluster(RAY["RayService/psyray-model"])["workerGroupSpecs"]
+    assert asked.device == "gpu" and group["minReplicas"] >= 1 + asked.reward_gpus == 2
     head = templates(RAY["RayService/psyray-model"])[0]
     assert (served.http_options.host, served.http_options.port) == ("0.0.0.0", 8000)
     assert 8000 in {port["containerPort"] for port in ports_of(head)}

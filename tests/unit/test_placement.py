@@ -52,9 +52,9 @@ def test_large_bundles_are_placed_before_small_ones() -> None:
 
 def test_needs_follow_the_settings() -> None:
     config = load_config(None, ["engine.replicas=3", "engine.tensor_parallel=2", "dpo.train.workers=2"])
-    assert needs.engine(config.engine, gpu=True) == [GPU] * 6 + [needs.LIGHT]
+    assert needs.engine(config.engine, gpu=True) == [{"GPU": 2, "CPU": 1}] * 3 + [needs.LIGHT]
     own = config.engine.model_copy(update={"kwargs": {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}})
-    assert len(needs.engine(own, gpu=True)) == 3 * 8 + 1
+    assert needs.engine(own, gpu=True)[0] == {"GPU": 8, "CPU": 1} and needs.engine(own, gpu=False)[0] == {"CPU": 8}
     assert needs.scoring(config.engine, gpu=False) == [{"CPU": 1}] * 3 + [needs.LIGHT]
     assert needs.training(config.dpo.train, gpu=True) == [{"GPU": 1}] * 2
     assert needs.forward(gpu=True) == [GPU]
@@ -103,7 +103,7 @@ def test_a_pool_and_a_panel_have_a_line_for_each_place() -> None:
     pool = [(place.who, spelt(place.bundles)) for place in places if place.stage == "responses"]
     assert pool == [
         ("1 engine of m/a", "1 GPU + 1 CPU, 0.25 CPU"),
-        ("1 engine of m/b", "2 x (1 GPU + 1 CPU), 0.25 CPU"),
+        ("1 engine of m/b", "2 GPU + 1 CPU, 0.25 CPU"),
         ("one that asks http://127.0.0.1:9/v1", "0.25 CPU"),
     ]
     assert [p.who for p in places if p.stage == "judgements"] == ["the rule", "1 engine of m/j"]

@@ -43,8 +43,18 @@ def test_only_a_checkpoint_that_every_rank_finished_counts(tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_whole_weights_are_gathered_where_they_are_sharded(stage):
-    zero = deepspeed_config(stage)["zero_optimization"]
-    assert zero["stage"] == stage and zero.get("stage3_gather_16bit_weights_on_model_save", False) == (stage == 3)
+    for gpu in (False, True):
+        zero = deepspeed_config(stage, gpu)["zero_optimization"]
+        assert zero["stage"] == stage and zero.get("stage3_gather_16bit_weights_on_model_save", False) == (stage == 3)
+
+
+def test_a_gpu_computes_while_zero_3_fetches_weights():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    overlaps = [
+        DeepSpeedZeroConfig(**deepspeed_config(3, gpu)["zero_optimization"]).overlap_comm for gpu in (False, True)
+    ]
+    assert overlaps == [False, True]
 
 
 def test_the_lower_layers_stay_as_they_are(tiny_model):
