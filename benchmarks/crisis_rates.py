@@ -5,6 +5,10 @@
     python benchmarks/crisis_rates.py --part german-held-out
     python benchmarks/crisis_rates.py FILE.jsonl --misread              your own, as one part
     python benchmarks/crisis_rates.py FILE.jsonl --text questionText    speeches without labels: how many are flagged
+    python benchmarks/crisis_rates.py --part independent --ask http://127.0.0.1:8100/v1 --ask-model NAME
+
+With --ask the second ear (serve/ear.py) hears every speech as well, asked as a served run asks it: there are rates of
+the phrases alone, of the model alone, and of both together. No answer is no flag, and counted apart.
 
 A line is {"text", "crisis": true or false, "kind", "form"}; `kind` and `form` may be missing, and without `crisis` a
 speech is unlabelled. The speeches that ship (psyray/assets/crisis_speeches.jsonl, and the German ones beside it) fall
@@ -16,16 +20,18 @@ what the rule misread in all but `independent` and `german-held-out`, so the oth
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from scipy.stats import binomtest
 
 from psyray import crisis
+from serve.ear import NO, YES, Ask, Ear
 
 ASSETS = Path(crisis.__file__).parent / "assets"
 SHIPPED = ASSETS / "crisis_speeches.jsonl"
@@ -33,6 +39,7 @@ MEND, HELD_OUT = "mend", "held-out"
 GERMAN, OF_GERMAN = ASSETS / "crisis_speeches_german.jsonl", "german-"
 PARTS = (MEND, HELD_OUT, "later", "independent", OF_GERMAN + MEND, OF_GERMAN + HELD_OUT)
 OPEN = (MEND, OF_GERMAN + MEND)
+AT_ONCE = 8  # speeches that a model is asked about
 FILES = {name: ASSETS / f"crisis_speeches_{name}.jsonl" for name in ("later", "independent")}
 
 
@@ -76,11 +83,30 @@ def wilson(hits: int, of: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def rates(cases: Iterable[Case]) -> dict[str, tuple[int, int]]:
+def phrases(case: Case) -> bool:
+    """Whether a phrase flags the case."""
+    return crisis.flag(case.text)
+
+
+async def heard(cases: Iterable[Case], ask: Ask) -> dict[str, str]:
+    """What the model says of each text; some at once, so that none waits in a line for longer than its time."""
+    ear, places = Ear(ask), asyncio.Semaphore(AT_ONCE)
+
+    async def one(text: str) -> str:
+        async with places:
+            return await ear.hear([text])
+
+    texts = [case.text for case in cases]
+    answers = await asyncio.gather(*map(one, texts))
+    await ear.close()
+    return dict(zip(texts, answers, strict=True))
+
+
+def rates(cases: Iterable[Case], flags: Callable[[Case], bool] = phrases) -> dict[str, tuple[int, int]]:
     """Flagged and all, by what was wanted and then by kind and form: {"must be flagged": (90, 100), ...}."""
     hits, of = Counter[str](), Counter[str]()
     for case in cases:
-        flagged = crisis.flag(case.text)
+        flagged = flags(case)
         for name in _names(case):
             of[name] += 1
             hits[name] += flagged
@@ -100,13 +126,31 @@ def misread(cases: Iterable[Case]) -> list[Case]:
     return [case for case in cases if crisis.flag(case.text) != bool(case.crisis)]
 
 
-def table(title: str, cases: Sequence[Case]) -> str:
+def table(title: str, cases: Sequence[Case], flags: Callable[[Case], bool] = phrases) -> str:
     """The rates of some cases as a table in Markdown."""
     lines = [f"{title}: {len(cases)} speeches", "", "| | flagged | of | share | 95 % |", "|---|---|---|---|---|"]
-    for name, (hits, of) in sorted(rates(cases).items()):
+    for name, (hits, of) in sorted(rates(cases, flags).items()):
         low, high = wilson(hits, of)
         lines.append(f"| {name} | {hits} | {of} | {hits / of:.1%} | {low:.1%} to {high:.1%} |")
     return "\n".join([*lines, ""])
+
+
+def tables(title: str, cases: Sequence[Case], answers: Mapping[str, str]) -> str:
+    """The rates of the phrases, of the model whose answers these are, and of both; and what was no answer."""
+    lost = Counter(answers[case.text] for case in cases if answers[case.text] not in (YES, NO))
+    count = f"{title}: no answer to {lost.total()} of {len(cases)}"
+
+    def model(case: Case) -> bool:
+        return answers[case.text] == YES
+
+    return "\n".join(
+        [
+            table(f"{title}, phrases alone", cases),
+            table(f"{title}, model alone", cases, model),
+            table(f"{title}, phrases and model", cases, lambda case: phrases(case) or model(case)),
+            f"{count} ({', '.join(f'{of} {why}' for why, of in lost.items())})\n" if lost else f"{count}\n",
+        ]
+    )
 
 
 def main() -> None:
@@ -118,11 +162,17 @@ def main() -> None:
     parser.add_argument(
         "--misread", action="store_true", help="also print what is misread, of the open parts or of the file"
     )
+    parser.add_argument("--ask", help="URL ending in /v1 of a chat endpoint that hears the speeches too")
+    parser.add_argument("--ask-model", default="", help="the model's name there")
+    parser.add_argument("--ask-key-env", default="", help="the environment variable that holds its key")
+    parser.add_argument("--ask-timeout-s", type=float, default=60, help="how long an answer may take")
     asked = parser.parse_args()
+    more = {"timeout_s": asked.ask_timeout_s}
+    ask = Ask.of(asked.ask, asked.ask_model, asked.ask_key_env, **more) if asked.ask else None
     parts = {asked.file.name: read(asked.file, asked.text)} if asked.file else shipped()
     for name, some in parts.items():
         if asked.file or asked.part in (None, name):
-            print(table(name, some))
+            print(tables(name, some, asyncio.run(heard(some, ask))) if ask else table(name, some))
             if asked.misread and (asked.file or name in OPEN):
                 print("\n".join(f"{case.crisis} {case.kind} {case.form}: {case.text}" for case in misread(some)), "\n")
 

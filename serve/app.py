@@ -10,7 +10,8 @@
     GET  /healthz               200 while the engine answers, else 503
 
 Where a client names no system message or no sampling, those that the policy was trained with apply. Client words
-that speak of a crisis (psyray/crisis.py) get a fixed reply (serve/guard.py) and the header `X-Psyray-Crisis: true`.
+that speak of a crisis (psyray/crisis.py, and the model that `ask` names: serve/ear.py) get a fixed reply
+(serve/guard.py) and the header `X-Psyray-Crisis: true`.
 `X-Psyray-Id` names the export that answered, for `psyray lineage`. What clients say is written down nowhere unless
 `log_text=FOLDER` says where (serve/transcript.py). Without keys (serve/access.py)
 anyone who reaches the port may ask: then keep it on loopback.
@@ -44,4 +45,6 @@ def build(args: dict[str, Any]) -> Any:
     if asked.log_text:
         ready(asked.log_text)
         logger.warning("what clients say and are answered is kept in %s (log_text)", asked.log_text)
-    return application(order, keys, asked.limits, read_replies(asked.replies) if asked.guard == "reply" else None)
+    if ear := asked.ear:
+        logger.warning("what clients say is sent to %s where no phrase speaks of a crisis (ask)", ear.url)
+    return application(order, keys, asked.limits, read_replies(asked.replies) if asked.guard == "reply" else None, ear)

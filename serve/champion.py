@@ -21,6 +21,7 @@ from psyray.run import find_run, followed
 from psyray.sections.data import EngineSection
 from serve.access import MAX_MESSAGES, Limits
 from serve.direct import Address
+from serve.ear import Ask
 
 Model = TypeVar("Model", bound=BaseModel)
 CHAMPION = "champion.json"
@@ -108,6 +109,11 @@ class Args(Words):
     tokens: int = Field(16_384, ge=1, description="new tokens that one request may ask for, over all its answers")
     guard: Literal["reply", "mark"] = Field("reply", description="what a client in a crisis gets (serve/guard.py)")
     replies: Path | None = Field(None, description="file of those replies by locale; none: the shipped ones")
+    ask: str | None = Field(None, description="URL ending in /v1: who else is asked about a crisis (serve/ear.py)")
+    ask_model: str = Field("", description="the model's name there")
+    ask_key_env: str = Field("", description="the environment variable with that endpoint's key; none: it needs none")
+    ask_timeout_s: float = Field(5, gt=0, description="how long its answer may take")
+    ask_failed: Literal["flag", "pass"] = Field("pass", description="what becomes of words that it did not answer on")
     timeout_s: float = Field(300, gt=0, description="how long an answer, or each piece of a stream, may take")
     direct: Address | None = Field(None, description="PORT or HOST:PORT that is answered without Serve's proxy")
     log_text: Path | None = Field(None, description="folder that words and answers are written into; none: nowhere")
@@ -156,6 +162,14 @@ class Args(Words):
     def limits(self) -> Limits:
         """What the port takes."""
         return Limits.model_validate(self.model_dump(include=set(Limits.model_fields)))
+
+    @property
+    def ear(self) -> Ask | None:
+        """Whom to ask about a crisis beside the phrases; PsyrayError where that is not said well."""
+        if self.ask is None and self.ask_model:
+            raise PsyrayError(f"ask_model={self.ask_model} without ask: say at which URL the model is asked")
+        more = {"timeout_s": self.ask_timeout_s, "failed": self.ask_failed}
+        return None if self.ask is None else Ask.of(self.ask, self.ask_model, self.ask_key_env, **more)
 
     @property
     def looks_every_s(self) -> float | None:

@@ -4,8 +4,8 @@
     serve run serve.app:build run=RUN replies=FILE           your own: a text for each locale and for `default`
     serve run serve.app:build run=RUN guard=mark             the policy answers, and only the header marks it
 
-The rule is that of psyray/crisis.py. Every flagged request is counted by kind in `psyray_crisis_requests`, which Ray
-exports to Prometheus; no word of the client is kept.
+The rule is that of psyray/crisis.py, and of the model that the operator names beside it (serve/ear.py). Every flagged
+request is counted in `psyray_crisis_requests`, which Ray exports to Prometheus; no word of the client is kept.
 """
 
 from __future__ import annotations
@@ -83,6 +83,12 @@ def locales(accepted: str) -> list[str]:
 def crisis_hits(messages: Iterable[Mapping[str, Any]]) -> list[crisis.Hit]:
     """The kinds of crisis that the client's own messages speak of, and in which language; of earlier ones too."""
     return crisis.hits(*crisis.spoken((str(m.get("role")), words(m.get("content"))) for m in messages))
+
+
+def client_texts(messages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the client said, text by text."""
+    texts = [words(message.get("content")) for message in messages if message.get("role") == "user"]
+    return [text for text in texts if text.strip()]
 
 
 def words(content: Any) -> str:

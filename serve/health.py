@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.responses import JSONResponse
 
@@ -15,9 +15,14 @@ STANDS_S = 1.0  # how long an answer is given again
 class Health:
     """The answer to `/healthz`, which asks for no key and counts for no limit: a flood of it costs no look more."""
 
-    def __init__(self, look: Callable[[], Awaitable[object]], stands_s: float = STANDS_S) -> None:
-        """`look` raises where something ails."""
-        self.look, self.stands_s = look, stands_s
+    def __init__(
+        self,
+        look: Callable[[], Awaitable[object]],
+        stands_s: float = STANDS_S,
+        beside: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        """`look` raises where something ails; `beside` tells of what the server answers without."""
+        self.look, self.stands_s, self.beside = look, stands_s, beside
         self._looking: asyncio.Task[bool] | None = None
         self._until = 0.0
 
@@ -26,7 +31,8 @@ class Health:
         if self._looking is None or (self._looking.done() and time.monotonic() > self._until):
             self._looking = asyncio.create_task(self._well())
         well = await asyncio.shield(self._looking)  # others wait for it who stay when this one goes away
-        return JSONResponse({"status": "ok"}) if well else JSONResponse({"status": "unavailable"}, 503)
+        told = {"status": "ok" if well else "unavailable", **self.beside()}
+        return JSONResponse(told, 200 if well else 503)
 
     async def _well(self) -> bool:
         try:

@@ -28,7 +28,8 @@ from serve.best import BestRequest, answer
 from serve.chat import ChatRequest, Refusal
 from serve.direct import Address, answering, listen
 from serve.door import look
-from serve.guard import Replies, crisis_hits, safe_reply
+from serve.ear import NO, YES, Ask, Ear
+from serve.guard import Replies, client_texts, crisis_hits, safe_reply
 from serve.health import Health
 from serve.keeper import ASK_S, Keeper
 from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
@@ -38,18 +39,20 @@ from serve.reward import ScoreReply, ScoreRequest
 from serve.transcript import Transcript, said
 
 HEALTH_TIMEOUT_S = 5.0
-ID, CRISIS = "X-Psyray-Id", "X-Psyray-Crisis"
+ID, CRISIS, FLAGGED_BY = "X-Psyray-Id", "X-Psyray-Crisis", "X-Psyray-Crisis-By"
 MAX_ONGOING = 1000  # Serve's default of 5 would keep requests waiting before the port counts them
 
 
-def application(order: Order, keys: tuple[Key, ...], limits: Limits, replies: Replies | None) -> serve.Application:
+def application(
+    order: Order, keys: tuple[Key, ...], limits: Limits, replies: Replies | None, ask: Ask | None = None
+) -> serve.Application:
     """The port behind its gate, and the keeper of those who answer."""
     # Neither computes: they wait on the network.
     options = {"num_replicas": 1, "max_ongoing_requests": MAX_ONGOING, "ray_actor_options": {"num_cpus": 0}}
     keeper = serve.deployment(Keeper, name="Keeper", **options).bind(order)
     port = serve.deployment(serve.ingress()(Ingress), name="Ingress", **options)
     asked = order.asked
-    return port.bind(keeper, keys, limits, replies, asked.timeout_s, asked.direct, asked.log_text)
+    return port.bind(keeper, keys, limits, replies, asked.timeout_s, asked.direct, asked.log_text, ask)
 
 
 class Pieces(Protocol):
@@ -74,15 +77,21 @@ class Ingress:
         timeout_s: float,
         address: Address | None = None,
         log_text: Path | None = None,
+        ask: Ask | None = None,
     ) -> None:
         look()
         self.keeper, self.keys, self.limits = keeper, keys, limits
         self.replies, self.timeout_s = replies, timeout_s
         self.address = address
         self.transcript = self._transcript(log_text) if log_text else None
-        about = "chat requests whose words speak of a crisis, by kind"
-        self.crises = Counter("psyray_crisis_requests", description=about, tag_keys=("kind", "guard"))
-        self.health = Health(self._check)
+        about = "chat requests whose words speak of a crisis, by kind and by who says so"
+        self.crises = Counter("psyray_crisis_requests", description=about, tag_keys=("kind", "guard", "by"))
+        self.ear = Ear(ask) if ask else None
+        about = "chat requests that a model was asked about, by its answer or why there was none"
+        self.heard = Counter("psyray_crisis_asked", description=about, tag_keys=("answer",))
+        # A model that cannot be asked is told of by the log and by `healthz` before a client comes.
+        self._trying = asyncio.create_task(self.ear.hear(["Hello."])) if self.ear else None
+        self.health = Health(self._check, beside=self._beside)
         self._handles: dict[tuple[str, bool], DeploymentHandle] = {}
         self.lineup: Lineup = await keeper.lineup.remote()
         self._following = asyncio.create_task(self._follow())
@@ -136,8 +145,9 @@ class Ingress:
         bound(len(body.messages), self.limits.messages, "messages", "messages")
         served, tree = self._called(body.model), body.tree()
         hits = crisis_hits(tree["messages"])
+        by = "phrases" if hits else await self._second(tree["messages"])
         response: Response
-        if hits and self.replies:
+        if by and self.replies:
             spoken = dict.fromkeys(hit.language for hit in hits)
             text = self.replies.for_client(request.headers.get("Accept-Language", ""), spoken)
             response = safe_reply(text, served.name, stream=bool(tree.get("stream")))
@@ -150,11 +160,19 @@ class Ingress:
                 tree["cache_salt"] = key  # or the time of an answer told what another key has asked
             response = await self._in_time(self._ask(served, with_defaults(tree, served.policy)))
         response.headers[ID] = served.export
-        if hits:
-            response.headers[CRISIS] = "true"
-            for kind in dict.fromkeys(hit.kind for hit in hits):
-                self.crises.inc(tags={"kind": kind, "guard": "reply" if self.replies else "mark"})
+        if by:
+            response.headers[CRISIS], response.headers[FLAGGED_BY] = "true", by
+            for kind in dict.fromkeys(hit.kind for hit in hits) or ("not told",):
+                self.crises.inc(tags={"kind": kind, "guard": "reply" if self.replies else "mark", "by": by})
         return response
+
+    async def _second(self, messages: list[dict[str, Any]]) -> str:
+        """Who flags words that no phrase does: the `model`, the lack of its answer (`unanswered`), or nobody."""
+        if self.ear is None:
+            return ""
+        answer = await self.ear.hear(client_texts(messages))
+        self.heard.inc(tags={"answer": answer})
+        return {YES: "model", NO: ""}.get(answer, "unanswered" if self.ear.ask.failed == "flag" else "")
 
     async def _ask(self, served: Served, tree: dict[str, Any]) -> Response:
         """The engine's answer, whole or as its stream."""
@@ -189,7 +207,7 @@ class Ingress:
         items = [conversation.model_copy(update={"response": text}) for text in texts]
         scoring = self._scoring()  # whoever it is by now: the one before may have gone with its champion
         scores = [(s.score, s.spread) for s in await self._in_time(self._handle(scoring.app).score.remote(items))]
-        kept = {name: response.headers[name] for name in (ID, CRISIS) if name in response.headers}
+        kept = {name: response.headers[name] for name in (ID, CRISIS, FLAGGED_BY) if name in response.headers}
         best = JSONResponse(answer(completion, scores, body.caution, scoring.name), headers=kept)
         return self._kept(body, request, best)
 
@@ -197,7 +215,8 @@ class Ingress:
         """The response, written down where that was asked for; a stream when it ends."""
         if self.transcript is None:
             return response
-        row = {**asker(request), "messages": body.tree()["messages"], "flagged": CRISIS in response.headers}
+        flags = {"flagged": CRISIS in response.headers, "flagged_by": response.headers.get(FLAGGED_BY, "")}
+        row = {**asker(request), "messages": body.tree()["messages"], **flags}
         if isinstance(response, StreamingResponse):
             response.body_iterator = self.transcript.keep_stream(response.body_iterator, row)
         else:
@@ -233,6 +252,9 @@ class Ingress:
     async def healthz(self) -> JSONResponse:
         """Whether the engine behind the port answers."""
         return await self.health.reply()
+
+    def _beside(self) -> dict[str, str]:
+        return {"ear": "ok" if self.ear.well else "unavailable"} if self.ear else {}
 
     async def _check(self) -> None:
         health = self._handle(self.lineup.models[0].app).check_health.remote()

@@ -4,9 +4,9 @@
 
 Each replica of the port appends to a file of its own in FOLDER, readable by its account alone, one JSON object for each
 request that was answered: `time`, `key` (its name), `id` (the completion's), `route`, `model`, `messages` and
-`answers`, or `items` and `scores`, and `flagged` where the words speak of a crisis. A stream is written down at its
-end; `whole` is false where it broke off. No logger knows of these lines, so none comes into Ray's logs. A line that
-cannot be written costs no answer.
+`answers`, or `items` and `scores`, and `flagged` where the words speak of a crisis, with who says so. A stream is
+written down at its end; `whole` is false where it broke off. No logger knows of these lines, so none comes into Ray's
+logs. A line that cannot be written costs no answer.
 """
 
 from __future__ import annotations

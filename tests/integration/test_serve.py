@@ -22,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import ray
+from made_ear import made_ear
 from made_exports import register, save_adapter, save_run
 from pydantic import SecretStr
 from ray import serve
@@ -37,6 +38,7 @@ from psyray.rubric import Principle, Rubric, load_rubric
 from psyray.sections.data import EndpointSection
 from serve.access import Limits, read_keys
 from serve.bring_up import LOGGING
+from serve.ear import Ask
 from serve.guard import read_replies
 from serve.ingress import Ingress
 from serve.request import ask, free_port, serve_once, serving
@@ -233,6 +235,24 @@ def test_crisis_words_are_answered_by_the_fixed_reply_and_marked(server: str, st
     assert text.endswith("data: [DONE]\n\n") == stream and headers["X-Psyray-Id"] == FIRST
 
 
+def test_a_second_ear_flags_what_no_phrase_does(server: str, home: Path) -> None:
+    """A second port to the same engines asks it, once before any client comes."""
+    keys, keeper = read_keys(home / "keys"), serve.get_deployment_handle("Keeper", "psyray")
+    port = serve.deployment(serve.ingress()(Ingress), name="Ingress", ray_actor_options={"num_cpus": 0})
+    with made_ear() as ear:
+        ear.replies = {"allowed to leave": "yes"}
+        ask = Ask(ear.url, "listener", "key-of-the-ear")
+        asking = port.bind(keeper, keys, Limits(), read_replies(None), 60.0, None, None, ask)
+        serve.run(asking, name="asking", route_prefix="/asking", logging_config=LOGGING)
+        for words, by in (("I am allowed to leave now.", "model"), ("The flat is too quiet.", None)):
+            said = [{"role": "user", "content": words}]
+            status, headers, text = call(f"{server}/asking/v1/chat/completions", {"messages": said, "max_tokens": 6})
+            assert (status, headers["X-Psyray-Crisis-By"]) == (200, by) and ("findahelpline.com" in text) == bool(by)
+        assert json.loads(call(f"{server}/asking/healthz")[2]) == {"status": "ok", "ear": "ok"}
+        serve.delete("asking")
+        assert len(ear.asked) == 3 and ear.headers[0]["Authorization"] == "Bearer key-of-the-ear"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
@@ -404,7 +424,7 @@ def status_of(url: str, header: bytes) -> bytes:
 def test_crises_and_the_champions_trouble_reach_prometheus(server: str) -> None:
     words = [{"role": "user", "content": "Some nights I want to kill myself."}]
     assert call(f"{server}/v1/chat/completions", {"messages": words})[0] == 200
-    tags = r'(?=.*guard="reply")(?=.*kind="self-harm")'
+    tags = r'(?=.*guard="reply")(?=.*kind="self-harm")(?=.*by="phrases")'
     counted = re.compile(rf"^ray_psyray_crisis_requests_total\{{{tags}.*\}} [1-9]", re.M)
     trouble = re.compile(r"^ray_psyray_champion_trouble\{.*\} 0\.0$", re.M)
     deadline, text = time.monotonic() + 90, ""

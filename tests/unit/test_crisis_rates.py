@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from made_ear import made_ear
 
 from psyray import crisis
 
@@ -63,6 +64,24 @@ def test_a_file_of_ones_own_is_counted_with_what_it_lacks(
     said = capsys.readouterr().out
     assert "| must be flagged | 1 | 2 | 50.0% |" in said and "| must be flagged: suicide | 1 | 1 |" in said
     assert "| unlabelled: as self-harm | 1 | 1 |" in said and "I am fading out" in said and "I want to die" not in said
+
+
+def test_a_model_is_counted_alone_and_beside_the_phrases(
+    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {"I want to die": "no", "I am fading out": "yes", "It is raining": "yes", "It is dry": "well"}
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text, "crisis": "It" not in text}) for text in said))
+    with made_ear() as ear:
+        ear.replies = said
+        words = ["crisis_rates", str(file), "--ask", ear.url, "--ask-model", "listener"]
+        monkeypatch.setattr(sys, "argv", words)
+        command.main()
+    alone, model, both = capsys.readouterr().out.split("own.jsonl, ")[1:]
+    assert "| must be flagged | 1 | 2 |" in alone and "| must not be | 0 | 2 |" in alone
+    assert "| must be flagged | 1 | 2 |" in model and "| must not be | 1 | 2 |" in model
+    assert "| must be flagged | 2 | 2 |" in both and "| must not be | 1 | 2 |" in both
+    assert "no answer to 1 of 4 (1 unclear)" in both
 
 
 def test_what_is_held_out_is_never_shown(

@@ -6,19 +6,21 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from made_ear import MadeEar, made_ear
 from ray.exceptions import RayError
 from starlette.testclient import TestClient
 
 from serve.access import Limits, parse_keys
 from serve.champion import Policy
 from serve.chat import Refusal
+from serve.ear import Ask, Ear
 from serve.guard import crisis_hits, read_replies
 from serve.health import Health
 from serve.ingress import Ingress, description, http_app
@@ -81,15 +83,15 @@ class MadeReward:
 
 
 class MadeCounter:
-    """A stand-in for Ray's counter: by kind and guard, how often."""
+    """A stand-in for Ray's counter: how often, by the values of its labels."""
 
-    def __init__(self) -> None:
-        self.counted = Counter[tuple[str, str]]()
+    def __init__(self, *labels: str) -> None:
+        self.labels, self.counted = labels, Counter[tuple[str, ...]]()
 
     def inc(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
         tags = tags or {}
-        assert set(tags) == {"kind", "guard"}
-        self.counted[tags["kind"], tags["guard"]] += int(value)
+        assert set(tags) == set(self.labels)
+        self.counted[tuple(tags[label] for label in self.labels)] += int(value)
 
 
 @pytest.fixture
@@ -108,8 +110,10 @@ def routes(engine: MadeEngine) -> Ingress:
     routes.limits = Limits(messages=5, tokens=400)
     routes.replies, routes.timeout_s = read_replies(None), 5.0
     routes.transcript = None
-    routes.crises = MadeCounter()  # type: ignore[assignment]
-    routes.health = Health(routes._check)
+    routes.ear = None
+    routes.crises = MadeCounter("kind", "guard", "by")  # type: ignore[assignment]
+    routes.heard = MadeCounter("answer")  # type: ignore[assignment]
+    routes.health = Health(routes._check, beside=routes._beside)
     routes._handles = {("app.policy.x", True): engine, ("app.reward.y", False): MadeReward()}  # type: ignore[dict-item]
     return routes
 
@@ -300,7 +304,7 @@ def test_crises_are_counted_by_kind_and_by_what_the_guard_does(port: TestClient,
         assert (reply.status_code, reply.headers["X-Psyray-Crisis"]) == (200, "true")
     kinds = [hit.kind for hit in crisis_hits([said])]
     assert len(kinds) == 2
-    assert routes.crises.counted == dict.fromkeys(((kind, guard) for kind in kinds), 3)  # type: ignore[attr-defined]
+    assert routes.crises.counted == dict.fromkeys(((k, guard, "phrases") for k in kinds), 3)  # type: ignore[attr-defined]
 
 
 def test_whoever_writes_german_is_answered_in_german(port: TestClient) -> None:
@@ -333,10 +337,11 @@ def test_every_answered_request_is_one_line_where_text_is_kept(
     assert plain.pop("time") > 0
     assert plain == {
         "key": "ann", "route": "/v1/chat/completions", "id": "", "model": "psyray-round-2", "messages": [CLIENT],
-        "answers": ["I see."], "flagged": False, "whole": True,
+        "answers": ["I see."], "flagged": False, "flagged_by": "", "whole": True,
     }  # fmt: skip
     assert (best["key"], best["answers"], len(best["best_of"]["considered"])) == ("bob", ["I see."], 2)
-    assert crisis["flagged"] and "program" in crisis["answers"][0] and crisis["id"].startswith("chatcmpl-")
+    assert (crisis["flagged"], crisis["flagged_by"]) == (True, "phrases")
+    assert "program" in crisis["answers"][0] and crisis["id"].startswith("chatcmpl-")
     assert (scored["route"], scored["model"], scored["scores"][0]["score"]) == ("/reward/score", "scorer", 6.0)
     assert scored["items"] == [{"messages": [CLIENT], "response": "I see."}] and scored["id"]
 
@@ -374,6 +379,84 @@ def test_what_cannot_be_kept_is_answered_all_the_same(
     assert [row["answers"] for row in map(json.loads, routes.transcript.file.read_text().split("\n")[1:-1])] == [
         ["I see."]
     ]
+
+
+@pytest.fixture
+def ear(routes: Ingress, port: TestClient) -> Iterator[MadeEar]:
+    """The endpoint that these routes ask, with the port on one event loop."""
+    with made_ear() as server, port:
+        routes.ear = Ear(Ask(server.url, "listener", timeout_s=2.0))
+        yield server
+        assert port.portal
+        port.portal.call(routes.ear.close)
+
+
+HINT = {"role": "user", "content": "I am allowed to leave now."}
+
+
+@pytest.mark.parametrize("guard", ["reply", "mark"])
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"of": 2}])
+def test_a_models_yes_is_a_flag(
+    port: TestClient,
+    engine: MadeEngine,
+    routes: Ingress,
+    ear: MadeEar,
+    tmp_path: Path,
+    guard: str,
+    more: dict[str, Any],
+) -> None:
+    routes.transcript, routes.replies = Transcript(tmp_path, "replica"), routes.replies if guard == "reply" else None
+    engine.says = ['data: {"choices": []}\n\n', "data: [DONE]\n\n"] if "stream" in more else None
+    ear.says = "Yes."
+    said = [{"role": "system", "content": "Say no."}, CLIENT, {"role": "assistant", "content": "Oh no."}, HINT]
+    path = "/v1/chat/best" if "of" in more else "/v1/chat/completions"
+    reply = port.post(path, json={"messages": said, **more})
+    assert (reply.status_code, reply.headers["X-Psyray-Crisis"], reply.headers["X-Psyray-Crisis-By"]) == (
+        200, "true", "model",
+    )  # fmt: skip
+    assert ("program" in reply.text) == (guard == "reply") and bool(engine.asked) == (guard == "mark")
+    assert ear.texts == [CLIENT["content"], HINT["content"]] and ear.asked[-1]["model"] == "listener"
+    assert routes.crises.counted == {("not told", guard, "model"): 1}  # type: ignore[attr-defined]
+    assert [(row["flagged"], row["flagged_by"]) for row in lines(tmp_path)] == [(True, "model")]
+
+
+def test_a_models_no_is_none_and_it_is_not_asked_about_what_phrases_flag(
+    port: TestClient, routes: Ingress, ear: MadeEar
+) -> None:
+    assert "X-Psyray-Crisis" not in chat(port).headers and "X-Psyray-Crisis-By" not in chat(port).headers
+    flagged = chat(port, messages=[{"role": "user", "content": "I want to die."}])
+    assert flagged.headers["X-Psyray-Crisis-By"] == "phrases" and len(ear.asked) == 2
+    assert routes.heard.counted == {("no",): 2}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("says", "answer"), [("Let me think.", "unclear"), (401, "http 401")])
+@pytest.mark.parametrize("failed", ["pass", "flag"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_model_gives_no_answer_about_passes_or_is_flagged_as_was_asked_for(
+    port: TestClient, engine: MadeEngine, routes: Ingress, ear: MadeEar,
+    says: Any, answer: str, failed: Literal["pass", "flag"], stream: bool,
+) -> None:  # fmt: skip
+    assert routes.ear
+    routes.ear.ask, ear.says = replace(routes.ear.ask, failed=failed), says
+    reply = chat(port, messages=[HINT], stream=stream)
+    assert reply.status_code == 200 and reply.headers.get("X-Psyray-Crisis-By") == {"flag": "unanswered"}.get(failed)
+    assert ("program" in reply.text) == (failed == "flag") == (not engine.asked)
+    assert routes.heard.counted == {(answer,): 1}  # type: ignore[attr-defined]
+    assert sum(routes.crises.counted.values()) == (failed == "flag")  # type: ignore[attr-defined]
+
+
+def test_health_tells_of_an_ear_that_does_not_answer_and_stays_well(
+    port: TestClient, routes: Ingress, ear: MadeEar
+) -> None:
+    async def check() -> None: ...
+
+    handle = SimpleNamespace(check_health=SimpleNamespace(remote=check))
+    routes._handles["app.policy.x", False] = handle  # type: ignore[assignment]
+    for says, told in ((503, "unavailable"), ("no", "ok")):
+        ear.says = says
+        chat(port)
+        reply = port.get("/healthz")
+        assert (reply.status_code, reply.json()) == (200, {"status": "ok", "ear": told})
 
 
 def test_names_in_refusals_are_short_and_ascii(port: TestClient) -> None:
