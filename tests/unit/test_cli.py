@@ -73,10 +73,13 @@ def test_a_mistake_is_one_clear_line_and_not_a_traceback(words, expected, capsys
     assert "Traceback" not in error
 
 
-def test_status_of_no_run_says_so(capsys, tmp_path):
+@pytest.mark.parametrize("words", [["status"], ["report"], ["export", "--to", "pairs"], ["conversations"]])
+def test_where_there_is_no_run_it_says_where_it_looked(words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PSYRAY_HOME", str(tmp_path / "home"))
     with pytest.raises(SystemExit):
-        main(["status", str(tmp_path)])
-    assert "no run at" in capsys.readouterr().err
+        main([*words, "runs/demo"])
+    assert f"no run at {tmp_path}/home/runs/demo or {tmp_path}/runs/demo; start one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
