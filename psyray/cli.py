@@ -118,7 +118,7 @@ def fetch(
 
 @app.command()
 def lineage(
-    model: Annotated[str, typer.Argument(help="a run or model folder, the id of a served answer, or NAME[@ALIAS]")],
+    model: Annotated[str, typer.Argument(help="a run or model folder, the id of a served answer, NAME or NAME@ALIAS")],
     runs: Annotated[Path, typer.Option(help="the folder that holds the run folders")] = Path("runs"),
     tracking_uri: TrackingUri = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,

@@ -1,5 +1,6 @@
 """The command: plans, help, and one clear error for each mistake. Commands in the docs are read by the same parser."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -24,6 +25,11 @@ def test_help_teaches():
     assert "psyray run configs/demo.yaml" in text and "--dry-run" in text
 
 
+def test_help_shows_what_stands_in_brackets():
+    text = CliRunner().invoke(app, ["lineage", "--help"], env={"COLUMNS": "200"}).output
+    assert "NAME@ALIAS" in text.partition("Arguments")[2]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.name)
 def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
     from psyray.data.speeches import SHIPPED
@@ -33,6 +39,7 @@ def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
     assert result.exit_code == 0, result.output
     for word in ("responses", "judgements", "reward", "round 1", "labels:", "every setting is valid"):
         assert word in result.output
+    assert "dropped: " in result.output and "personal details taken out: " in result.output and "{" not in result.output
     assert not (tmp_path / "run").exists()
 
 
@@ -129,8 +136,9 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_psyray_command_in_the_docs_is_one(words):
-    command, arguments = words[0], words[1:]
+def test_every_psyray_command_in_the_docs_is_one(words, monkeypatch):
+    monkeypatch.setenv("PSYRAY_JUDGE_URL", "https://host/v1")
+    command, *arguments = map(os.path.expandvars, words)
     given = typer.main.get_command(app).commands[command].make_context(command, list(arguments)).params
     if command == "run":
         config = load_config(ROOT / given["config"], given["settings"])
