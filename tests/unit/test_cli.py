@@ -1,5 +1,6 @@
 """The command: plans, help, and one clear error for each mistake. Commands in the docs are read by the same parser."""
 
+import errno
 import os
 import re
 import shlex
@@ -78,6 +79,17 @@ def test_a_mistake_is_one_clear_line_and_not_a_traceback(words, expected, capsys
     error = capsys.readouterr().err
     assert ended.value.code == 1 and error.startswith("error: ") and expected in error
     assert "Traceback" not in error
+
+
+def test_a_full_disk_is_one_clear_line(capsys, monkeypatch, tmp_path):
+    def full(run):
+        raise OSError(errno.ENOSPC, "No space left on device", str(run / "report.html"))
+
+    monkeypatch.setattr("psyray.report.write_report", full)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.startswith("error: ") and f"'{tmp_path}/report.html'; make room" in error
 
 
 @pytest.mark.parametrize("words", [["status"], ["report"], ["export", "--to", "pairs"], ["conversations"]])
