@@ -102,7 +102,8 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
         raise PsyrayError(
-            f"no Ray at {address}: {error}; start one there (`ray start --head`), or mend cluster.address or RAY_ADDRESS"
+            f"no Ray at {address}: {error}; start one there (`ray start --head`), or mend cluster.address or "
+            "RAY_ADDRESS"
         ) from error
 
 

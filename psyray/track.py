@@ -340,7 +340,8 @@ def registered(uri: str, model: str) -> dict[str, str]:
     name, at, alias = model.partition("@")
     name, slash, version = name.partition("/")
     unknown = PsyrayError(
-        f"MLflow at {redact(uri)} has no model {model}, and no folder has that name; --tracking-uri names another MLflow"
+        f"MLflow at {redact(uri)} has no model {model}, and no folder has that name; "
+        "--tracking-uri names another MLflow"
     )
     if uri.startswith("sqlite:") and lacking(uri):
         raise unknown  # asked, MLflow would make the database

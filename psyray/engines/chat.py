@@ -227,7 +227,9 @@ class Client:
         counts = {"lost": spent.lost, "without a price": spent.unpriced} if priced else {}
         unknown = [f"{count} {what}" for what, count in counts.items() if count]
         return PsyrayError(
-            f"{name}: {why}. So far " + (f"{spent.cost:.4f} was spent: " if priced else "") + f"{spent.calls} calls"
+            f"{name}: {why}. So far "
+            + (f"{spent.cost:.4f} was spent: " if priced else "")
+            + f"{spent.calls} calls"
             + (f" ({', '.join(unknown)}: what they cost is not known)" if unknown else "")
             + f", {spent.prompt_tokens} prompt and {spent.completion_tokens} completion tokens. Every answer is kept; "
             f"{mend} and run the same command again to go on"

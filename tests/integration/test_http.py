@@ -209,7 +209,9 @@ def test_what_cannot_go_on_stops(tmp_path, quick, word, settings, why):
 def test_an_endpoint_that_is_not_there_stops_the_stage(tmp_path, quick):
     with hostile_server() as server:
         url = server.url
-    told = rf"the endpoint at {url} failed 20 rows in a row.*`connection: \w+`; see whether .* is up .* So far \d+ calls"
+    told = (
+        rf"the endpoint at {url} failed 20 rows in a row.*`connection: \w+`; see whether .* is up .* So far \d+ calls"
+    )
     with pytest.raises(PsyrayError, match=told):
         rated(tmp_path, url, ["fine"] * 100)
 
