@@ -128,7 +128,7 @@ class Line:
 
 
 def ended(path: Path, how: str) -> str:
-    """How the run's latest pass ended: when it was `stopped`, its `error`, the stage `until` which it went; else empty."""
+    """When the latest pass was `stopped`, the `error` that ended it, the stage `until` which it went; else empty."""
     listed = find_run(path) / "run.json"
     return str(read_json(listed).get(how, "")) if listed.exists() else ""
 
