@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -118,7 +119,7 @@ def fetch(
 
 @app.command()
 def lineage(
-    model: Annotated[str, typer.Argument(help="a run or model folder, the id of a served answer, or NAME[@ALIAS]")],
+    model: Annotated[str, typer.Argument(help="a run or model folder, the id of a served answer, NAME or NAME@ALIAS")],
     runs: Annotated[Path, typer.Option(help="the folder that holds the run folders")] = Path("runs"),
     tracking_uri: TrackingUri = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
@@ -354,8 +355,16 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except PsyrayError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
-        sys.exit(1)
+        _end(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _end(f"{error}; make room and give the same command again: what was finished before is kept")
+
+
+def _end(error: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

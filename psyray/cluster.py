@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ def ray_session(config: Config) -> Iterator[None]:
 def _start(ray: Any, config: Config, address: str | None) -> None:
     common: dict[str, Any] = {"log_to_driver": bool(os.environ.get("PSYRAY_WORKER_LOGS")), "logging_level": "ERROR"}
     if address:
+        _knock(address)
         try:
             ray.init(address=address, runtime_env={"env_vars": QUIET | HOOK}, **common)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -83,6 +85,25 @@ def _start(ray: Any, config: Config, address: str | None) -> None:
     except Exception as error:  # that and no more is what Ray raises where its node is not up within half a minute
         raise PsyrayError(
             f"Ray did not start on this machine: {error}\nNothing is lost: run the same command again"
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """PsyrayError for a dashboard, and where nobody listens at HOST:PORT: Ray alone tries for minutes."""
+    if address.startswith("http"):
+        raise PsyrayError(
+            f"{address} takes jobs only: `ray job submit --working-dir . -- python -m psyray run ...`; for a run on "
+            "this machine unset RAY_ADDRESS, for one from here HOST:6379 is the address"
+        )
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return  # `auto` and the like
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise PsyrayError(
+            f"no Ray at {address}: {error}; start one there (`ray start --head`), or mend cluster.address or "
+            "RAY_ADDRESS"
         ) from error
 
 

@@ -51,8 +51,15 @@ def speech_lines(speeches: Mapping[str, Any]) -> Iterator[str]:
     yield f"speeches: {sources}"
     if any(count == LOOKED_AT for count in speeches["sources"].values()):
         yield f"of each source only the first {LOOKED_AT} rows were looked at; a run reads all"
-    yield "{kept} kept ({train} train, {test} held out), dropped: {dropped}, crisis: {crisis_kinds}".format(**speeches)
-    yield f"personal details taken out: {speeches['scrubbed']}"
+    yield "{kept} kept ({train} train, {test} held out)".format(**speeches)
+    yield f"dropped: {counted(speeches['dropped'])}"
+    yield f"speak of a crisis: {counted(speeches['crisis_kinds'])}"
+    yield f"personal details taken out: {counted(speeches['scrubbed'])}"
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts by name in words; those that are none are left out."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
 
 
 def lines(config: Config, speeches: int, train: int) -> Iterator[Line]:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from psyray import plots, status, times
 from psyray.records import Row, client_words
-from psyray.run import Artifact, find_run, write_atomic
+from psyray.run import Artifact, existing_run, find_run, write_atomic
 from psyray.status import champion_round, change, number, round_numbers, share, stats_of
 
 Stages = Mapping[str, Artifact]
@@ -22,7 +22,7 @@ Stages = Mapping[str, Artifact]
 
 def write_report(run: Path) -> Path:
     """Write RUN/report.html and return its path; PsyrayError where there is no run."""
-    path = find_run(run, "rows")
+    path = existing_run(run, "rows")
     write_atomic(path / "report.html", page(path))
     return path / "report.html"
 

@@ -1,6 +1,6 @@
 """A run is a folder; a stage is a folder in it, named by the fingerprint of all it depends on.
 
-    RUN/run.json                      the stages of the latest pass, in order, and when it was stopped on purpose
+    RUN/run.json                      the stages of the latest pass, in order, and what ended it before the last
     RUN/config.yaml                   the resolved configuration of the latest pass
     RUN/stages/pairs/3fa9c1e2/        one result of the stage `pairs`
         part-00000.parquet ...        rows as they come in
@@ -262,6 +262,10 @@ class Run:
             except KeyboardInterrupt:
                 self._write_list(stopped=_now())
                 raise
+            except PsyrayError as error:
+                if self.stages:
+                    self._write_list(error=str(error))
+                raise
 
     def _note_changes(self, config: Mapping[str, Any]) -> None:
         kept = self.path / "config.yaml"
@@ -294,6 +298,7 @@ class Run:
         self.on_stage(artifact)
         if name == self.until:
             self.say(f"{name}: the last stage that was asked for (--until)")
+            self._write_list(until=name)
             raise Reached
         return artifact
 
@@ -385,6 +390,14 @@ def find_run(path: Path, what: What = "facts") -> Path:
     return found
 
 
+def existing_run(path: Path, what: What = "facts") -> Path:
+    """The absolute folder of a run that was started once; PsyrayError says where it was looked for."""
+    found = find_run(path, what)
+    if not (found / "run.json").exists():
+        raise PsyrayError(f"{no_run(path)}; start one with `psyray run configs/demo.yaml run.path={found}`")
+    return found
+
+
 def fetch_run(mirror: Mirror, what: What = "all") -> list[str]:
     """Fetch what a mirror has of its run's latest pass; the names of the finished stages. PsyrayError without a run.
 
@@ -426,9 +439,7 @@ def stage_folders(run: Path, fingerprint: str) -> Iterator[Path]:
 
 def read_stages(path: Path) -> list[Artifact]:
     """The finished stages of a run's latest pass, in order; PsyrayError where there is no run."""
-    asked, path = path, find_run(path)
-    if not (path / "run.json").exists():
-        raise PsyrayError(f"{no_run(asked)}; start one with `psyray run configs/demo.yaml run.path={path}`")
+    path = existing_run(path)
     found = []
     for entry in read_json(path / "run.json", "stages")["stages"]:
         places = (path / room / entry["name"] / entry["fingerprint"] for room in (STAGES, SEEN))

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from psyray.errors import PsyrayError
-from psyray.run import Artifact, find_run, read_json, read_settings, read_stages
+from psyray.run import Artifact, existing_run, find_run, read_json, read_settings, read_stages
 from psyray.times import by_round
 
 DASH = "–"  # noqa: RUF001  what is not known, here and in the report
@@ -31,6 +31,7 @@ STYLES = {
     "running": "bold cyan",
     "stopped": "yellow",
     "cut off": "bold red",
+    "failed": "bold red",
     "elsewhere": "cyan",
     "waiting": "dim",
 }
@@ -120,16 +121,16 @@ class Line:
     """One stage in the table."""
 
     name: str
-    state: str  # "done" | "running" | "stopped" on purpose | "cut off" | "elsewhere" | "waiting"
+    state: str  # "done" | "running" | "stopped" on purpose | "failed" | "cut off" | "elsewhere" | "waiting"
     rows: str = ""
     seconds: float | None = None
     note: str = ""
 
 
-def stopped_at(path: Path) -> str:
-    """When the run's latest pass was stopped on purpose; empty where it was not."""
+def ended(path: Path, how: str) -> str:
+    """When the latest pass was `stopped`, the `error` that ended it, the stage `until` which it went; else empty."""
     listed = find_run(path) / "run.json"
-    return str(read_json(listed).get("stopped", "")) if listed.exists() else ""
+    return str(read_json(listed).get(how, "")) if listed.exists() else ""
 
 
 def driver(path: Path) -> tuple[int | None, bool]:
@@ -159,7 +160,8 @@ def stage_lines(path: Path) -> list[Line]:
     """The state of every stage, in the order of the run; PsyrayError where there is no run."""
     path = find_run(path)
     done = stages_by_name(path)
-    state = "stopped" if stopped_at(path) else "running" if driver(path)[1] else "cut off"
+    state = "stopped" if ended(path, "stopped") else "failed" if ended(path, "error") else "cut off"
+    state = "running" if state == "cut off" and driver(path)[1] else state
     state = "elsewhere" if state == "cut off" and elsewhere(path) else state
     listed = read_json(path / "run.json", "stages")["stages"]
     lines = []
@@ -315,7 +317,7 @@ def key_numbers(name: str, stats: Mapping[str, Any]) -> str:
 
 def show_status(run: Path, console: Console) -> None:
     """Print the run's stages, driver, label spend, latest gate and report; PsyrayError where there is no run."""
-    path = find_run(run)
+    path = existing_run(run)
     lines = stage_lines(path)
     table = Table(title=Text(f"Run {path}"), title_justify="left")
     for heading, justify in (("Stage", "left"), ("State", "left"), ("Rows", "right"), ("Time", "right")):
@@ -369,8 +371,12 @@ def _driver_fact(path: Path, lines: list[Line]) -> str:
     unfinished = [line.name for line in lines if line.state != "done"]
     if not unfinished:
         return "Driver: the run is complete"
-    if at := stopped_at(path):
+    if at := ended(path, "stopped"):
         return f"Driver: stopped at {at}; run the same command again to go on"
+    if error := ended(path, "error"):
+        return f"Driver: ended with an error: {error}"
+    if stage := ended(path, "until"):
+        return f"Driver: ended after {stage}, as --until said; the same command without it goes on"
     if alive:
         return f"Driver: process {pid} is alive"
     if host := elsewhere(path):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from psyray.active.database import lacking
 from psyray.addresses import redact
 from psyray.errors import PsyrayError
 from psyray.models import model_identity
@@ -338,6 +339,12 @@ def registered(uri: str, model: str) -> dict[str, str]:
 
     name, at, alias = model.partition("@")
     name, slash, version = name.partition("/")
+    unknown = PsyrayError(
+        f"MLflow at {redact(uri)} has no model {model}, and no folder has that name; "
+        "--tracking-uri names another MLflow"
+    )
+    if uri.startswith("sqlite:") and lacking(uri):
+        raise unknown  # asked, MLflow would make the database
     with registry(uri) as client:
         try:
             if slash:
@@ -347,10 +354,7 @@ def registered(uri: str, model: str) -> dict[str, str]:
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
-            raise PsyrayError(
-                f"MLflow at {redact(uri)} has no model {model}, and no folder has that name; "
-                "--tracking-uri names another MLflow"
-            ) from None
+            raise unknown from None
     return dict(found.tags)
 
 

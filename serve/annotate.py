@@ -35,6 +35,7 @@ from serve.access import VARIABLE, Key, Limits, read_keys
 from serve.champion import Words
 from serve.door import put_up
 from serve.health import Health
+from serve.mistakes import in_one_line
 from serve.pages import asker, bootstrap, page_app
 
 MAX_BODY = 64 * 1024  # bytes; an answer is a note of MAX_NOTE characters and a few ratings
@@ -67,6 +68,7 @@ class Desk:
     contact: str = ""
 
 
+@in_one_line
 def build(args: dict[str, str]) -> Any:
     """The Serve application of a run's expert queue; PsyrayError names what is wrong with the arguments or the run."""
     put_up()

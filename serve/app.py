@@ -30,9 +30,11 @@ from serve.door import put_up
 from serve.guard import read_replies
 from serve.ingress import application
 from serve.lineup import Order
+from serve.mistakes import in_one_line
 from serve.transcript import ready
 
 
+@in_one_line
 def build(args: dict[str, Any]) -> Any:
     """The Serve application; PsyrayError names what is wrong with the arguments, the run or the registry."""
     put_up()

@@ -42,6 +42,7 @@ from serve.champion import Words
 from serve.door import put_up
 from serve.endpoint import Endpoint, NoAnswer
 from serve.health import Health
+from serve.mistakes import in_one_line
 from serve.pages import asker, bootstrap, page_app
 from serve.turn import SIDES, Turn
 
@@ -90,6 +91,7 @@ class Room:
     contact: str = ""
 
 
+@in_one_line
 def build(args: dict[str, str]) -> Any:
     """The Serve application; PsyrayError names what is wrong with the arguments or the run."""
     put_up()

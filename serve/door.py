@@ -16,7 +16,7 @@ import re
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from psyray.cluster import HOOK
+from psyray.cluster import HOOK, QUIET
 from serve.refusals import openai_error
 
 # For a load balancer of Serve's own, and for models or sessions that stick to a replica: nothing here uses them.
@@ -70,9 +70,9 @@ def middlewares() -> list[Middleware]:
 
 
 def put_up() -> None:
-    """Have the proxy of a Ray that this process starts load the door; another hook that is set stays."""
-    for variable, path in HOOK.items():
-        os.environ.setdefault(variable, path)
+    """Have a Ray that this process starts load the door in its proxy, and report to nobody; what is set stays."""
+    for variable, value in (QUIET | HOOK).items():
+        os.environ.setdefault(variable, value)
 
 
 def look() -> None:

@@ -106,7 +106,7 @@ class Experts:
         run = "RUN" if "://" in self.desk.run_id else self.desk.run_id  # a mirror's address is no folder
         self.say(
             f"{count} questions wait for {self.section.overlap} experts each, {wait}; their page: "
-            f"serve run serve.annotate:build run={run}"
+            f"RAY_ADDRESS=local serve run serve.annotate:build run={run} keys=FILE"
         )
 
     def _wait(self, folder: Folder, queue: ExpertQueue, ids: Sequence[str], title: str) -> bool:

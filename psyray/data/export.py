@@ -26,7 +26,7 @@ from psyray.data.card import facts, render
 from psyray.data.layout import ROWS_PER_GROUP, to_layout, write_batches
 from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
-from psyray.run import ROWS_PER_FILE, Artifact, find_run, read_stages, write_atomic
+from psyray.run import ROWS_PER_FILE, Artifact, existing_run, read_stages, write_atomic
 from psyray.status import read_config
 from psyray.tables import connect, cut, in_order, view
 
@@ -102,7 +102,7 @@ def export_run(
 
 def read_source(run: Path) -> Source:
     """The finished stages of the run's latest pass; PsyrayError where pairs are missing or the rubric changed."""
-    run = find_run(run, "rows")
+    run = existing_run(run, "rows")
     stages = {stage.name: stage for stage in read_stages(run)}
     if "pairs" not in stages:
         raise PsyrayError(f"{run} has no finished stage `pairs` yet; see `psyray status {run}`")

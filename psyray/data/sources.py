@@ -162,7 +162,8 @@ def _explained(path: Path, act: Callable[..., Any], *arguments: Any) -> Any:
     except pa.lib.ArrowInvalid as error:
         # Arrow quotes the row that it cannot read: what a client wrote.
         said = re.match(r".*?Expected \d+ columns, got \d+", str(error), re.DOTALL)
-        raise PsyrayError(f"{path} cannot be read: {said.group() if said else error}") from None
+        mend = "; save it as UTF-8" if "invalid UTF8" in str(error) else ""
+        raise PsyrayError(f"{path} cannot be read: {said.group() if said else error}{mend}") from None
 
 
 def _open_jsonl(path: Path) -> Opened:
@@ -208,7 +209,9 @@ def _batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _open_csv(path: Path) -> Opened:
-    parse, block = pa.csv.ParseOptions(newlines_in_values=True), pa.csv.ReadOptions(block_size=CSV_BLOCK)
+    parse = pa.csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True)
+    # One thread, which knows the number of a row that it cannot read.
+    block = pa.csv.ReadOptions(block_size=CSV_BLOCK, use_threads=False)
     with pa.csv.open_csv(path, read_options=block, parse_options=parse) as table:
         names = list(table.schema.names)
 
@@ -220,6 +223,13 @@ def _open_csv(path: Path) -> Opened:
                 yield from _sliced(batch)
 
     return Opened(names, read)
+
+
+def _delimiter(path: Path) -> str:
+    """What stands between the names in a CSV file's first line: a comma, or as some spreadsheets have it ; or a tab."""
+    with path.open("rb") as file:
+        head = file.readline()
+    return max((",", ";", "\t"), key=lambda mark: head.count(mark.encode()))
 
 
 def _open_parquet(path: Path) -> Opened:

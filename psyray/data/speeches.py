@@ -92,7 +92,7 @@ def gather(sources: Sequence[SourceSection], work: Path, most: int | None = None
     """Cut all sources into files of RAW rows under `work`; rows without a text are counted and left out."""
     raw = Raw()
     rows = _raw_rows(sources, raw, most)
-    with tqdm(desc="speeches: reading", unit="rows", mininterval=2, leave=False) as bar:
+    with tqdm(desc="speeches: reading", unit="rows", mininterval=2, delay=2, leave=False) as bar:
         while chunk := list(islice(rows, CHUNK)):
             path = work / f"raw-{len(raw.files):05d}.parquet"
             write_parquet(path, table(chunk, RAW))
@@ -174,6 +174,8 @@ def select(
 
     PsyrayError where nothing stays, or one side of the split is empty.
     """
+    if not raw.read.total():
+        raise PsyrayError(f"{_paths(section)}: no rows")
     if not files:
         raise _nothing_left(section, Counter({"no text": raw.without_text}))
     view(database, "clean", files)

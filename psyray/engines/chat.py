@@ -12,6 +12,7 @@ the `usage` that `max_cost` needs.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import SecretStr
 
+from psyray.addresses import redact
 from psyray.engines.journal import Call, Journal
 from psyray.engines.pace import NO_MONEY, Halted, Pace, Purse, backoff, pause, retry_after
 from psyray.errors import PsyrayError
@@ -195,10 +197,14 @@ class Client:
         self.failed_in_a_row = 0 if outcome.call is not None else self.failed_in_a_row + 1
         if self.failed_in_a_row < IN_A_ROW:
             return
-        hint = f": is the key in ${self.endpoint.api_key_env} right, and the model's name?"
+        hints = {
+            "refused": f"; see whether the key in ${self.endpoint.api_key_env}, the model's name and the URL are right",
+            "connection": "; see whether the endpoint is up and the URL is right",
+            "garbled": "; see whether the URL is that of an OpenAI-compatible endpoint, up to its /v1",
+        }
         self.pace.halt(
-            f"the endpoint failed {IN_A_ROW} rows in a row, the last with `{outcome.error}`"
-            + (hint if outcome.error.startswith("refused") else "")
+            f"the endpoint at {redact(self.endpoint.url or '')} failed {IN_A_ROW} rows in a row, the last with "
+            f"`{outcome.error}`" + hints.get(re.split("[: ]", outcome.error)[0], "")
         )
         raise Halted
 
@@ -217,10 +223,13 @@ class Client:
         if why == NO_MONEY:
             why = f"{name}.max_cost ({self.endpoint.max_cost:g}) does not reach for a further request"
             mend = f"raise {name}.max_cost"
-        counts = {"lost": spent.lost, "without a price": spent.unpriced}
+        priced = any(self.endpoint.price_per_million_tokens)
+        counts = {"lost": spent.lost, "without a price": spent.unpriced} if priced else {}
         unknown = [f"{count} {what}" for what, count in counts.items() if count]
         return PsyrayError(
-            f"{name}: {why}. So far {spent.cost:.4f} was spent: {spent.calls} calls"
+            f"{name}: {why}. So far "
+            + (f"{spent.cost:.4f} was spent: " if priced else "")
+            + f"{spent.calls} calls"
             + (f" ({', '.join(unknown)}: what they cost is not known)" if unknown else "")
             + f", {spent.prompt_tokens} prompt and {spent.completion_tokens} completion tokens. Every answer is kept; "
             f"{mend} and run the same command again to go on"

@@ -118,6 +118,13 @@ class EndpointSection(Section):
     price_per_million_tokens: tuple[float, float] = Field((0.0, 0.0), description="prompt, completion")
     max_cost: float | None = Field(None, gt=0, description="what one stage may spend, in the unit of the price")
 
+    @field_validator("url")
+    @classmethod
+    def url_has_a_scheme(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("write the whole address, for example http://127.0.0.1:8000/v1")
+        return value
+
     @model_validator(mode="after")
     def price_is_sound(self) -> Self:
         if min(self.price_per_million_tokens) < 0:

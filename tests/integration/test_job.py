@@ -18,7 +18,7 @@ import yaml
 from slow_server import Slow, slow_server
 
 from psyray.run import read_stages
-from psyray.status import driver, stage_lines, stopped_at
+from psyray.status import driver, ended, stage_lines
 
 ROOT = Path(__file__).parents[2]
 SPEECHES, K, LIMIT_S = 30, 2, 180
@@ -107,14 +107,14 @@ def test_a_stopped_job_says_so_and_the_next_one_goes_on(
         assert client.get_job_status(job) == "STOPPED"
         logs = client.get_job_logs(job)
         assert "stopped; nothing is lost" in logs and "Traceback" not in logs
-        assert stopped_at(run) and stage_lines(run)[1].state == "stopped"
+        assert ended(run, "stopped") and stage_lines(run)[1].state == "stopped"
 
         again = submit(client, tmp_path, tiny_model, endpoint)
         wait(client, again, lambda: client.get_job_status(again).is_terminal())
         assert client.get_job_status(again) == "SUCCEEDED", client.get_job_logs(again)[-3000:]
         assert "speeches: done before" in client.get_job_logs(again)
     stages = read_stages(run)
-    assert [stage.name for stage in stages] == ["speeches", "responses"] and not stopped_at(run)
+    assert [stage.name for stage in stages] == ["speeches", "responses"] and not ended(run, "stopped")
     rows = stages[-1].rows()
     assert len({row["response_id"] for row in rows}) == len(rows) == SPEECHES * K
     # Asked twice is only what was under way when the job was stopped.

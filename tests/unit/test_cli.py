@@ -1,5 +1,7 @@
 """The command: plans, help, and one clear error for each mistake. Commands in the docs are read by the same parser."""
 
+import errno
+import os
 import re
 import shlex
 from pathlib import Path
@@ -24,6 +26,11 @@ def test_help_teaches():
     assert "psyray run configs/demo.yaml" in text and "--dry-run" in text
 
 
+def test_help_shows_what_stands_in_brackets():
+    text = CliRunner().invoke(app, ["lineage", "--help"], env={"COLUMNS": "200"}).output
+    assert "NAME@ALIAS" in text.partition("Arguments")[2]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.name)
 def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
     from psyray.data.speeches import SHIPPED
@@ -33,6 +40,7 @@ def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
     assert result.exit_code == 0, result.output
     for word in ("responses", "judgements", "reward", "round 1", "labels:", "every setting is valid"):
         assert word in result.output
+    assert "dropped: " in result.output and "personal details taken out: " in result.output and "{" not in result.output
     assert not (tmp_path / "run").exists()
 
 
@@ -73,10 +81,24 @@ def test_a_mistake_is_one_clear_line_and_not_a_traceback(words, expected, capsys
     assert "Traceback" not in error
 
 
-def test_status_of_no_run_says_so(capsys, tmp_path):
+def test_a_full_disk_is_one_clear_line(capsys, monkeypatch, tmp_path):
+    def full(run):
+        raise OSError(errno.ENOSPC, "No space left on device", str(run / "report.html"))
+
+    monkeypatch.setattr("psyray.report.write_report", full)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.startswith("error: ") and f"'{tmp_path}/report.html'; make room" in error
+
+
+@pytest.mark.parametrize("words", [["status"], ["report"], ["export", "--to", "pairs"], ["conversations"]])
+def test_where_there_is_no_run_it_says_where_it_looked(words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PSYRAY_HOME", str(tmp_path / "home"))
     with pytest.raises(SystemExit):
-        main(["status", str(tmp_path)])
-    assert "no run at" in capsys.readouterr().err
+        main([*words, "runs/demo"])
+    assert f"no run at {tmp_path}/home/runs/demo or {tmp_path}/runs/demo; start one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -126,8 +148,9 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_psyray_command_in_the_docs_is_one(words):
-    command, arguments = words[0], words[1:]
+def test_every_psyray_command_in_the_docs_is_one(words, monkeypatch):
+    monkeypatch.setenv("PSYRAY_JUDGE_URL", "https://host/v1")
+    command, *arguments = map(os.path.expandvars, words)
     given = typer.main.get_command(app).commands[command].make_context(command, list(arguments)).params
     if command == "run":
         config = load_config(ROOT / given["config"], given["settings"])

@@ -10,7 +10,7 @@ import ray
 
 from psyray import cluster
 from psyray.cluster import ray_session, require
-from psyray.config import Config
+from psyray.config import Config, load_config
 from psyray.errors import PsyrayError
 from psyray.needs import engine, missing
 from psyray.sections.data import EngineSection
@@ -46,6 +46,19 @@ def test_a_ray_of_this_machine_has_room_for_an_engine_on_each_gpu_that_may_be_us
     assert here == {"CPU": 4 + gpus, "GPU": gpus}
     if gpus:
         assert not missing(engine(EngineSection(replicas=gpus), gpu=True), [here])
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("127.0.0.1:9", "no Ray at 127.0.0.1:9: .*refused; start one"), ("http://h:8265", "jobs only: `ray job submit")],
+)
+def test_an_address_where_no_ray_listens_is_an_error_at_once(
+    address: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    # Ray itself would go on trying for minutes.
+    with pytest.raises(PsyrayError, match=expected), ray_session(load_config(None, [f"cluster.address={address}"])):
+        pass
 
 
 def test_a_stage_that_waits_for_room_says_within_a_minute_what_is_lacking_and_goes_on_waiting(

@@ -32,6 +32,7 @@ def test_words_on_the_command_line_go_over_the_file(tmp_path):
         ("loop.rounds=two", "loop.rounds"),
         ("speeches.test_share=1", "speeches.test_share"),
         ("judge.engine=http", "judge.url"),
+        ("judge.url=127.0.0.1:8000/v1", "judge.url: write the whole address, for example http://"),
         ("judge.max_cost=5", "price_per_million_tokens"),
         ("judge.price_per_million_tokens=[1, -1]", "price_per_million_tokens"),
         ("dpo.train.batch_size=6", "no multiple"),

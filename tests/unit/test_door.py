@@ -96,12 +96,14 @@ def test_a_ray_that_is_started_here_has_it_and_one_without_is_warned_of(
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     monkeypatch.setenv(VARIABLE, "")
     monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     look()
     assert VARIABLE in caplog.text
     caplog.clear()
     put_up()
     look()
     assert os.environ[VARIABLE] == HOOK[VARIABLE] and not caplog.records
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"  # Ray would tell its makers
     monkeypatch.setenv(VARIABLE, "another:hook")
     put_up()
     look()

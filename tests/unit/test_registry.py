@@ -77,6 +77,12 @@ def test_the_champion_is_the_one_that_the_alias_names(home: Path) -> None:
     assert registered(uri(home), "psyray-reward")["run"] == str(home / "a")
 
 
+def test_asking_for_a_model_makes_no_registry(tmp_path: Path) -> None:
+    with pytest.raises(PsyrayError, match=r"has no model runs/dmo, and no folder has that name"):
+        registered(uri(tmp_path / "runs"), "runs/dmo")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_version_is_served_as_it_was_exported(home: Path) -> None:
     pinned = find_champion(Args.read({"runs": str(home), "model": "psyray-policy/2"}), uri(home))
     assert (pinned.id, pinned.reward_id) == ("b" * 16, "b" * 16)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import yaml
@@ -251,3 +253,11 @@ def test_serve_once_needs_a_ray_session(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(PsyrayError, match="running Ray session"):
         serve_once(tmp_path, [CLIENT])
+
+
+@pytest.mark.parametrize("application", ["app", "annotate", "compare"])
+def test_a_mistake_in_the_words_of_serve_run_is_no_traceback(application: str) -> None:
+    build = import_module(f"serve.{application}").build
+    with pytest.raises(PsyrayError, match="unknown argument 'rnu'; did you mean 'run'") as told:
+        build({"rnu": "runs/demo"})
+    assert isinstance(told.value, click.ClickException)  # which the command line of Serve prints

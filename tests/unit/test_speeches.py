@@ -154,15 +154,25 @@ def test_half_a_character_stops_no_set(tmp_path):
         ("s.jsonl", '{"text": "too short"}\n', "no speech is left (1 too short"),
         ("s.parquet", "not parquet", "cannot be read"),
         ("s.csv", '"a\n', "s.csv"),
+        ("s.csv", "text\n", "no rows"),
+        ("s.csv", "text\none\ntwo, three\n", "Row #3: Expected 1 columns, got 2"),
+        ("s.csv", b"text\ngr\xfcn\n", "save it as UTF-8"),
     ],
 )
 def test_a_bad_file_is_one_error_that_names_it(tmp_path, name, content, expected):
     path = tmp_path / name
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(PsyrayError) as caught:
         load(path)
-    assert expected in str(caught.value) and name in str(caught.value)
+    assert expected in str(caught.value) and name in str(caught.value) and "three" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_file_of_another_spreadsheet_is_read(tmp_path, mark):
+    path = tmp_path / "s.csv"
+    path.write_text(f"nr{mark}question\n" + "".join(f'{i}{mark}"{text}, yes"\n' for i, text in enumerate(texts(20))))
+    assert {row["messages"][0]["content"] for row in load(path)[0]} == {f"{text}, yes" for text in texts(20)}
 
 
 def test_a_named_column_that_is_not_there_is_named_with_those_that_are(tmp_path):

@@ -12,11 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import yaml
+from rich.console import Console
 
 from psyray.config import Config, load_config
 from psyray.errors import PsyrayError
 from psyray.run import Folder, Run
-from psyray.status import expected_stages, stage_lines, stopped_at
+from psyray.status import ended, expected_stages, show_status, stage_lines
 from psyray.stopping import Reached, last_stage
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def test_sigterm_puts_things_in_order_and_the_run_says_when_it_was_stopped(tmp_p
     process.send_signal(signal.SIGTERM)
     assert "in order" in process.stdout.read()
     assert process.wait(30) == -signal.SIGINT  # Python's way to end by Ctrl-C, where nobody catches it
-    assert stopped_at(tmp_path)
+    assert ended(tmp_path, "stopped")
     assert [(line.name, line.state) for line in stage_lines(tmp_path)[:2]] == [("one", "done"), ("two", "stopped")]
 
 
@@ -63,11 +64,11 @@ def test_the_next_pass_is_not_stopped_any_more(tmp_path: Path) -> None:
     run = Run(tmp_path, lambda line: None)
     with pytest.raises(KeyboardInterrupt), run.open({}):
         raise KeyboardInterrupt
-    assert stopped_at(tmp_path) and json.loads((tmp_path / "run.json").read_text())["pid"] == os.getpid()
+    assert ended(tmp_path, "stopped") and json.loads((tmp_path / "run.json").read_text())["pid"] == os.getpid()
     again = Run(tmp_path, lambda line: None)
     with again.open({}):
         again.stage("one", {}, [], make)
-    assert not stopped_at(tmp_path)
+    assert not ended(tmp_path, "stopped")
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -79,6 +80,24 @@ def test_a_run_ends_after_the_stage_that_was_asked_for(tmp_path: Path, before: b
     with pytest.raises(Reached):
         run.stage("one", {}, [], make)
     assert "--until" in said[-1] and stage_lines(tmp_path)[0].state == "done"
+    assert "Driver: ended after one, as --until said; the same command without it" in shown(tmp_path)
+
+
+def test_a_run_that_ended_with_an_error_says_which(tmp_path: Path) -> None:
+    def refused(folder: Folder) -> dict[str, int]:
+        raise PsyrayError("the endpoint failed 20 rows")
+
+    run = Run(tmp_path, lambda line: None)
+    with pytest.raises(PsyrayError), run.open({}):
+        run.stage("one", {}, [], refused)
+    assert stage_lines(tmp_path)[0].state == "failed"
+    assert "Driver: ended with an error: the endpoint failed 20 rows" in shown(tmp_path)
+
+
+def shown(run: Path) -> str:
+    console = Console(width=200, record=True)
+    show_status(run, console)
+    return console.export_text()
 
 
 @pytest.mark.parametrize(

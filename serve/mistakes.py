@@ -1,0 +1,31 @@
+"""A mistake in the words of `serve run` is one line, as it is with `psyray`, and no traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import click
+
+from psyray.errors import PsyrayError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Mistake(PsyrayError, click.ClickException):
+    """What is wrong, where and how to mend it; the command line of Serve prints it and ends with 1."""
+
+
+def in_one_line(build: Callable[P, R]) -> Callable[P, R]:
+    """An application's builder that raises its PsyrayError as a Mistake."""
+
+    @wraps(build)
+    def built(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return build(*args, **kwargs)
+        except PsyrayError as error:
+            raise Mistake(str(error)) from error
+
+    return built
