@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from psyray.active.acquisition import acquire
 from psyray.active.oracle_kinds import make_oracle
@@ -172,7 +172,7 @@ class Gap:
     @property
     def confidence(self) -> float:
         """The probability that the difference is above 0, were it normal; NaN where a score is missing."""
-        return float(norm.cdf(self.mean / self.spread)) if self.spread else float(self.mean > 0)
+        return float(ndtr(self.mean / self.spread)) if self.spread else float(self.mean > 0)
 
     def wide(self, loop: LoopSection) -> bool:
         """Whether it is above `loop.reward_margin`."""
@@ -238,18 +238,16 @@ def reward_pairs(
 
     The second number counts those with a gap above `loop.reward_margin` that it was not sure enough of.
     """
+    gap_PKK = pool.mean_PK[:, :, None] - pool.mean_PK[:, None, :]
+    wide_PKK = (gap_PKK > loop.reward_margin) & different(groups, gap_PKK.shape[1])
     pairs, unsure = [], 0
     for p, responses in enumerate(groups):
         if p in labelled:
             continue
         wide = [
-            (gap, i, j)
-            for i, first in enumerate(responses)
-            for j, second in enumerate(responses)
-            if i != j
-            and first["text"] != second["text"]
-            and (loop.mixed_ends or first["truncated"] == second["truncated"])
-            and (gap := Gap.of(pool, p, i, j)).wide(loop)
+            (Gap.of(pool, p, i, j), i, j)
+            for i, j in np.argwhere(wide_PKK[p]).tolist()
+            if loop.mixed_ends or responses[i]["truncated"] == responses[j]["truncated"]
         ]
         sure = [found for found in wide if found[0].sure(loop)]
         unsure += len(wide) - len(sure)

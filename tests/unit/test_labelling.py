@@ -80,7 +80,8 @@ def test_the_reward_model_labels_only_what_the_oracle_did_not_and_only_above_the
 
 
 def test_equal_texts_are_no_pair_whatever_the_scores_say():
-    assert reward_pairs([responses("same", "same")], alike([[3.0, 0.0]]), set(), LOOP) == ([], 0)
+    for texts in (("same", "same"), ("so it is", "so  it\nis")):
+        assert reward_pairs([responses(*texts)], alike([[3.0, 0.0]]), set(), LOOP) == ([], 0)
 
 
 @pytest.mark.parametrize("name", ACQUISITIONS)
