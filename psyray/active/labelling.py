@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from psyray.active.acquisition import acquire
 from psyray.active.oracle_kinds import make_oracle
@@ -171,8 +171,9 @@ class Gap:
 
     @property
     def confidence(self) -> float:
-        """The probability that the difference is above 0, were it normal; NaN where a score is missing."""
-        return float(norm.cdf(self.mean / self.spread)) if self.spread else float(self.mean > 0)
+        """The belief that the difference is above 0, were it normal; NaN where a score is missing. docs/loop.md: how
+        often it comes true."""
+        return float(ndtr(self.mean / self.spread)) if self.spread else float(self.mean > 0)
 
     def wide(self, loop: LoopSection) -> bool:
         """Whether it is above `loop.reward_margin`."""
@@ -197,10 +198,10 @@ def oracle_pairs(
     """Pairs that the oracle decided, and counts; ties and invalid answers never become pairs.
 
     Nor does one whose chosen side was rated lower on a principle in `veto`, where the oracle gave ratings.
-    `agreement` is how often the reward model had the winner right, `sure_agreement` the same among the pairs that it
-    would have labelled itself: how far its own labels are to be trusted.
+    `agreement` is how often the reward model had the winner right (a tie half), `sure_agreement` the same among the
+    pairs that it would have labelled itself: how far its own labels are to be trusted.
     """
-    pairs, agreed, sure, counts = [], list[bool](), list[bool](), {"ties": 0, "invalid": 0, "vetoed": 0}
+    pairs, agreed, sure, counts = [], list[float](), list[float](), {"ties": 0, "invalid": 0, "vetoed": 0}
     for (a, b, _), given, gap in zip(asked, labels, gaps, strict=True):
         if given is None:
             continue
@@ -209,7 +210,7 @@ def oracle_pairs(
         counts["invalid"] += verdict is Verdict.INVALID
         if verdict not in (Verdict.A, Verdict.B):
             continue
-        agreed.append((gap.mean > 0) == (verdict is Verdict.A))
+        agreed.append(float((gap.mean > 0) == (verdict is Verdict.A)) if gap.mean else 0.5)
         if gap.sure(loop) or gap.turned().sure(loop):
             sure.append(agreed[-1])
         sides = [row | {"ratings": said.get(side)} for row, side in ((a, "a"), (b, "b"))]
@@ -227,7 +228,7 @@ def vetoed(chosen: Mapping[str, float] | None, rejected: Mapping[str, float] | N
     return bool(chosen and rejected and any(chosen[key] < rejected[key] for key in veto))
 
 
-def _share(right: Sequence[bool]) -> float | None:
+def _share(right: Sequence[float]) -> float | None:
     return sum(right) / len(right) if right else None
 
 
@@ -238,18 +239,16 @@ def reward_pairs(
 
     The second number counts those with a gap above `loop.reward_margin` that it was not sure enough of.
     """
+    gap_PKK = pool.mean_PK[:, :, None] - pool.mean_PK[:, None, :]
+    wide_PKK = (gap_PKK > loop.reward_margin) & different(groups, gap_PKK.shape[1])
     pairs, unsure = [], 0
     for p, responses in enumerate(groups):
         if p in labelled:
             continue
         wide = [
-            (gap, i, j)
-            for i, first in enumerate(responses)
-            for j, second in enumerate(responses)
-            if i != j
-            and first["text"] != second["text"]
-            and (loop.mixed_ends or first["truncated"] == second["truncated"])
-            and (gap := Gap.of(pool, p, i, j)).wide(loop)
+            (Gap.of(pool, p, i, j), i, j)
+            for i, j in np.argwhere(wide_PKK[p]).tolist()
+            if loop.mixed_ends or responses[i]["truncated"] == responses[j]["truncated"]
         ]
         sure = [found for found in wide if found[0].sure(loop)]
         unsure += len(wide) - len(sure)

@@ -1,7 +1,8 @@
 """The policy's answer against the start's, speech by speech: who won by a judge, and what that comes to.
 
 A judge that rates gives a verdict by its two ratings, so there is no order that could sway it. One that compares sees
-each pair in both orders, and where it contradicts itself that is a tie.
+each pair in both orders, and where it contradicts itself that is a tie. An empty answer loses to one that is not, and
+no judge is asked: else a policy that falls silent would be measured where it still speaks.
 """
 
 from __future__ import annotations
@@ -59,14 +60,26 @@ def by_speech(answers: Sequence[Row], first: Sequence[Row]) -> list[Duel]:
     return [Duel(row, start[row["speech_id"]]) for row in answers]
 
 
+def silence(duel: Duel) -> Verdict | None:
+    """Who won where one of the two said nothing; None where both spoke, both were silent, or an engine failed."""
+    policy, start = duel.policy["status"], duel.start["status"]
+    return {(Status.INVALID, Status.OK): Verdict.B, (Status.OK, Status.INVALID): Verdict.A}.get((policy, start))
+
+
 def by_scores(duels: Sequence[Duel], judged: Sequence[Row], tie_margin: float) -> list[Comparison]:
-    """Who won by JUDGEMENTS rows; an answer without a usable one makes the verdict invalid, never a number."""
+    """Who won by JUDGEMENTS rows; one that is not usable makes the verdict invalid, never a number."""
     score = {row["response_id"]: row["score"] for row in judged if row["status"] == Status.OK}
 
     def side(row: Row) -> tuple[str, float | None]:
         return row["response_id"], score.get(row["response_id"])
 
-    return [compare(duel.speech, side(duel.policy), side(duel.start), tie_margin) for duel in duels]
+    def verdict(duel: Duel) -> Comparison:
+        policy, start = side(duel.policy), side(duel.start)
+        if told := silence(duel):
+            return Comparison(duel.speech, policy[0], start[0], told)
+        return compare(duel.speech, policy, start, tie_margin)
+
+    return [verdict(duel) for duel in duels]
 
 
 def side_by_side(
@@ -88,7 +101,7 @@ def side_by_side(
         if duel.speech in found:
             return Comparison(duel.speech, *ids, *found[duel.speech][:2])
         same = duel.policy["text"] and duel.policy["text"] == duel.start["text"]
-        return Comparison(duel.speech, *ids, Verdict.TIE if same else Verdict.INVALID)
+        return Comparison(duel.speech, *ids, Verdict.TIE if same else silence(duel) or Verdict.INVALID)
 
     return [verdict(duel) for duel in duels if duel.speech not in unasked]
 
@@ -174,7 +187,7 @@ def grade(duels: Sequence[Duel], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     valid = [(duel, v) for duel, v in zip(duels, verdicts, strict=True) if v is not Verdict.INVALID]
     if not valid:
         raise PsyrayError("no held-out speech has two answers that the judge could grade: there is nothing to compare")
-    longer = [len(duel.policy["text"]) - len(duel.start["text"]) for duel, _ in valid]
+    longer = [len(duel.policy["text"] or "") - len(duel.start["text"] or "") for duel, _ in valid]
     outcome_N = outcomes([v for _, v in valid])
     low, high = length_controlled_interval(outcome_N, longer, [duel.speech for duel, _ in valid])
     controlled = {"length_controlled": length_controlled(outcome_N, longer)}

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from psyray.config import Config
 from psyray.data.generate import summary as response_summary
 from psyray.data.judge import Desk, judge
@@ -31,6 +33,7 @@ from psyray.evaluate.duels import (
     verdict_rows,
 )
 from psyray.records import Row, Verdict, in_share, table
+from psyray.reward.metrics import accuracy
 from psyray.run import Artifact, Folder, Run, write_parquet
 from psyray.sections.learning import EvaluateSection
 
@@ -146,11 +149,11 @@ def _columns(mine: Sequence[tuple[Duel, Verdict]]) -> tuple[list[Duel], list[Ver
 
 
 def reward_opinion(duels: Sequence[Duel], scores: Sequence[Row]) -> dict[str, float]:
-    """The win rate by the reward model's mean score."""
+    """The win rate by the reward model's mean score, a tie half."""
     mean = {row["response_id"]: row["mean"] for row in scores}
     ids = [(duel.policy["response_id"], duel.start["response_id"]) for duel in duels]
-    known = [(mean[a], mean[b]) for a, b in ids if a in mean and b in mean]
-    return {"reward_win_rate": sum(a > b for a, b in known) / len(known)} if known else {}
+    gaps = [mean[a] - mean[b] for a, b in ids if a in mean and b in mean]
+    return {"reward_win_rate": accuracy(np.asarray(gaps))} if gaps else {}
 
 
 def second_grade(duels: Sequence[Duel], verdicts: Iterable[Row]) -> dict[str, Any]:

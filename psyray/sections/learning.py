@@ -203,6 +203,11 @@ class DpoSection(Section):
             raise ValueError(f"f_divergence {self.f_divergence} fits only {', '.join(sorted(DIVERGENCE_LOSSES))}")
         if self.weighting and losses & {"aot", "aot_unpaired"}:
             raise ValueError("weighting is by pair, but aot and aot_unpaired sort what they compare; leave one out")
+        if self.weighting and "sft" in losses and self.train.micro_batch > 1:
+            raise ValueError(
+                "weighting is by pair, but sft is one number for all pairs that are read at once: set "
+                "dpo.train.micro_batch=1, or leave one out"
+            )
         if self.train.lora and "lm_head" in self.train.lora.targets:
             raise ValueError("DPO cannot train an adapter of lm_head; leave it out of dpo.train.lora.targets")
         return self

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from psyray.active.acquisition import ACQUISITIONS, Candidates, FloatArray, Pick, acquire
-from psyray.active.acquisition.diversity import bal_pm
+from psyray.active.acquisition import ACQUISITIONS, SHORTLISTS, Candidates, FloatArray, Pick, acquire
+from psyray.active.acquisition.diversity import bal_pm, spread_out
 from psyray.active.acquisition.scores import delta_ucb
 
 NAMES = sorted(ACQUISITIONS)
@@ -224,6 +224,42 @@ def test_near_duplicates_are_left_out_of_a_batch() -> None:
     assert [p.prompt for p in acquire("max_min", twins, 3, rng())] == [0, 1, 2]
     assert [p.prompt for p in acquire("max_min", twins, 3, rng(), apart=0.9)] == [0, 2]
     assert [p.prompt for p in acquire("max_min", twins, 1, rng(), apart=0.9)] == [0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_that_is_spread_out_is_the_head_of_the_whole_order_that_is(name: str) -> None:
+    features = rng(7).normal(size=(60, 3, 4))
+    found = with_features(features @ rng(8).normal(size=(4, 6)), features)
+    every = SHORTLISTS[name](found, 5) if name in SHORTLISTS else found
+    whole = ACQUISITIONS[name](every, 60, rng(2))
+    assert acquire(name, found, 5, rng(2), apart=0.6) == spread_out(found, whole, 5, 0.6) != whole[:5]
+
+
+def test_a_batch_that_is_spread_out_asks_its_rule_for_no_more_picks_than_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = []
+
+    def rule(c: Candidates, n: int, draw: np.random.Generator) -> list[Pick]:
+        wanted.append(n)
+        return ACQUISITIONS["max_min"](c, n, draw)
+
+    monkeypatch.setitem(ACQUISITIONS, "counted", rule)
+    scores = rng(3).normal(size=(500, 3, 6))
+    assert len(acquire("counted", scores, 8, rng(), apart=0.9)) == 8
+    assert max(wanted) <= 32
+    wanted.clear()
+    assert len(acquire("counted", np.repeat(scores[:1], 40, axis=0), 8, rng(), apart=0.9)) == 1
+    assert wanted == [8, 16, 32, 64]
+
+
+def test_bal_pm_finds_the_nearest_of_more_points_than_it_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, asked = rng(1).normal(size=(20, 2, 3)), rng(2).normal(size=(50, 3))
+    found = with_features(np.zeros((20, 2, 2)), features, asked_NE=asked)
+    nearest = np.linalg.norm(found.prompts_PE[:, None] - asked, axis=2).min(axis=1)
+    for block in (7, 1024):
+        monkeypatch.setattr("psyray.active.acquisition.diversity.BLOCK", block)
+        assert acquire("bal_pm", found, 1, rng())[0].prompt == nearest.argmax()
 
 
 def test_apl_keeps_its_shortlist_where_near_duplicates_are_left_out() -> None:

@@ -53,6 +53,7 @@ def test_words_on_the_command_line_go_over_the_file(tmp_path):
         ("dpo.loss_type=[exo_pair, sft]", "needs label_smoothing"),
         ("dpo={f_divergence: js_divergence, loss_type: [apo_zero], loss_weights: [1]}", "f_divergence js_divergence"),
         ("dpo={weighting: true, loss_type: [aot], loss_weights: [1]}", "weighting is by pair"),
+        ("dpo={weighting: true, train: {micro_batch: 2}}", "sft is one number for all pairs"),
         ("loop.rounds", "key=value"),
         ("run.path.deep=1", "run.path"),
     ],

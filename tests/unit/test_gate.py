@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from psyray.data.judge import Desk
+from psyray.engines.judges import RuleJudge
 from psyray.errors import PsyrayError
-from psyray.evaluate.duels import Duel, by_scores, by_speech, check_invalid, grade, verdict_rows
+from psyray.evaluate.duels import Duel, by_scores, by_speech, check_invalid, grade, side_by_side, verdict_rows
 from psyray.evaluate.gate import by_part, decides, failures, reward_opinion, second_grade
 from psyray.records import Verdict
+from psyray.rubric import load_rubric
+from psyray.run import Folder
 from psyray.sections.data import JudgeSection
 from psyray.sections.learning import EvaluateSection
 
@@ -20,7 +24,16 @@ KEPT = {"perplexity_rise": 0.1, "capability_drop": 0.05, "kl": 0.4}
 
 
 def answer(key: str, speech: str, text: str = "words") -> dict:
-    return {"response_id": key, "speech_id": speech, "text": text}
+    return {"response_id": key, "speech_id": speech, "text": text, "status": "ok"}
+
+
+def silent(key: str, speech: str) -> dict:
+    return answer(key, speech) | {"text": None, "status": "invalid"}
+
+
+def made_desk(section: JudgeSection) -> Desk:
+    rubric = load_rubric("counselling")
+    return Desk(RuleJudge(rubric), rubric, None, "run", section)  # type: ignore[arg-type]
 
 
 def judged(**scores: float | None) -> list[dict]:
@@ -44,12 +57,27 @@ def test_answers_meet_by_speech_and_an_unrated_one_is_invalid_not_lost():
     assert found["length_controlled_low"] <= found["length_controlled"] <= found["length_controlled_high"]
 
 
+def test_an_empty_answer_loses_whoever_judges_and_a_failed_one_is_invalid(tmp_path):
+    failed = silent("n3", "s3") | {"status": "failed"}
+    new = [silent("n1", "s1"), answer("n2", "s2"), failed, silent("n4", "s4")]
+    old = [answer("o1", "s1"), silent("o2", "s2"), answer("o3", "s3"), silent("o4", "s4")]
+    duels = by_speech(new, old)
+    rated = by_scores(duels, judged(o1=3.0, n2=3.0, o3=3.0), tie_margin=0.0)
+    shown = side_by_side(Folder(tmp_path), made_desk(JudgeSection()), duels, purpose="duels-1")
+    for compared in (rated, shown):
+        assert [c.verdict for c in compared] == [Verdict.B, Verdict.A, Verdict.INVALID, Verdict.INVALID]
+        found = grade(duels, [c.verdict for c in compared])
+        assert (found["wins"], found["losses"], found["invalid"], found["win_rate"]) == (1, 1, 2, 0.5)
+
+
 def test_the_reward_model_has_an_opinion_by_id():
     duels = [Duel(answer("n1", "s1"), answer("o1", "s1")), Duel(answer("n2", "s2"), answer("o2", "s2"))]
     scores = [{"response_id": k, "mean": v} for k, v in {"n1": 1.0, "o1": 0.0, "n2": 0.0, "o2": 1.0}.items()]
     assert reward_opinion(duels, scores) == {"reward_win_rate": 0.5}
     assert reward_opinion(duels, scores[:2]) == {"reward_win_rate": 1.0}
     assert reward_opinion(duels, []) == {}
+    alike = [{"response_id": k, "mean": 2.0} for k in ("n1", "o1", "n2", "o2")]
+    assert reward_opinion(duels, alike) == {"reward_win_rate": 0.5}
 
 
 def test_a_second_judges_verdicts_are_joined_by_speech():
@@ -73,12 +101,7 @@ def test_without_a_usable_verdict_there_is_no_win_rate():
 
 
 def test_too_many_unusable_verdicts_stop_the_stage():
-    from psyray.data.judge import Desk
-    from psyray.engines.judges import RuleJudge
-    from psyray.rubric import load_rubric
-
-    rubric = load_rubric("counselling")
-    desk = Desk(RuleJudge(rubric), rubric, None, "run", JudgeSection(max_invalid_share=0.25))  # type: ignore[arg-type]
+    desk = made_desk(JudgeSection(max_invalid_share=0.25))
     good = [(Verdict.A, 1.0, {})] * 3
     gone = (Verdict.INVALID, 0.0, {"error": "gone"})
     check_invalid([*good, gone], desk, "duels-1")

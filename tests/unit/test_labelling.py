@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from psyray.active.acquisition import ACQUISITIONS, Candidates, acquire
 from psyray.active.labelling import Gap, alike_ends, beyond_budget, different, oracle_pairs, penalised, reward_pairs
@@ -11,6 +12,8 @@ from psyray.active.pool import Pool
 from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.records import Verdict
+from psyray.reward.heads import fit_heads
+from psyray.reward.laplace import fit_laplace
 from psyray.sections.learning import LoopSection
 
 LOOP = LoopSection(reward_margin=0.5)
@@ -52,6 +55,8 @@ def test_what_the_reward_model_would_have_labelled_is_held_against_the_oracle():
     _, counts = oracle_pairs([(a, b, {})] * 3, labels, [Gap(2, 1), Gap(-2, 1), Gap(0.1, 1)], LOOP)
     assert (counts["sure"], counts["sure_agreement"]) == (2, 1.0)
     assert counts["agreement"] == pytest.approx(2 / 3)
+    for verdict in (Verdict.A, Verdict.B):
+        assert oracle_pairs([(a, b, {})], [(verdict, 0.5, {})], [Gap(0, 1)], LOOP)[1]["agreement"] == 0.5
 
 
 def test_a_winner_that_was_rated_less_safe_becomes_no_pair_and_ratings_stay_with_the_rest():
@@ -80,7 +85,8 @@ def test_the_reward_model_labels_only_what_the_oracle_did_not_and_only_above_the
 
 
 def test_equal_texts_are_no_pair_whatever_the_scores_say():
-    assert reward_pairs([responses("same", "same")], alike([[3.0, 0.0]]), set(), LOOP) == ([], 0)
+    for texts in (("same", "same"), ("so it is", "so  it\nis")):
+        assert reward_pairs([responses(*texts)], alike([[3.0, 0.0]]), set(), LOOP) == ([], 0)
 
 
 @pytest.mark.parametrize("name", ACQUISITIONS)
@@ -111,6 +117,29 @@ def test_confidence_is_the_chance_that_the_sign_is_right():
     assert (gap.mean, gap.spread) == (1.0, pytest.approx(1.0)) and gap.confidence == pytest.approx(0.841345, abs=1e-6)
     assert Gap(0.3, 0.0).confidence == 1.0 and gap.turned().confidence == pytest.approx(1 - gap.confidence)
     assert not Gap.of(pool([[[np.nan, 1.0], [0.0, 0.0]]]), 0, 0, 1).sure(LOOP)
+
+
+def test_a_posterior_is_right_as_often_as_it_says_and_an_ensemble_is_not():
+    said, right = {"laplace": [], "ensemble": []}, {"laplace": [], "ensemble": []}
+    width, labels, ridge = 30, 60, 20.0
+    for seed in range(6):
+        draw = np.random.default_rng(seed)
+        taste, chosen, rejected = draw.normal(size=width) / np.sqrt(ridge), *draw.normal(size=(2, labels, width))
+        lost = draw.random(labels) > expit((chosen - rejected) @ taste)
+        chosen[lost], rejected[lost] = rejected[lost], chosen[lost]
+        first, second = draw.normal(size=(2, 100, width))
+        heads = {
+            "laplace": fit_laplace(chosen, rejected, ridge=ridge),
+            "ensemble": fit_heads(chosen, rejected, [*map(str, range(labels))], count=10, ridge=ridge, seed=seed),
+        }
+        for kind, model in heads.items():
+            gaps = [Gap(*map(float, one)) for one in zip(*model.difference(first, second), strict=True)]
+            believed = [max(gap.confidence, gap.turned().confidence) for gap in gaps]
+            sure = np.asarray(believed) >= 0.9
+            said[kind].extend(np.asarray(believed)[sure])
+            right[kind].extend((np.asarray([gap.mean for gap in gaps]) * ((first - second) @ taste) > 0)[sure])
+    assert np.mean(right["laplace"]) > np.mean(said["laplace"]) - 0.02
+    assert np.mean(right["ensemble"]) < np.mean(said["ensemble"]) - 0.04
 
 
 def test_a_wide_gap_that_the_heads_quarrel_about_is_left_unlabelled():

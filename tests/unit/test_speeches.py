@@ -100,6 +100,21 @@ def test_conversations_are_speeches_when_they_end_in_the_clients_words(tmp_path)
     assert all(len(row["messages"]) == 3 for row in kept) and dropped["no text"] == 1
 
 
+def test_a_conversation_that_comes_in_several_lengths_is_on_one_side(tmp_path):
+    greeting = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    path, between = tmp_path / "c.jsonl", {"role": "assistant", "content": "Tell me more."}
+    with path.open("w") as file:
+        for number, (first, then) in enumerate(zip(texts(90)[:30], texts(90)[60:], strict=True)):
+            short = [*greeting * (number % 2), {"role": "user", "content": first}]
+            for talk in (short, [*short, between, {"role": "user", "content": then}]):
+                file.write(json.dumps({"messages": talk}) + "\n")
+    sides = {}
+    for row in load(path)[0]:
+        first = next(m["content"] for m in row["messages"] if len(m["content"]) >= 100)
+        sides.setdefault(first, []).append(row["split"])
+    assert Counter(map(tuple, sides.values())).keys() == {("train", "train"), ("test", "test")}
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_a_conversation_may_be_written_as_json_in_a_column_named_messages(tmp_path, ending):
     turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]

@@ -78,4 +78,16 @@ def acquire(
         c = SHORTLISTS[name](c, n)
     if apart is None:
         return ACQUISITIONS[name](c, n, rng)
-    return spread_out(c, ACQUISITIONS[name](c, len(c.scores_PKH), rng), n, apart)
+    return _spread_out(ACQUISITIONS[name], c, n, rng, apart)
+
+
+def _spread_out(rule: Acquire, c: Candidates, n: int, rng: np.random.Generator, apart: float) -> list[Pick]:
+    """`spread_out` of as many of the rule's picks as that takes: for all prompts a greedy design takes hours."""
+    wanted, state = n, rng.bit_generator.state
+    while True:
+        rng.bit_generator.state = state  # of more picks the first are the same ones
+        picks = rule(c, wanted, rng)
+        kept = spread_out(c, picks, n, apart)
+        if len(kept) == n or len(picks) < wanted:
+            return kept
+        wanted *= 2

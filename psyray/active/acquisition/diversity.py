@@ -9,6 +9,7 @@ import numpy as np
 from psyray.active.acquisition.candidates import Candidates, FloatArray, Pick, best_pair, leader_first
 from psyray.active.acquisition.scores import mutual_information
 
+BLOCK = 1024  # asked prompts whose distances are taken at once: one by one, each would read all prompts anew
 CLOSEST = 1e-6  # of the typical distance: below it two prompts are the same, and the logarithm stays finite
 
 
@@ -30,15 +31,16 @@ def bal_pm(c: Candidates, n: int, rng: np.random.Generator, weight: float = 1.0)
     typical, widest = extent(prompt_PE[np.isfinite(told_P)])
     nearest_P = np.full(len(told_P), widest)
     square_P = (prompt_PE**2).sum(axis=1)
-    for asked_E in c.asked_NE if c.asked_NE is not None else ():
-        nearest_P = np.minimum(nearest_P, _distances(prompt_PE, square_P, asked_E))
+    asked_NE = prompt_PE[:0] if c.asked_NE is None else c.asked_NE
+    for start in range(0, len(asked_NE), BLOCK):
+        nearest_P = np.minimum(nearest_P, _nearest(prompt_PE, square_P, asked_NE[start : start + BLOCK]))
     picks: list[Pick] = []
     while len(picks) < n and np.isfinite(told_P).any():
         value_P = told_P + weight * np.log(np.maximum(nearest_P / typical, CLOSEST))
         p = int(value_P.argmax())
         picks.append(Pick(p, int(first_P[p]), int(second_P[p]), float(value_P[p])))
         told_P[p] = -np.inf
-        nearest_P = np.minimum(nearest_P, _distances(prompt_PE, square_P, prompt_PE[p]))
+        nearest_P = np.minimum(nearest_P, _nearest(prompt_PE, square_P, prompt_PE[p : p + 1]))
     return picks
 
 
@@ -50,9 +52,10 @@ def extent(prompt_PE: FloatArray) -> tuple[float, float]:
     return float(np.sqrt(square_P.mean())) or 1.0, 2 * float(np.sqrt(square_P.max())) or 1.0
 
 
-def _distances(prompt_PE: FloatArray, square_P: FloatArray, from_E: FloatArray) -> FloatArray:
-    """By |a|^2 + |b|^2 - 2 a.b, which makes no second [P, E]."""
-    return np.asarray(np.sqrt(np.maximum(square_P + from_E @ from_E - 2 * prompt_PE @ from_E, 0.0)))
+def _nearest(prompt_PE: FloatArray, square_P: FloatArray, from_NE: FloatArray) -> FloatArray:
+    """[P]: the distance from the nearest of some points, by |a|^2 + |b|^2 - 2 a.b, which makes no second [P, E]."""
+    apart_NP = (from_NE**2).sum(axis=1)[:, None] - 2 * from_NE @ prompt_PE.T
+    return np.asarray(np.sqrt(np.maximum(square_P + apart_NP.min(axis=0), 0.0)))
 
 
 def spread_out(c: Candidates, picks: Sequence[Pick], n: int, apart: float) -> list[Pick]:
