@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -24,10 +25,10 @@ def show(figures: Figures, out: Console) -> None:
     title = f"{figures['judge_id']} on {figures['set']}: {figures['comparisons']:,} comparisons, " + (
         f"{figures['prompts']:,} prompts"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("stratum", "judge", "right", "ties", "wrong", "invalid", "longer wins",
                    "lengths alike: judge", "longer wins"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "stratum" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "stratum" else "right", overflow="fold")
     for name, stratum in figures["strata"].items():
         judge, matched = stratum["judge"], stratum["length_matched"]
         table.add_row(

@@ -152,5 +152,8 @@ def test_table_and_picture_show_what_there_is(pairs, tmp_path):
         assert "kappa with anna" in text and "human ceiling" in text and "of anna and cleo" in text
     else:
         assert "not asked, for the budget did not reach them: 1 of 1" in text and "not applicable" in text
+    narrow = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
+    show(found, narrow)
+    assert all(name in (text := narrow.export_text(clear=False)) for name in found["strata"]) and "…" not in text
     plot(found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
