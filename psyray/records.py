@@ -92,12 +92,6 @@ class Comparison:
         """The same comparison seen from the other side; twice is the identity."""
         return replace(self, a_id=self.b_id, b_id=self.a_id, verdict=self.verdict.swap(), margin=-self.margin)
 
-    def chosen_rejected(self) -> tuple[str, str] | None:
-        """(chosen id, rejected id), or None for a tie or an invalid verdict: neither becomes a pair."""
-        if self.verdict is Verdict.A:
-            return self.a_id, self.b_id
-        return (self.b_id, self.a_id) if self.verdict is Verdict.B else None
-
 
 def compare(speech: str, a: tuple[str, float | None], b: tuple[str, float | None], tie_margin: float) -> Comparison:
     """The comparison that two pointwise scores imply; a missing score makes it invalid, never a number."""
