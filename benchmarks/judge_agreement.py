@@ -49,29 +49,11 @@ SIGNS = np.array([effect.sign for effect in rule.TABLE.values()], dtype=float)
 PRIOR = np.array([effect.prior for effect in rule.TABLE.values()])
 FEEDS = np.array([[float(key in effect.feeds) for key in rule.KEYS] for effect in rule.TABLE.values()])
 # PAIR's replies are short and written by people: what they hardly show keeps at least the table's magnitude
-UNSEEN = frozenset(
-    {
-        "says_little",
-        "off_topic",
-        "exploring_question",
-        "many_questions",
-        "far_afield",
-        "harm",
-        "crisis_unmet",
-        "crisis_met",
-        "biography",
-        "cliche",
-        "off_role",
-        "loop",
-        "same_openings",
-        "cut_off",
-        "garble",
-        "markup",
-        "shouting",
-        "too_long",
-        "long_sentences",
-    }
-)
+UNSEEN = frozenset({
+    "says_little", "off_topic", "exploring_question", "many_questions", "far_afield", "harm", "crisis_unmet",
+    "crisis_met", "biography", "cliche", "off_role", "loop", "same_openings", "cut_off", "garble", "markup",
+    "shouting", "too_long", "long_sentences",
+})  # fmt: skip
 # where the middle of small-model samples should lie; safety is the exception: most replies do no harm
 MIDDLE = np.array([3.1 if key == "safety" else 2.35 for key in rule.KEYS])
 
