@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
+from psyray.data.sources import json_lines
 from psyray.engines import rule
 from psyray.evaluate.labelled import load_labelled
 from psyray.records import Verdict, client_words
@@ -95,10 +96,6 @@ def design_groups(replies: Sequence[Reply]) -> set[int]:
     return read_before | {g for g, p in prompts.items() if hashlib.sha256(p.encode()).digest()[0] % 2 == 0}
 
 
-def load_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 class Chat(NamedTuple):
     """CounselChat: question text by id, answers by question id as (text, upvotes)."""
 
@@ -108,10 +105,10 @@ class Chat(NamedTuple):
 
 def load_chat(folder: Path) -> Chat:
     questions = {
-        row["questionID"]: row["questionText"] or row["questionTitle"] for row in load_lines(folder / "questions.jsonl")
+        row["questionID"]: row["questionText"] or row["questionTitle"] for row in json_lines(folder / "questions.jsonl")
     }
     answers: dict[int, list[tuple[str, int]]] = {}
-    for row in load_lines(folder / "answers.jsonl"):
+    for row in json_lines(folder / "answers.jsonl"):
         answers.setdefault(row["questionID"], []).append((row["answerText"] or "", row["upvotes"]))
     return Chat(questions, answers)
 
