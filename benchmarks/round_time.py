@@ -70,10 +70,9 @@ def ours(place: Path, pairs: int, batch: int) -> dict[str, Any]:
     ])  # fmt: skip
 
     def speak(folder: Folder) -> Mapping[str, Any]:
-        parts = folder.parts(SPEECHES, "speech_id")
-        said = [[conversation[-1]] for conversation in prompts(pairs, "")]
-        parts.append({"speech_id": speech_id(m), "messages": m, "split": "train", "answered": False} for m in said)
-        parts.finish()
+        about = {"split": "train", "answered": False}
+        rows = [{"speech_id": speech_id(said), "messages": said, **about} for said in prompts(pairs, "")]
+        folder.keep(SPEECHES, "speech_id", rows)
         return {}
 
     def adopt(folder: Folder) -> Mapping[str, Any]:
