@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from rich.text import Text
 
 from psyray.errors import PsyrayError
 from psyray.run import Artifact, find_run, read_json, read_settings, read_stages
-from psyray.times import by_round
+from psyray.times import by_round, round_of
 
 DASH = "–"  # noqa: RUF001  what is not known, here and in the report
-ROUND = re.compile(r"round-(\d+)/(\w+)")
 STYLES = {
     "done": "green",
     "running": "bold cyan",
@@ -91,9 +89,9 @@ def stages_by_name(path: Path) -> dict[str, Artifact]:
     return {artifact.name: artifact for artifact in read_stages(path)}
 
 
-def round_numbers(stages: Mapping[str, Artifact]) -> list[int]:
-    """The rounds of which any stage is finished, in order."""
-    return sorted({int(found[1]) for name in stages if (found := ROUND.match(name))})
+def round_numbers(stages: Iterable[str]) -> list[int]:
+    """The rounds that stages are of, by their names, in order."""
+    return sorted({number for name in stages if (number := round_of(name)) is not None})
 
 
 def stats_of(stages: Mapping[str, Artifact], name: str) -> dict[str, Any]:

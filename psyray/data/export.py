@@ -27,7 +27,7 @@ from psyray.data.layout import ROWS_PER_GROUP, to_layout, write_batches
 from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
 from psyray.run import ROWS_PER_FILE, Artifact, find_run, read_stages, write_atomic
-from psyray.status import read_config
+from psyray.status import read_config, round_numbers
 from psyray.tables import connect, cut, in_order, view
 
 CARD, MARKER, DATA, ROUNDS, DRAFT = "README.md", "psyray.json", "data", "rounds", ".draft"
@@ -50,8 +50,8 @@ class Source:
     @property
     def rounds(self) -> dict[int, Artifact]:
         """The label stages by round."""
-        labels = {name: stage for name, stage in self.stages.items() if name.endswith("/labels")}
-        return {int(name.split("/")[0].removeprefix("round-")): stage for name, stage in labels.items()}
+        labels = {n: f"round-{n}/labels" for n in round_numbers(self.stages)}
+        return {n: self.stages[name] for n, name in labels.items() if name in self.stages}
 
 
 @dataclass(frozen=True)
