@@ -124,23 +124,27 @@ class Line:
     note: str = ""
 
 
+def latest_pass(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that tells of the run's latest pass, and what it says; nothing where there was none."""
+    listed = find_run(path) / "run.json"
+    return listed, read_json(listed) if listed.exists() else {}
+
+
 def stopped_at(path: Path) -> str:
     """When the run's latest pass was stopped on purpose; empty where it was not."""
-    listed = find_run(path) / "run.json"
-    return str(read_json(listed).get("stopped", "")) if listed.exists() else ""
+    return str(latest_pass(path)[1].get("stopped", ""))
 
 
 def driver(path: Path) -> tuple[int | None, bool]:
     """The process id of the run's latest pass and whether that process is alive on this machine."""
-    listed = find_run(path) / "run.json"
-    pid = read_json(listed).get("pid") if listed.exists() else None
+    listed, told = latest_pass(path)
+    pid = told.get("pid")
     return pid, pid is not None and not elsewhere(path) and _alive(int(pid), listed.stat().st_mtime)
 
 
 def elsewhere(path: Path) -> str:
     """The machine of the run's latest pass; empty where that is this one."""
-    listed = find_run(path) / "run.json"
-    host = read_json(listed).get("host") if listed.exists() else None
+    host = latest_pass(path)[1].get("host")
     return str(host) if host not in (None, platform.node()) else ""
 
 
