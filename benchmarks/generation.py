@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from apart import last_line
+from prompts import conversation
+
 from psyray.config import Config, load_config
 from psyray.data import generate
-from psyray.data.speeches import SHIPPED
 from psyray.models import embedded_model
 from psyray.records import Row, speech_id
 from psyray.run import Folder
@@ -39,10 +40,8 @@ def settings(tokens: int) -> Config:
 
 
 def draws(count: int, config: Config) -> Iterator[Row]:
-    """`count` draws over the shipped speeches; a number before the words makes each prompt another."""
-    texts = [json.loads(line)["text"] for line in SHIPPED.read_text().splitlines()]
-    for i in range(count):
-        messages = [{"role": "user", "content": f"({i}) {texts[i % len(texts)]}"}]
+    """`count` draws over the shipped speeches."""
+    for messages in map(conversation, range(count)):
         speech = {"speech_id": speech_id(messages), "messages": messages, "split": "train"}
         row = generate.draw_row(speech, config.policy, "benchmark", 0)
         row["sampling"] |= {"ignore_eos": True}
@@ -88,11 +87,7 @@ def stage(count: int, tokens: int) -> float:
 
 def measured(which: str, count: int, tokens: int) -> float:
     """Seconds of one measurement in a process of its own."""
-    command = [sys.executable, __file__, "--one", which, "--rows", str(count), "--tokens", str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{which}, {count} rows:\n{done.stderr[-3000:]}")
-    return float(done.stdout.splitlines()[-1])
+    return float(last_line(__file__, "--one", which, "--rows", count, "--tokens", tokens))
 
 
 def compare(count: int, tokens: int, repeats: int) -> dict[str, Any]:

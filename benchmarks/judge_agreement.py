@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
+from psyray.data.sources import json_lines
 from psyray.engines import rule
 from psyray.evaluate.labelled import load_labelled
 from psyray.records import Verdict, client_words
@@ -49,29 +50,11 @@ SIGNS = np.array([effect.sign for effect in rule.TABLE.values()], dtype=float)
 PRIOR = np.array([effect.prior for effect in rule.TABLE.values()])
 FEEDS = np.array([[float(key in effect.feeds) for key in rule.KEYS] for effect in rule.TABLE.values()])
 # PAIR's replies are short and written by people: what they hardly show keeps at least the table's magnitude
-UNSEEN = frozenset(
-    {
-        "says_little",
-        "off_topic",
-        "exploring_question",
-        "many_questions",
-        "far_afield",
-        "harm",
-        "crisis_unmet",
-        "crisis_met",
-        "biography",
-        "cliche",
-        "off_role",
-        "loop",
-        "same_openings",
-        "cut_off",
-        "garble",
-        "markup",
-        "shouting",
-        "too_long",
-        "long_sentences",
-    }
-)
+UNSEEN = frozenset({
+    "says_little", "off_topic", "exploring_question", "many_questions", "far_afield", "harm", "crisis_unmet",
+    "crisis_met", "biography", "cliche", "off_role", "loop", "same_openings", "cut_off", "garble", "markup",
+    "shouting", "too_long", "long_sentences",
+})  # fmt: skip
 # where the middle of small-model samples should lie; safety is the exception: most replies do no harm
 MIDDLE = np.array([3.1 if key == "safety" else 2.35 for key in rule.KEYS])
 
@@ -113,10 +96,6 @@ def design_groups(replies: Sequence[Reply]) -> set[int]:
     return read_before | {g for g, p in prompts.items() if hashlib.sha256(p.encode()).digest()[0] % 2 == 0}
 
 
-def load_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 class Chat(NamedTuple):
     """CounselChat: question text by id, answers by question id as (text, upvotes)."""
 
@@ -126,10 +105,10 @@ class Chat(NamedTuple):
 
 def load_chat(folder: Path) -> Chat:
     questions = {
-        row["questionID"]: row["questionText"] or row["questionTitle"] for row in load_lines(folder / "questions.jsonl")
+        row["questionID"]: row["questionText"] or row["questionTitle"] for row in json_lines(folder / "questions.jsonl")
     }
     answers: dict[int, list[tuple[str, int]]] = {}
-    for row in load_lines(folder / "answers.jsonl"):
+    for row in json_lines(folder / "answers.jsonl"):
         answers.setdefault(row["questionID"], []).append((row["answerText"] or "", row["upvotes"]))
     return Chat(questions, answers)
 

@@ -7,7 +7,8 @@
 A made-up `responses` stage of --rows rows goes through `psyray.data.judge.judgements_stage` with the HTTP engine and an
 endpoint of its own process that answers at once (or after --latency seconds). The stage runs in a child process, as
 `psyray run` would, and is watched from here: a line for each tenth, then the counts of the endpoint, the journal and
-the ledger beside each other. Exit status 1 where a row is missing, is there twice, or was paid for without need.
+the ledger beside each other. Exit status 1 where a row is missing, is there twice, or was paid for without need. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+from apart import folder, verdict
 
 MIB = 2**20
 KEYS = ("empathy", "relevance", "clarity", "safety", "exploration", "autonomy", "staging")
@@ -93,6 +95,18 @@ async def serve(rows: int, latency: float) -> None:
     server = await asyncio.get_running_loop().create_server(Stub, "127.0.0.1", 0, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
+
+
+@contextmanager
+def endpoint(rows: int, latency: float) -> Iterator[str]:
+    """The address of one in a process of its own."""
+    command = [sys.executable, __file__, "--stub", "--rows", str(rows), "--latency", str(latency)]
+    stub = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert stub.stdout
+        yield f"http://127.0.0.1:{int(stub.stdout.readline())}/v1"
+    finally:
+        stub.kill()
 
 
 def counts(url: str) -> dict[str, Any]:
@@ -280,22 +294,12 @@ def main() -> int:
     if args.stage:
         judge_all(args.path, args.stage, args.rows, args.concurrency)
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        args.path = (args.path or Path(folder)).absolute()
-        stub_command = [sys.executable, __file__, "--stub", "--rows", str(args.rows), "--latency", str(args.latency)]
-        stub = subprocess.Popen(stub_command, stdout=subprocess.PIPE, text=True)
-        try:
-            assert stub.stdout
-            url = f"http://127.0.0.1:{int(stub.stdout.readline())}/v1"
-            watch = run_stage(args, url)
-            found, wrong = audit(args.path, args.rows, counts(url))
-        finally:
-            stub.kill()
+    with folder(args.path) as args.path, endpoint(args.rows, args.latency) as url:
+        watch = run_stage(args, url)
+        found, wrong = audit(args.path, args.rows, counts(url))
     seconds = time.monotonic() - watch.began
     print(f"\n{seconds:.1f} s in all with starting Ray, driver's peak {watch.peak / MIB:,.0f} MiB")
-    print("\n".join(f"{what:28} {value:>14,}" for what, value in found.items()))
-    print("\n".join(f"WRONG: {what}" for what in wrong) or "every row is there once and was paid for once")
-    return 1 if wrong else 0
+    return verdict(found, wrong, "every row is there once and was paid for once")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ import random
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -43,10 +42,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from apart import PSYRAY, ROOT, folder, verdict
 from endpoint import Endpoint, digest, judge_reader, served
 
-ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "psyray.cli", "run"]
 KEYS = {"speeches": "speech_id", "pairs": "pair_id", "labels": "pair_id", "probe": "key", "second": "speech_id"}
 JUDGE, RESPONDER = "judge", "responder"
 LIMIT_S = 1800.0
@@ -137,7 +135,7 @@ class Attempt:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
         began = time.time()
         with (home / "log").open("ab") as log:
-            command = [*COMMAND, str(home.parent / "run.yaml"), f"run.path={home}/run", *words]
+            command = [*PSYRAY, str(home.parent / "run.yaml"), f"run.path={home}/run", *words]
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
             )
@@ -352,10 +350,7 @@ def proof(args: argparse.Namespace) -> int:
     figures = {"kills": kills, "seconds": round(time.time() - began), "seconds, undisturbed": round(seconds)} | figures
     if kills < args.kills:
         wrong.append(f"only {kills} of {args.kills} kills happened before the run ended")
-    print("\n".join(f"{what:36} {value:>10,}" for what, value in figures.items()))
-    print("\n".join(f"WRONG: {what}" for what in wrong) or "the same ids, labels and weights as undisturbed")
-    print(json.dumps(figures | {"wrong": wrong}))
-    return 1 if wrong else 0
+    return verdict(figures, wrong, "the same ids, labels and weights as undisturbed")
 
 
 def main() -> int:
@@ -365,8 +360,7 @@ def main() -> int:
     parser.add_argument("--latency", type=float, default=0.2, help="seconds that the endpoint takes for an answer")
     parser.add_argument("--path", type=Path, help="an empty folder, kept; none: a temporary one, removed at the end")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        args.path = (args.path or Path(folder)).absolute()
+    with folder(args.path) as args.path:
         return proof(args)
 
 

@@ -6,7 +6,6 @@ import json
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from kills import tiny_model
 
 from psyray.cluster import ray_session
 from psyray.config import Config
-from psyray.data.speeches import SHIPPED
 from psyray.models import embedded_model
-from psyray.records import Message
 from psyray.sections.data import EngineSection
 from serve.request import serving
 
@@ -63,18 +60,6 @@ def up(run: Path, **words: str) -> Iterator[str]:
     asked = {"run": str(run), "device": "cpu", "keys": str(run / "keys"), "per_minute": "10000000", "in_flight": "2000"}
     with ray_session(Config()), serving({**asked, **words}, say=lambda line: None, start_timeout_s=900) as url:
         yield url
-
-
-@cache
-def speeches() -> list[str]:
-    """The shipped client speeches."""
-    return [json.loads(line)["text"] for line in SHIPPED.read_text().splitlines()]
-
-
-def conversation(number: int) -> list[Message]:
-    """One shipped speech; the number before it makes each prompt another."""
-    texts = speeches()
-    return [{"role": "user", "content": f"({number}) {texts[number % len(texts)]}"}]
 
 
 def bearer(token: str = FIRST) -> dict[str, Any]:

@@ -15,10 +15,8 @@ It takes about three minutes, too long for the tests; tests/integration/test_nod
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from apart import folder, verdict
 from endpoint import served
 from kills import Attempt, contents, end, ledger, say, settings, tiny_model
 
@@ -127,10 +126,7 @@ def report(home: Path, lost: list[dict[str, Any]], seconds: int, calls: int) -> 
         wrong.append("there is no champion")
     if any(state != ("answered", 1, state[2], 1) for state in bought.values()):
         wrong.append("a question has no answer, or was bought twice")
-    print("\n".join(f"{what:20} {value}" for what, value in figures.items()))
-    print("\n".join(f"WRONG: {what}" for what in wrong) or "the run ended by itself, every id once, every label once")
-    print(json.dumps(figures | {"wrong": wrong}))
-    return 1 if wrong else 0
+    return verdict(figures, wrong, "the run ended by itself, every id once, every label once")
 
 
 def main() -> int:
@@ -139,8 +135,8 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="an empty folder for run and log; none: a temporary one")
     args = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    with tempfile.TemporaryDirectory() as folder:
-        return proof((args.keep or Path(folder)).absolute(), args.cpus)
+    with folder(args.keep) as place:
+        return proof(place, args.cpus)
 
 
 if __name__ == "__main__":

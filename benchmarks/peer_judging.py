@@ -24,12 +24,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from judging_scale import counts, make_responses
+from judging_scale import counts, endpoint, make_responses
 
 HERE = Path(__file__).parent
 
@@ -79,18 +77,6 @@ def peer_keys(folder: Path) -> list[str]:
 
 
 SIDES = {"psyray": (psyray_command, psyray_keys), "distilabel": (peer_command, peer_keys)}
-
-
-@contextmanager
-def endpoint(rows: int, latency: float) -> Iterator[str]:
-    """The stand-in for a judge, in a process of its own."""
-    command = [sys.executable, str(HERE / "judging_scale.py"), "--stub", "--rows", str(rows)]
-    stub = subprocess.Popen([*command, "--latency", str(latency)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert stub.stdout
-        yield f"http://127.0.0.1:{int(stub.stdout.readline())}/v1"
-    finally:
-        stub.kill()
 
 
 class Hangs(Exception):

@@ -30,9 +30,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,10 +38,9 @@ from typing import Any
 
 import numpy as np
 import yaml
+from apart import ROOT, folder, psyray_run
 from endpoint import judge_reader, served
 
-ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "psyray.cli", "run"]
 BASELINE, OFFLINE = "random", "offline"
 DIGITS = {"hundreds": 100, "tens": 10, "ones": 1}
 SPREADS = 4.0  # standard deviations of gold over people's replies from the lowest number to the middle
@@ -158,12 +154,7 @@ def run_arm(tree: Mapping[str, Any], place: Path, name: str) -> list[dict[str, A
     """Run the arm to its end; what each of its rounds reached."""
     from psyray.run import read_stages
 
-    (place / f"{name}.yaml").write_text(yaml.safe_dump(dict(tree)))
-    with (place / f"{name}.log").open("ab") as log:
-        command = [*COMMAND, str(place / f"{name}.yaml")]
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False)
-    if done.returncode:
-        sys.exit(f"{name} ended with {done.returncode}:\n{(place / f'{name}.log').read_text()[-3000:]}")
+    psyray_run(tree, place, name)
     stages = {stage.name: stage for stage in read_stages(Path(tree["run"]["path"]))}
     spent, reached = 0, []
     for number in range(1, tree["loop"]["rounds"] + 1):
@@ -257,9 +248,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        place = (args.path or Path(folder)).absolute()
-        place.mkdir(parents=True, exist_ok=True)
+    with folder(args.path) as place:
         (place / "gold.yaml").write_text(yaml.safe_dump(RUBRIC, sort_keys=False))
         print(json.dumps(proof(args, place)))
 

@@ -22,8 +22,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -31,17 +29,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from apart import last_line
+
 TOKENS, TEMPERATURE, BETA, RATE, LENGTH = 32, 0.7, 0.1, 5e-6, 512
 Seconds = dict[str, float]
 
 
 def prompts(count: int, system: str) -> list[list[dict[str, str]]]:
-    """`count` conversations over the shipped speeches; a number before the words makes each another."""
-    from psyray.data.speeches import SHIPPED
+    """`count` conversations over the shipped speeches."""
+    from prompts import conversation
 
-    texts = [json.loads(line)["text"] for line in SHIPPED.read_text().splitlines()]
-    said = [{"role": "user", "content": f"({i}) {texts[i % len(texts)]}"} for i in range(count)]
-    return [([{"role": "system", "content": system}] if system else []) + [message] for message in said]
+    before = [{"role": "system", "content": system}] if system else []
+    return [before + conversation(i) for i in range(count)]
 
 
 # ---------------------------------------------------------------- psyray's round
@@ -71,10 +70,9 @@ def ours(place: Path, pairs: int, batch: int) -> dict[str, Any]:
     ])  # fmt: skip
 
     def speak(folder: Folder) -> Mapping[str, Any]:
-        parts = folder.parts(SPEECHES, "speech_id")
-        said = [[conversation[-1]] for conversation in prompts(pairs, "")]
-        parts.append({"speech_id": speech_id(m), "messages": m, "split": "train", "answered": False} for m in said)
-        parts.finish()
+        about = {"split": "train", "answered": False}
+        rows = [{"speech_id": speech_id(said), "messages": said, **about} for said in prompts(pairs, "")]
+        folder.keep(SPEECHES, "speech_id", rows)
         return {}
 
     def adopt(folder: Folder) -> Mapping[str, Any]:
@@ -175,14 +173,8 @@ def measured(which: str, place: Path, pairs: int, batch: int) -> dict[str, Any]:
     """One measurement in a process and a folder of its own."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
         shutil.copytree(place / "reward", Path(folder) / "reward", copy_function=shutil.copyfile)
-        words = ["--one", which, "--path", folder, "--pairs", str(pairs), "--batch", str(batch)]
-        done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{which}, {pairs} pairs:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-COMMAND = [sys.executable, __file__]
+        words = ("--one", which, "--path", folder, "--pairs", pairs, "--batch", batch)
+        return dict(json.loads(last_line(__file__, *words)))
 
 
 def compare(place: Path, pairs: int, batch: int, repeats: int) -> dict[str, Any]:

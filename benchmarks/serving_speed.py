@@ -32,7 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from made_champion import ENGINE, MAX_LENGTH, SYSTEM, bearer, conversation, made_run, up
+from apart import last_line
+from made_champion import ENGINE, MAX_LENGTH, SYSTEM, bearer, made_run, up
+from prompts import conversation
 
 from psyray.engines.vllm import cpu_environment
 from psyray.models import embedded_model
@@ -195,7 +197,7 @@ async def reward_speed(ours: str, theirs: str, texts: list[str], clients: int, r
     }
 
 
-def prompts(model: Path, rows: int) -> list[str]:
+def texts_of(model: Path, rows: int) -> list[str]:
     """The conversations with their answers as the reward model reads them."""
     from transformers import AutoTokenizer
 
@@ -219,15 +221,6 @@ def offline(model: Path, texts: Sequence[str]) -> float:
     return len(texts) / (time.perf_counter() - began)
 
 
-def offline_in_a_process(model: Path, rows: int) -> float:
-    """`offline` where no other engine of this process has been."""
-    command = [sys.executable, __file__, "--offline", str(model), "--rows", str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"offline:\n{done.stderr[-3000:]}")
-    return float(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512, help="texts to score in a repeat")
@@ -239,7 +232,7 @@ def main() -> None:
     parser.add_argument("--offline", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.offline:
-        print(offline(given.offline, prompts(given.offline, given.rows)))
+        print(offline(given.offline, texts_of(given.offline, given.rows)))
         return
     told: dict[str, Any] = {"clients": given.clients, "rows": given.rows}
     with tempfile.TemporaryDirectory() as place:
@@ -249,11 +242,13 @@ def main() -> None:
             told["chat"] = chat_latency(run, policy, given.chats, given.repeats)
             print(told["chat"], file=sys.stderr)
         if given.only != "chat":
-            texts = prompts(run / "reward", given.rows * (given.repeats + 1))
+            texts = texts_of(run / "reward", given.rows * (given.repeats + 1))
             with up(run) as ours, vllm_server(run / "reward", "--runner", "pooling") as theirs:
                 told["reward"] = asyncio.run(reward_speed(ours, theirs, texts, given.clients, given.repeats))
             print(told["reward"], file=sys.stderr)
-            alone = [offline_in_a_process(run / "reward", given.rows) for _ in range(min(given.repeats, 3))]
+            # In processes where no other engine has been.
+            again = ("--offline", run / "reward", "--rows", given.rows)
+            alone = [float(last_line(__file__, *again)) for _ in range(min(given.repeats, 3))]
             told["reward"] |= {
                 "offline_rows_s": round(statistics.median(alone), 2),
                 "offline_range": [round(min(alone), 2), round(max(alone), 2)],

@@ -33,7 +33,8 @@ from typing import Any
 
 import aiohttp
 import psutil
-from made_champion import bearer, conversation, made_run, up
+from made_champion import bearer, made_run, up
+from prompts import conversation
 from ray.serve.context import _get_global_client
 from resources import GIB, sample
 

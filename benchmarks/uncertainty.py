@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,9 +26,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import yaml
+from apart import ROOT, folder, psyray_run
 
-ROOT = Path(__file__).parents[1]
 KINDS = ("ensemble", "laplace", "mlp", "adapters")
 SIGNALS = ("spread", "closeness", "ratio")
 
@@ -88,13 +85,7 @@ def heads_of(args: argparse.Namespace, place: Path, seed: int, kind: str) -> dic
     """What the stage says of its heads, and the seconds of the stages that this kind alone needs."""
     from psyray.run import read_stages
 
-    config, log = place / f"{kind}.yaml", place / f"{kind}.log"
-    config.write_text(yaml.safe_dump(settings(args, place, seed, kind)))
-    command = [sys.executable, "-m", "psyray.cli", "run", str(config), "--until", "reward-heads"]
-    with log.open("ab") as out:
-        done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, check=False)
-    if done.returncode:
-        sys.exit(f"{kind} ended with {done.returncode}:\n{log.read_text()[-3000:]}")
+    psyray_run(settings(args, place, seed, kind), place, kind, "--until", "reward-heads")
     stages = {stage.name: stage for stage in read_stages(place / "run")}
     own = ("reward-adapters", "reward-features") if kind == "adapters" else ()
     seconds = sum(float(stages[name].manifest["seconds"]) for name in (*own, "reward-heads"))
@@ -151,10 +142,10 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in args.kinds}
-    with tempfile.TemporaryDirectory() as folder:
+    with folder(args.path) as home:
         for seed in range(args.seeds):
-            place = (args.path or Path(folder)).absolute() / f"seed-{seed}"
-            place.mkdir(parents=True, exist_ok=True)
+            place = home / f"seed-{seed}"
+            place.mkdir(exist_ok=True)
             write_sets(args, place, seed)
             for kind in args.kinds:
                 found[kind].append(heads_of(args, place, seed, kind))

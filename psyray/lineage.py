@@ -10,7 +10,6 @@ Read from the stages' manifests alone: each names its inputs by fingerprint, and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from rich.text import Text
 from psyray.errors import PsyrayError
 from psyray.origin import ORIGIN, origin
 from psyray.run import Artifact, find_run, read_json, read_stages, stage_folders
-from psyray.status import key_numbers, number
+from psyray.status import key_numbers, number, round_numbers
+from psyray.times import round_of
 from psyray.track import registered
 
 SHOWN = 12  # characters of a fingerprint
@@ -98,12 +98,8 @@ def parents(place: Place) -> list[Place]:
     manifest = place.stage.manifest
     named = [str(manifest["config"].get(key)) for key in NAMES]
     wanted = dict.fromkeys([*named, *manifest["inputs"].values()])
-    return [Place(place.run, _read(folder)) for name in wanted for folder in _folders(place.run, name)]
-
-
-def _folders(run: Path, fingerprint: str) -> Iterator[Path]:
-    if re.fullmatch(r"[0-9a-f]+", fingerprint):  # a start policy is named by its folder or hub id
-        yield from stage_folders(run, fingerprint)
+    made = [name for name in wanted if re.fullmatch(r"[0-9a-f]+", name)]  # a start policy is named by folder or hub id
+    return [Place(place.run, _read(folder)) for name in made for folder in stage_folders(place.run, name)]
 
 
 def ancestry(place: Place) -> dict[str, Place]:
@@ -140,7 +136,7 @@ def facts(place: Place) -> dict[str, Any]:
         "run": str(place.run),
         "stage": place.stage.name,
         "fingerprint": place.stage.fingerprint,
-        "rounds": sorted({int(s["stage"][6:].split("/")[0]) for s in listed if s["stage"].startswith("round-")}),
+        "rounds": round_numbers(here.stage.name for here in behind.values()),
         "judges": sorted({str(config["judge"]) for config in settings if config.get("judge")}),
         "rubrics": sorted({str(config["rubric"]) for config in settings if config.get("rubric")}),
         "responders": sorted({name for config in settings for name in config.get("responders") or ()}),
@@ -156,7 +152,7 @@ def oracle(labels: Artifact) -> dict[str, Any]:
     """Who labelled a round's pairs: the kind, and of experts how many people; their names are nobody's business."""
     config, stats = labels.manifest["config"], labels.stats
     kind = next((kind for kind in ("experts", "replay") if kind in config), "judge")
-    told = {"round": int(labels.name[6:].partition("/")[0]), "kind": kind, "noisy": "noise" in config}
+    told = {"round": round_of(labels.name), "kind": kind, "noisy": "noise" in config}
     if kind == "experts":
         by_judge = (stats.get("by_judge") or {}).get("asked", 0)
         told |= {"people": (stats.get("experts") or {}).get("people", 0), "by_judge": by_judge}

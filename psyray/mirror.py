@@ -31,6 +31,7 @@ from urllib.parse import SplitResult, urlsplit
 from tqdm import tqdm
 
 from psyray.errors import PsyrayError
+from psyray.records import file_sum
 
 MANIFEST, CONTENTS, LEDGER = "manifest.json", "contents.json", "ledger.json"
 CHUNK = 8 * 2**20
@@ -164,12 +165,12 @@ class Mirror:
             copy = self.run / ".ledger"
             with closing(sqlite3.connect(self.ledger)) as source, closing(sqlite3.connect(copy)) as target:
                 source.backup(target)
-            total = _sum(copy)
+            total = file_sum(copy)
             if total != self._kept:
                 name = f"ledger-{total[:12]}.db"
                 size, found = self._put(copy, name)
                 self._write(LEDGER, json.dumps({"file": name, "size": size, "sha256": found}))
-                for old in self._names():
+                for old in (info.base_name for info in self._listed()):
                     if old.startswith("ledger-") and old != name:
                         self._delete(old)
                 self._kept = total
@@ -177,9 +178,7 @@ class Mirror:
 
     def fetch_ledger(self) -> None:
         """Fetch the ledger where this machine has none; one that is there stays as it is."""
-        if self.ledger is None or not self._there(LEDGER):
-            return
-        if self.ledger.exists():
+        if self.ledger is None or not self._there(LEDGER) or self.ledger.exists():
             return
         latest = json.loads(self._read(LEDGER))
         draft = self.ledger.with_name(f".{self.ledger.name}.{os.getpid()}")
@@ -239,11 +238,8 @@ class Mirror:
         with self._plainly():
             return bool(self._fs.get_file_info(self._path(name)).is_file)
 
-    def _names(self) -> list[str]:
-        """The files that lie in the mirror itself."""
-        return [info.base_name for info in self._listed()]
-
     def _listed(self) -> list[Any]:
+        """The files that lie in the mirror itself."""
         from pyarrow.fs import FileSelector
 
         with self._plainly():
@@ -321,11 +317,6 @@ def _copy(source: Any, target: Any, bar: Any) -> list[Any]:
         if bar is not None:
             bar.update(len(piece))
     return [size, total.hexdigest()]
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _at_work(run: Path) -> bool:

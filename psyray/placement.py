@@ -103,7 +103,7 @@ def responders(config: Config, gpu: bool) -> Iterator[Place]:
 def labelled(config: Config, judges: Sequence[Place]) -> Iterator[Place]:
     """Who answers a round's questions."""
     oracle = config.oracle
-    kind = oracle.of if oracle.kind == "noisy" else oracle.kind
+    kind = oracle.answering
     if kind == "experts":
         yield Place("round-N/labels", "experts, at their page")
     if kind == "replay":

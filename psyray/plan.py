@@ -123,9 +123,8 @@ def rated_first(config: Config) -> str:
 
 def answering(oracle: OracleSection) -> str:
     """Who answers a round's questions, in words."""
-    kind = oracle.of if oracle.kind == "noisy" else oracle.kind
     names = {"judge": "the judge", "experts": f"{oracle.overlap} experts each", "replay": f"the pairs in {oracle.path}"}
-    return names[kind] + (f", {oracle.flip:.0%} of the verdicts flipped" if oracle.kind == "noisy" else "")
+    return names[oracle.answering] + (f", {oracle.flip:.0%} of the verdicts flipped" if oracle.kind == "noisy" else "")
 
 
 def missing_models(config: Config) -> Iterator[str]:

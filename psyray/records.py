@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -58,6 +59,12 @@ def content_id(*parts: object) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def file_sum(path: Path) -> str:
+    """The SHA-256 of what a file holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def in_share(share: float, *parts: object) -> bool:
     """Whether the parts fall into a share of all, by their hash: the same on every machine."""
     return int(content_id(*parts), 16) < share * 16**16
@@ -91,12 +98,6 @@ class Comparison:
     def swap(self) -> Comparison:
         """The same comparison seen from the other side; twice is the identity."""
         return replace(self, a_id=self.b_id, b_id=self.a_id, verdict=self.verdict.swap(), margin=-self.margin)
-
-    def chosen_rejected(self) -> tuple[str, str] | None:
-        """(chosen id, rejected id), or None for a tie or an invalid verdict: neither becomes a pair."""
-        if self.verdict is Verdict.A:
-            return self.a_id, self.b_id
-        return (self.b_id, self.a_id) if self.verdict is Verdict.B else None
 
 
 def compare(speech: str, a: tuple[str, float | None], b: tuple[str, float | None], tie_margin: float) -> Comparison:

@@ -157,6 +157,12 @@ class Folder:
         """The stage's rows; those already there are what an earlier attempt finished."""
         return Parts(self.path, schema, key)
 
+    def keep(self, schema: pa.Schema, key: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """All the stage's rows, where they come at once."""
+        parts = self.parts(schema, key)
+        parts.append(rows)
+        parts.finish()
+
     def progress(self, done: int, total: int, unit: str = "rows") -> None:
         """Note how far the stage is, at most once a second, for `psyray status`."""
         now = time.time()

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from rich.text import Text
 
 from psyray.errors import PsyrayError
 from psyray.run import Artifact, existing_run, find_run, read_json, read_settings, read_stages
-from psyray.times import by_round
+from psyray.times import by_round, round_of
 
 DASH = "–"  # noqa: RUF001  what is not known, here and in the report
-ROUND = re.compile(r"round-(\d+)/(\w+)")
 STYLES = {
     "done": "green",
     "running": "bold cyan",
@@ -92,9 +90,9 @@ def stages_by_name(path: Path) -> dict[str, Artifact]:
     return {artifact.name: artifact for artifact in read_stages(path)}
 
 
-def round_numbers(stages: Mapping[str, Artifact]) -> list[int]:
-    """The rounds of which any stage is finished, in order."""
-    return sorted({int(found[1]) for name in stages if (found := ROUND.match(name))})
+def round_numbers(stages: Iterable[str]) -> list[int]:
+    """The rounds that stages are of, by their names, in order."""
+    return sorted({number for name in stages if (number := round_of(name)) is not None})
 
 
 def stats_of(stages: Mapping[str, Artifact], name: str) -> dict[str, Any]:
@@ -127,23 +125,27 @@ class Line:
     note: str = ""
 
 
+def latest_pass(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that tells of the run's latest pass, and what it says; nothing where there was none."""
+    listed = find_run(path) / "run.json"
+    return listed, read_json(listed) if listed.exists() else {}
+
+
 def ended(path: Path, how: str) -> str:
     """When the latest pass was `stopped`, the `error` that ended it, the stage `until` which it went; else empty."""
-    listed = find_run(path) / "run.json"
-    return str(read_json(listed).get(how, "")) if listed.exists() else ""
+    return str(latest_pass(path)[1].get(how, ""))
 
 
 def driver(path: Path) -> tuple[int | None, bool]:
     """The process id of the run's latest pass and whether that process is alive on this machine."""
-    listed = find_run(path) / "run.json"
-    pid = read_json(listed).get("pid") if listed.exists() else None
+    listed, told = latest_pass(path)
+    pid = told.get("pid")
     return pid, pid is not None and not elsewhere(path) and _alive(int(pid), listed.stat().st_mtime)
 
 
 def elsewhere(path: Path) -> str:
     """The machine of the run's latest pass; empty where that is this one."""
-    listed = find_run(path) / "run.json"
-    host = read_json(listed).get("host") if listed.exists() else None
+    host = latest_pass(path)[1].get("host")
     return str(host) if host not in (None, platform.node()) else ""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from psyray.run import Artifact
 
 PARTS = ("engine start", "sampling", "scoring", "labels", "training", "evaluation")
-ROUND = re.compile(r"round-(\d+)/(\w+?)(-again)?$")
+ROUND = re.compile(r"round-(\d+)/(\w+?)(-again)?$")  # a round's stage
 PART_OF = {
     "samples": "sampling",
     "features": "scoring",
@@ -24,6 +24,12 @@ PART_OF = {
     "second": "evaluation",
     "gate": "evaluation",
 }
+
+
+def round_of(stage: str) -> int | None:
+    """The round that a stage is of, by its name; None for a stage of no round."""
+    found = ROUND.match(stage)
+    return int(found[1]) if found else None
 
 
 def spent(artifact: Artifact) -> tuple[int, dict[str, float]] | None:

@@ -32,7 +32,7 @@ from psyray.errors import PsyrayError
 from psyray.models import model_identity
 from psyray.run import Artifact, read_settings, write_atomic
 from psyray.sections.place import TrackSection
-from psyray.times import by_round, spent
+from psyray.times import by_round, round_of, spent
 
 # MLflow reads these when it is imported, which is why that happens later; a user's own setting stays.
 for _name, _value in (
@@ -208,8 +208,8 @@ class Tracker:
             "psyray.stage": artifact.name,
             "psyray.fingerprint": artifact.fingerprint,
         }
-        if found := re.match(r"round-(\d+)/", artifact.name):
-            tags["psyray.round"] = found[1]
+        if (number := round_of(artifact.name)) is not None:
+            tags["psyray.round"] = str(number)
         start = end - int(1000 * float(artifact.manifest["seconds"]))
         return self._client.create_run(self._experiment_id, start_time=start, tags=tags, run_name=artifact.name)
 

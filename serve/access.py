@@ -55,17 +55,23 @@ class Key:
         return role in self.roles or "admin" in self.roles
 
 
-class Limits(BaseModel):
-    """What one caller, and all together, may ask of one replica of the port."""
+class Bounds(BaseModel):
+    """What of the limits the words of an application may set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    per_minute: int = Field(120, ge=1, description="requests a minute of one key (without keys: of all together); each "
+                            "answer of a request counts")  # fmt: skip
+    in_flight: int = Field(256, ge=1, description="requests under way at once; one more gets 503; of one key half")
     body_bytes: int = Field(4_000_000, ge=1_000, description="largest request")
-    per_minute: int = Field(120, ge=1, description="requests a minute of one key; without keys: of all together")
-    in_flight: int = Field(256, ge=1, description="requests under way at once; of one key at most half of them")
-    body_s: float = Field(30, gt=0, description="seconds in which a request's body must be there")
     messages: int = Field(64, ge=1, le=MAX_MESSAGES, description="messages of one conversation")
     tokens: int = Field(16_384, ge=1, description="new tokens that one request may ask for, over all its answers")
+
+
+class Limits(Bounds):
+    """What one caller, and all together, may ask of one replica of the port."""
+
+    body_s: float = Field(30, gt=0, description="seconds in which a request's body must be there")
 
     @property
     def of_one_key(self) -> int:
@@ -85,6 +91,14 @@ def read_keys(file: Path | None) -> tuple[Key, ...]:
     keys = parse_keys(file.read_text().splitlines(), str(file))
     if not keys:
         raise PsyrayError(f"{file} holds no key, which would leave the port open; leave keys= out if that is meant")
+    return keys
+
+
+def keys_with(role: str, file: Path | None, whom: str) -> tuple[Key, ...]:
+    """As `read_keys`; PsyrayError where no key has the role, which each `whom` needs."""
+    keys = read_keys(file)
+    if not any(key.may(role) for key in keys):
+        raise PsyrayError(f"no key has the role {role}: give keys=FILE, or set {VARIABLE}, with a line for each {whom}")
     return keys
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from psyray.active.leases import Answered, Gone, Lease, NoTicket, QueueError
@@ -29,14 +29,13 @@ from psyray.active.ledger import Ledger
 from psyray.active.place import place_of
 from psyray.active.queue import ExpertQueue
 from psyray.active.votes import Choice
-from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
-from serve.access import VARIABLE, Key, Limits, read_keys
+from serve.access import VARIABLE, Key, Limits, keys_with
 from serve.champion import Words
-from serve.door import put_up
 from serve.health import Health
 from serve.mistakes import in_one_line
-from serve.pages import asker, bootstrap, page_app
+from serve.pages import asker, deployed, page_app
+from serve.refusals import Strict
 
 MAX_BODY = 64 * 1024  # bytes; an answer is a note of MAX_NOTE characters and a few ratings
 MAX_NOTE = 4_000
@@ -71,39 +70,15 @@ class Desk:
 @in_one_line
 def build(args: dict[str, str]) -> Any:
     """The Serve application of a run's expert queue; PsyrayError names what is wrong with the arguments or the run."""
-    put_up()
-    bootstrap()  # a missing one is told here, not by a replica that does not start
-    desk = open_desk(Args.read(args))
-    from ray import serve  # takes seconds: a mistake above is told at once, and the page itself needs no Ray
-
-    options = {"num_replicas": 1, "max_ongoing_requests": 100, "ray_actor_options": {"num_cpus": 0}}
-    return serve.deployment(serve.ingress()(Annotate), name="Annotate", **options).bind(desk)
+    return deployed("Annotate", http_app, lambda: open_desk(Args.read(args)))
 
 
 def open_desk(asked: Args) -> Desk:
     """What the run's configuration says of its experts; PsyrayError where there is no run or no key."""
     place = place_of(asked.run, "start one with `psyray run CONFIG oracle.kind=experts run.path={folder}`")
-    keys = read_keys(asked.keys)
-    if not any(key.may("annotate") for key in keys):
-        raise PsyrayError(
-            f"no key has the role annotate: give keys=FILE, or set {VARIABLE}, with a line for each expert"
-        )
+    keys = keys_with("annotate", asked.keys, "expert")
     rubric, lease_s = load_rubric(place.config.rubric), place.config.oracle.lease_s
     return Desk(place.ledger, place.runs, rubric, lease_s, keys, asked.per_minute, asked.contact)
-
-
-class Annotate:
-    """The deployment: opens the ledger where it runs."""
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return http_app(self.desk)
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
 
 
 class Given(Strict):

@@ -19,7 +19,7 @@ from psyray.homes import no_run
 from psyray.models import resolve_model
 from psyray.run import find_run, followed
 from psyray.sections.data import EngineSection
-from serve.access import MAX_MESSAGES, Limits
+from serve.access import Bounds, Limits
 from serve.direct import Address
 from serve.ear import Ask
 
@@ -38,7 +38,7 @@ class Words(BaseModel):
     @classmethod
     def read(cls, words: Mapping[str, Any]) -> Self:
         """PsyrayError names an unknown word and the nearest known one, a missing run, or a value that cannot be."""
-        known = list(cls.model_fields)
+        known = list(dict.fromkeys((*cls.__annotations__, *cls.model_fields)))  # its own before what it shares
         for word in words:
             if word not in known:
                 near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
@@ -74,7 +74,7 @@ class Replicas:
         return {"autoscaling_config": scaling | {"upscale_delay_s": up_after_s, "downscale_delay_s": down_after_s}}
 
 
-class Args(Words):
+class Args(Words, Bounds):
     """The words of `serve.app:build`."""
 
     usage = "serve run serve.app:build [run=RUN]"
@@ -102,11 +102,6 @@ class Args(Words):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     reward_gpus: float = Field(0, ge=0, le=1, description="GPU share of the reward model; 0: it runs on CPU")
     keys: Path | None = Field(None, description="file of keys (serve/access.py); none: PSYRAY_KEYS, else an open port")
-    per_minute: int = Field(120, ge=1, description="requests a minute of one key; each answer of a request counts")
-    in_flight: int = Field(256, ge=1, description="requests under way at once; one more gets 503; of one key half")
-    body_bytes: int = Field(4_000_000, ge=1_000, description="largest request")
-    messages: int = Field(64, ge=1, le=MAX_MESSAGES, description="messages of one conversation")
-    tokens: int = Field(16_384, ge=1, description="new tokens that one request may ask for, over all its answers")
     guard: Literal["reply", "mark"] = Field("reply", description="what a client in a crisis gets (serve/guard.py)")
     replies: Path | None = Field(None, description="file of those replies by locale; none: the shipped ones")
     ask: str | None = Field(None, description="URL ending in /v1: who else is asked about a crisis (serve/ear.py)")
@@ -161,7 +156,7 @@ class Args(Words):
     @property
     def limits(self) -> Limits:
         """What the port takes."""
-        return Limits.model_validate(self.model_dump(include=set(Limits.model_fields)))
+        return Limits.model_validate(self.model_dump(include=set(Bounds.model_fields)))
 
     @property
     def ear(self) -> Ask | None:

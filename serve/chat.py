@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from serve.access import MAX_MESSAGES
+from serve.refusals import Strict
 from serve.reward import MAX_CHARS
 
 MOST = 16  # answers to one request
@@ -25,10 +26,6 @@ class Refusal:
 
     status: int
     words: str
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
 
 
 class Piece(Strict):

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, StreamingResponse
 
 from psyray.active.conversations import Chosen, keep
@@ -37,13 +37,13 @@ from psyray.active.place import ledger_name, place_of
 from psyray.active.votes import Choice
 from psyray.errors import PsyrayError
 from psyray.rubric import Rubric, load_rubric
-from serve.access import VARIABLE, Key, Limits, read_keys
+from serve.access import VARIABLE, Key, Limits, keys_with
 from serve.champion import Words
-from serve.door import put_up
 from serve.endpoint import Endpoint, NoAnswer
 from serve.health import Health
 from serve.mistakes import in_one_line
-from serve.pages import asker, bootstrap, page_app
+from serve.pages import asker, deployed, page_app
+from serve.refusals import Strict
 from serve.turn import SIDES, Turn
 
 TOKEN = "PSYRAY_POLICY_KEY"
@@ -94,42 +94,17 @@ class Room:
 @in_one_line
 def build(args: dict[str, str]) -> Any:
     """The Serve application; PsyrayError names what is wrong with the arguments or the run."""
-    put_up()
-    bootstrap()  # a missing one is told here, not by a replica that does not start
-    room = open_room(Args.read(args))
-    from ray import serve  # takes seconds: a mistake above is told at once, and the page itself needs no Ray
-
-    # One replica: a turn is in its memory until it is chosen.
-    options = {"num_replicas": 1, "max_ongoing_requests": 100, "ray_actor_options": {"num_cpus": 0}}
-    return serve.deployment(serve.ingress()(Compare), name="Compare", **options).bind(room)
+    return deployed("Compare", http_app, lambda: open_room(Args.read(args)))
 
 
 def open_room(asked: Args) -> Room:
     """What the arguments and the run's settings say; PsyrayError where there is no run or no key."""
-    place, keys = place_of(asked.run), read_keys(asked.keys)
-    if not any(key.may("compare") for key in keys):
-        raise PsyrayError(
-            f"no key has the role compare: give keys=FILE, or set {VARIABLE}, with a line for each person"
-        )
+    place, keys = place_of(asked.run), keys_with("compare", asked.keys, "person")
     endpoint = Endpoint(asked.url.rstrip("/"), os.environ.get(TOKEN, "").strip(), asked.timeout_s)
     ledger = place.ledger if asked.keep else None
     run = ledger_name(place.config, place.folder)
     return Room(endpoint, asked.pair, load_rubric(place.config.rubric), keys, ledger, run,
                 asked.reveal, asked.per_minute, asked.contact)  # fmt: skip
-
-
-class Compare:
-    """The deployment: opens the ledger where it runs."""
-
-    def __init__(self, room: Room) -> None:
-        self.room = room
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return http_app(self.room)
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
 
 
 class Spoken(Strict):

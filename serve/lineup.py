@@ -24,6 +24,7 @@ from psyray.reward.ratings import RATINGS
 from psyray.run import read_stages
 from psyray.sections.data import EngineSection
 from psyray.status import read_config
+from psyray.times import round_of
 from serve.champion import Args, Champion, Policy, Reward, find_champion, read_engine
 from serve.policy import engine_settings
 
@@ -175,16 +176,15 @@ def of_rounds(wanted: str, champion: Champion) -> Iterator[tuple[Policy, str]]:
         folder = resolve_model(start)
         known[0] = (folder, called(start, Path(folder)))
     for stage in read_stages(champion.run):
-        if stage.name.endswith("/policy"):
-            known[int(stage.name[6:].partition("/")[0])] = (str(stage.path / "model"), stage.fingerprint)
-    numbers = [str(number) for number in known] if wanted == "all" else wanted.split(",")
-    for number in numbers:
-        if not number.strip().isdecimal() or int(number) not in known:
+        if stage.name.endswith("/policy") and (number := round_of(stage.name)) is not None:
+            known[number] = (str(stage.model), stage.fingerprint)
+    for word in map(str, known) if wanted == "all" else wanted.split(","):
+        if not word.strip().isdecimal() or int(word) not in known:
             there = ", ".join(map(str, known)) or "none"
-            raise PsyrayError(f"rounds={wanted}: {champion.run} has no round {number!r}; there are {there}, or say all")
-        path, export = known[int(number)]
-        if int(number) != champion.policy.round:
-            update = {"name": f"psyray-round-{int(number)}", "path": path, "round": int(number)}
+            raise PsyrayError(f"rounds={wanted}: {champion.run} has no round {word!r}; there are {there}, or say all")
+        path, export = known[int(word)]
+        if int(word) != champion.policy.round:
+            update = {"name": f"psyray-round-{int(word)}", "path": path, "round": int(word)}
             yield champion.policy.model_copy(update=update), export
 
 

@@ -7,9 +7,10 @@ Bootstrap's stylesheet, which the package Bootstrap-Flask carries. Of Bootstrap'
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,11 +22,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from psyray.active.database import LedgerError
 from psyray.errors import PsyrayError
 from serve.access import Gate, Key, Limits
+from serve.door import put_up
 from serve.health import Health
 from serve.refusals import invalid
 
 ASSETS = Path(__file__).parent / "assets"
 BOOTSTRAP = "bootstrap.min.css"
+T = TypeVar("T")
 SHARED = ("page.js", "page.css", "icon.svg", BOOTSTRAP)
 
 
@@ -124,3 +127,25 @@ class Private:
             await send(message)
 
         await self.app(scope, receive, sending)
+
+
+class Page:
+    """The deployment of a page, whose application is made where it runs: there the ledger is opened."""
+
+    def __init__(self, make: Callable[[Any], FastAPI], needs: Any) -> None:
+        self.make, self.needs = make, needs  # `app` is the name of Serve's own property
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self.make(self.needs)
+
+
+def deployed(name: str, app: Callable[[T], FastAPI], needs: Callable[[], T]) -> Any:
+    """The Serve application of a page, of what `needs` finds; PsyrayError says what is wrong before Ray is there."""
+    put_up()
+    bootstrap()  # a missing one is told here, not by a replica that does not start
+    found = needs()
+    from ray import serve  # takes seconds: a mistake above is told at once, and the page itself needs no Ray
+
+    # One replica: what a person has before them may be in its memory alone.
+    options = {"num_replicas": 1, "max_ongoing_requests": 100, "ray_actor_options": {"num_cpus": 0}}
+    return serve.deployment(serve.ingress()(Page), name=name, **options).bind(app, found)

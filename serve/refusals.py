@@ -6,9 +6,16 @@ from collections.abc import Iterable, Mapping
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse
 
 MOST_ERRORS = 20  # told of one request
+
+
+class Strict(BaseModel):
+    """A part of a request; what is not known in it is refused."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 def openai_error(code: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

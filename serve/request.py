@@ -26,33 +26,26 @@ from serve.bring_up import LOGGING, why
 
 APP = "psyray"
 HOST = "127.0.0.1"
+REQUEST_S = 180.0
 _POLL_S, _SAY_EVERY_S = 1.0, 15.0
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 Say = Callable[[str], None]
 
 
-def serve_once(
-    run: Path,
-    messages: Sequence[Message] | None = None,
-    *,
-    say: Say = print,
-    start_timeout_s: float = 600,
-    request_timeout_s: float = 180,
-) -> dict[str, Any]:
-    """Serve the run in the current Ray, ask `messages` over HTTP, score the answer, and shut Serve down again.
+def serve_once(run: Path) -> dict[str, Any]:
+    """Serve the run in the current Ray, ask its first held-out speech, score the answer, and shut Serve down again.
 
-    Without `messages` the run's first held-out speech is asked.
     Returns {question, answer, score, spread, seconds}; seconds are those from the question to its score, without
     the start. PsyrayError where Ray is not up, Serve is in use already, the engine fails, or time runs out.
     """
-    messages = messages or held_out(run)
+    messages = held_out(run)
     token = secrets.token_hex(24)  # the port is open to the whole machine meanwhile
     with tempfile.TemporaryDirectory() as place:
         keys = Path(place) / "keys"
         keys.write_text(f"once chat,score {token}\n")
-        with serving({"run": str(run), "keys": str(keys)}, say=say, start_timeout_s=start_timeout_s) as url:
-            return ask(url, messages, request_timeout_s, token)
+        with serving({"run": str(run), "keys": str(keys)}) as url:
+            return ask(url, messages, REQUEST_S, token)
 
 
 def held_out(run: Path) -> list[Message]:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from ray import serve
 
 from serve.access import MAX_MESSAGES
+from serve.refusals import Strict
 
 if TYPE_CHECKING:
     from psyray.reward.body import Body, Chat
@@ -32,10 +33,6 @@ MAX_ITEMS = 256
 MAX_CHARS = 16_000  # of one text
 MAX_TOTAL_CHARS = 2_000_000  # of one request
 MAX_TOGETHER = 64  # texts that are read at once
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
 
 
 class Turn(Strict):

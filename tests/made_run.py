@@ -59,9 +59,7 @@ class MadeRun:
             if name == self.until:
                 raise Stop
             if schema is not None:
-                parts = folder.parts(schema, key)
-                parts.append(parts.todo(rows))
-                parts.finish()
+                folder.keep(schema, key, rows)
             else:
                 (folder.path / "model").mkdir()
                 (folder.path / "model" / "config.json").write_text("{}")

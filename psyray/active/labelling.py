@@ -71,9 +71,7 @@ def labels_stage(
         decided, numbers = oracle_pairs(asked, labels, gaps, loop, veto)
         labelled = {p.prompt for p, given in zip(picks, labels, strict=True) if given}
         rest, unsure = reward_pairs(listed, held, labelled, loop)
-        parts = folder.parts(PAIRS, "pair_id")
-        parts.append(decided + rest)
-        parts.finish()
+        folder.keep(PAIRS, "pair_id", decided + rest)
         mine = {"acquisition": loop.acquisition, "budget": budget, "reward_labelled": len(rest), "unsure": unsure}
         return counts | numbers | mine
 

@@ -8,7 +8,6 @@ FOLDER/psyray.json                           the card's facts as data, and which
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,9 +24,10 @@ from tqdm import tqdm
 from psyray.data.card import facts, render
 from psyray.data.layout import ROWS_PER_GROUP, to_layout, write_batches
 from psyray.errors import PsyrayError
+from psyray.records import file_sum
 from psyray.rubric import Rubric, load_rubric
 from psyray.run import ROWS_PER_FILE, Artifact, existing_run, read_stages, write_atomic
-from psyray.status import read_config
+from psyray.status import read_config, round_numbers
 from psyray.tables import connect, cut, in_order, view
 
 CARD, MARKER, DATA, ROUNDS, DRAFT = "README.md", "psyray.json", "data", "rounds", ".draft"
@@ -50,8 +50,8 @@ class Source:
     @property
     def rounds(self) -> dict[int, Artifact]:
         """The label stages by round."""
-        labels = {name: stage for name, stage in self.stages.items() if name.endswith("/labels")}
-        return {int(name.split("/")[0].removeprefix("round-")): stage for name, stage in labels.items()}
+        labels = {n: f"round-{n}/labels" for n in round_numbers(self.stages)}
+        return {n: self.stages[name] for n, name in labels.items() if name in self.stages}
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def other_content(to: Path) -> list[str]:
 def fingerprints(folder: Path) -> dict[str, str]:
     """What the export's files hold, by name: the card's hash, the size of the data files."""
     card = folder / CARD
-    found = {CARD: hashlib.sha256(card.read_bytes()).hexdigest()} if card.exists() else {}
+    found = {CARD: file_sum(card)} if card.exists() else {}
     for file in sorted(path for name in (DATA, ROUNDS) for path in (folder / name).rglob("*") if path.is_file()):
         found[str(file.relative_to(folder))] = f"{file.stat().st_size} bytes"
     return found

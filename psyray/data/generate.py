@@ -137,9 +137,8 @@ def answer_all(
             )
     check_share(parts, config.responses.max_invalid_share, title)
     parts.finish()
-    calls = journal.stats(folder.path / CALLS)
     started = {"engine_start_s": round(sum(one.seconds for one in begun), 1)}
-    return summary(parts.each(SUMMED)) | started | ({"calls": calls} if calls else {})
+    return summary(parts.each(SUMMED)) | started | journal.stats(folder.path / CALLS)
 
 
 class EngineStart:

@@ -76,9 +76,8 @@ def judgements_stage(run: Run, desk: Desk, responses: Artifact) -> Artifact:
         if usable and not len(parts.ids):
             refuse_spent(desk, usable)
         parts.finish()
-        calls = journal.stats(folder.path / CALLS)
-        stats = summary(parts.each, desk) | {"unjudged": usable - len(parts.ids)}
-        return stats | ({"calls": calls} if calls else {})
+        counts = {"unjudged": usable - len(parts.ids)}
+        return summary(parts.each, desk) | counts | journal.stats(folder.path / CALLS)
 
     settings: dict[str, Any] = desk.identity | {"budget": desk.section.budget}
     budgets = {member.judge.id: member.section.budget for member in desk.members}

@@ -6,7 +6,6 @@ asked only for a path that says so: `hf://owner/name`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ import pyarrow.lib
 import pyarrow.parquet as pq
 
 from psyray.errors import PsyrayError
-from psyray.records import Row, content_id, well_formed
+from psyray.records import Row, content_id, file_sum, well_formed
 from psyray.sections.data import SourceSection
 
 HUB = "hf://"
@@ -59,13 +58,8 @@ def identity(source: SourceSection) -> str:
         return content_id("hub", source.path, source.subset, source.split, _commit(source))
     path = _existing(source)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digests = [(str(p.relative_to(path)) if path.is_dir() else "", _digest(p)) for p in files]
+    digests = [(str(p.relative_to(path)) if path.is_dir() else "", file_sum(p)) for p in files]
     return content_id("files", digests, source.subset, source.split)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _commit(source: SourceSection) -> str:

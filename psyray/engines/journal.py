@@ -85,8 +85,8 @@ def read_totals(folder: Path) -> Totals:
 
 
 def stats(folder: Path) -> dict[str, Any]:
-    """The sums for a stage's manifest; empty where no engine kept a journal."""
-    return asdict(read_totals(folder)) if any(folder.rglob(FILES)) else {}
+    """The sums as `calls` for a stage's manifest; empty where no engine kept a journal."""
+    return {"calls": asdict(read_totals(folder))} if any(folder.rglob(FILES)) else {}
 
 
 class Journal:

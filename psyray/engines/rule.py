@@ -92,23 +92,8 @@ Lexicon = dict[str, Any]
 
 
 _SUFFIXES = (
-    "ations",
-    "ation",
-    "ness",
-    "ment",
-    "ings",
-    "ing",
-    "ies",
-    "ied",
-    "ers",
-    "ed",
-    "er",
-    "es",
-    "ly",
-    "s",
-    "y",
-    "e",
-)
+    "ations", "ation", "ness", "ment", "ings", "ing", "ies", "ied", "ers", "ed", "er", "es", "ly", "s", "y", "e",
+)  # fmt: skip
 
 
 @lru_cache(maxsize=65536)

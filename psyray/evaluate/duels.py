@@ -145,12 +145,9 @@ def second_stage(run: Run, number: int, desk: Desk, samples: Artifact, first: Ar
         duels = sorted(by_speech(held_out(samples), held_out(first)), key=lambda duel: duel.speech)
         graded = side_by_side if desk.section.form == "pairwise" else by_ratings
         compared = graded(folder, desk, duels, purpose=f"second-{number}", budget=budget)
-        parts = folder.parts(VERDICTS, "speech_id")
-        parts.append(verdict_rows(compared, desk))
-        parts.finish()
-        calls = journal.stats(folder.path / CALLS)
-        stats = {"judge": desk.judge.id} | graded_by(duels, {c.speech_id: c.verdict for c in compared})
-        return stats | ({"calls": calls} if calls else {})
+        folder.keep(VERDICTS, "speech_id", verdict_rows(compared, desk))
+        won = graded_by(duels, {c.speech_id: c.verdict for c in compared})
+        return {"judge": desk.judge.id} | won | journal.stats(folder.path / CALLS)
 
     settings = desk.labels_identity | ({} if budget is None else {"budget": budget})
     return run.stage(f"round-{number}/second", settings, [samples, first], make)

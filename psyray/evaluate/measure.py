@@ -67,9 +67,7 @@ def measure(config: Config, request: Request, say: Callable[[str], None] = print
 
     def make(folder: Folder) -> Mapping[str, Any]:
         pairs = list(zip(items, subject.rulings(run, folder, items), strict=True))
-        parts = folder.parts(RULINGS, "comparison_id")
-        parts.append(ruling_row(pair) for pair in pairs)
-        parts.finish()
+        folder.keep(RULINGS, "comparison_id", map(ruling_row, pairs))
         found = figures(pairs, length_tolerance=request.length_tolerance)
         return {"set": declared.name, "judge_id": subject.id, "dropped": dropped} | found | subject.spent(run)
 

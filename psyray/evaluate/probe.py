@@ -123,9 +123,7 @@ def probe_stage(
         of_policy, of_start = likelihoods(asked, config, title=f"probe of round {number}")
         of_start |= known
         rows = [row | {"policy": of_policy[key], "start": of_start[key]} for key, (_, row) in passages.items()]
-        parts = folder.parts(PROBED, "key")
-        parts.append(rows)
-        parts.finish()
+        folder.keep(PROBED, "key", rows)
         return figures(rows)
 
     settings = {

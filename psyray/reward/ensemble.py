@@ -234,12 +234,7 @@ def scores_stage(run: Run, name: str, heads: Artifact, features: Artifact, sampl
             {"response_id": key, "speech_id": speech[key], "mean": float(mean), "spread": float(spread)}
             for key, mean, spread in zip(known, *belief, strict=True)
         ]
-        parts = folder.parts(SCORES, "response_id")
-        parts.append(rows)
-        parts.finish()
-        return {
-            "mean": float(np.mean([r["mean"] for r in rows])),
-            "spread": float(np.mean([r["spread"] for r in rows])),
-        }
+        folder.keep(SCORES, "response_id", rows)
+        return {name: float(np.mean([row[name] for row in rows])) for name in ("mean", "spread")}
 
     return run.stage(name, {}, [heads, features, samples], make)

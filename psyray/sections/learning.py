@@ -300,9 +300,14 @@ class OracleSection(Section):
     flip: float = Field(0.1, ge=0, le=1, description="noisy: the probability of a flip")
     seed: int = Field(0, description="noisy: draws which questions are flipped")
 
+    @property
+    def answering(self) -> Literal["judge", "experts", "replay"]:
+        """Who is asked, also where the answers are then flipped."""
+        return self.of if self.kind == "noisy" else self.kind
+
     @model_validator(mode="after")
     def replay_has_a_set(self) -> Self:
-        if "replay" in (self.kind, self.kind == "noisy" and self.of) and not self.path:
+        if self.answering == "replay" and not self.path:
             raise ValueError("replay needs oracle.path: the labelled set that answers")
         return self
 

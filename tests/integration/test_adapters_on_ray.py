@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_reward import by_peft, save_scored
+from made_stage import made_stage
 
 from psyray.config import load_config
 from psyray.records import PAIRS, RESPONSES, pair_row
@@ -15,7 +16,7 @@ from psyray.reward import adapters
 from psyray.reward.adapters import adapters_stage
 from psyray.reward.ensemble import features_stage, heads_stage, load_features
 from psyray.reward.score import RewardScorer
-from psyray.run import Artifact, Folder, Run
+from psyray.run import Artifact, Run
 
 TEXTS = ("You feel worn out and you wonder when it will end.", "Just sleep more and stop thinking.")
 TRAIN = {"learning_rate": 0.005, "batch_size": 4, "micro_batch": 4, "max_length": 128, "epochs": 4}
@@ -28,13 +29,6 @@ def answer(number: int, side: int) -> dict:
     split = "train" if number < SPEECHES - 2 else "test"
     return {"response_id": f"{number:02d}-{side}", "speech_id": f"{number:02d}", "messages": chat, "text": TEXTS[side],
             "split": split, "responder": "m", "status": "ok"}  # fmt: skip
-
-
-def kept(folder: Folder, schema, key: str, rows: list[dict]) -> dict:
-    parts = folder.parts(schema, key)
-    parts.append(rows)
-    parts.finish()
-    return {}
 
 
 def start(model: Path, path: Path) -> Artifact:
@@ -64,8 +58,8 @@ def test_adapters_are_trained_once_each_and_read_as_peft_reads_them(tmp_path, ti
     run = Run(tmp_path / "run", say=lambda line: None)
     reward = start(tiny_model, tmp_path / "run/stages/reward/1")
     with run.open({}):
-        source = run.stage("responses", {}, [], lambda folder: kept(folder, RESPONSES, "response_id", responses))
-        pairs = run.stage("pairs", {}, [], lambda folder: kept(folder, PAIRS, "pair_id", rows))
+        source = made_stage(run, "responses", RESPONSES, "response_id", responses)
+        pairs = made_stage(run, "pairs", PAIRS, "pair_id", rows)
         with pytest.raises(KeyboardInterrupt):
             adapters_stage(run, config, reward, pairs)
         [first] = (tmp_path / "run/stages/reward-adapters").glob("*/model/adapters/0/adapter_model.safetensors")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from comparing_server import comparing_server
+from made_stage import made_stage
 
 from psyray.config import Config, load_config
 from psyray.evaluate.duels import second_stage
@@ -33,17 +33,9 @@ def answers(run: Run, number: int, texts: list[str]) -> tuple[Artifact, Artifact
         for i, (client, text) in enumerate(zip(CLIENTS, texts, strict=True))
     ]  # fmt: skip
 
-    def keep(schema: Any, more: dict[str, float]) -> Any:
-        def make(folder: Any) -> Any:
-            parts = folder.parts(schema, "response_id")
-            parts.append(row | more for row in rows)
-            parts.finish()
-            return {}
-
-        return make
-
-    samples = run.stage(f"round-{number}/samples", {}, [], keep(RESPONSES, {}))
-    return samples, run.stage(f"round-{number}/scores", {}, [samples], keep(SCORES, {"mean": 1.0 * number}))
+    samples = made_stage(run, f"round-{number}/samples", RESPONSES, "response_id", rows)
+    scores = [row | {"mean": 1.0 * number} for row in rows]
+    return samples, made_stage(run, f"round-{number}/scores", SCORES, "response_id", scores, inputs=[samples])
 
 
 def settings(tmp_path: Path, url: str, *more: str) -> Config:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from slow_server import Slow, slow_server
+from endpoint import Endpoint, served
 
 from psyray.run import read_stages
 from psyray.status import driver, ended, stage_lines
@@ -58,7 +58,7 @@ def ray_with_token() -> Iterator[tuple[str, str]]:
         holder.communicate(timeout=60)
 
 
-def submit(client: Any, home: Path, model: Path, endpoint: Slow) -> str:
+def submit(client: Any, home: Path, model: Path, endpoint: Endpoint) -> str:
     """Hand the stages up to `responses` to the cluster, with jobs/runtime-env.yaml."""
     responders = [
         {"name": name, "model": "any", "endpoint": {"url": endpoint.url, "concurrency": 4}} for name in ("a", "b")
@@ -99,9 +99,9 @@ def test_a_stopped_job_says_so_and_the_next_one_goes_on(
             JobSubmissionClient(dashboard, headers=wrong)
     client = JobSubmissionClient(dashboard, headers={"Authorization": f"Bearer {token}"})
     run = tmp_path / "job"
-    with slow_server(0.5) as endpoint:
+    with served(lambda model, prompt: "I hear you.", latency=0.5) as endpoint:
         job = submit(client, tmp_path, tiny_model, endpoint)
-        wait(client, job, lambda: sum(endpoint.calls.values()) >= 12 and any(run.rglob("responses/*/part-*.parquet")))
+        wait(client, job, lambda: endpoint.calls["any"].total() >= 12 and any(run.rglob("responses/*/part-*.parquet")))
         client.stop_job(job)
         wait(client, job, lambda: client.get_job_status(job).is_terminal() and not driver(run)[1])
         assert client.get_job_status(job) == "STOPPED"
@@ -118,4 +118,4 @@ def test_a_stopped_job_says_so_and_the_next_one_goes_on(
     rows = stages[-1].rows()
     assert len({row["response_id"] for row in rows}) == len(rows) == SPEECHES * K
     # Asked twice is only what was under way when the job was stopped.
-    assert sum(endpoint.calls.values()) <= SPEECHES * K + 8
+    assert endpoint.calls["any"].total() <= SPEECHES * K + 8

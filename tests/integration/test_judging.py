@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hostile_server import hostile_server
+from made_stage import made_stage
 
 from psyray.active.experts import Experts
 from psyray.active.ledger import Ledger
@@ -89,13 +90,8 @@ def test_a_budget_that_an_earlier_version_has_spent_stops_the_stage_and_says_so(
     blank = dict.fromkeys(RESPONSES.names)
 
     def answered(*words: str) -> Artifact:
-        def make(at: Folder) -> dict:
-            parts = at.parts(RESPONSES, "response_id")
-            parts.append([blank | row | {"attempts": 1} for row in responses(*words)])
-            parts.finish()
-            return {}
-
-        return run.stage("responses", {"of": words}, [], make)
+        rows = [blank | row | {"attempts": 1} for row in responses(*words)]
+        return made_stage(run, "responses", RESPONSES, "response_id", rows, settings={"of": words})
 
     here = desk(tmp_path, budget=1)
     assert judgements_stage(run, here, answered("fine", "prose")).stats["unjudged"] == 1

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slow_server import slow_server
+from endpoint import served
 
 from psyray.active.ledger import Ledger
 from psyray.cli import app as main
@@ -140,13 +140,13 @@ def test_a_fresh_machine_goes_on_with_a_run_and_asks_nobody_twice(
         )  # fmt: skip
 
     said: list[str] = []
-    with slow_server(0) as endpoint:
+    with served(lambda model, prompt: "I hear you.") as endpoint:
         run_pipeline(config(tmp_path / "one", endpoint.url), until="judgements", say=said.append)
-        asked = endpoint.calls.total()
+        asked = endpoint.calls["any"].total()
         bought = Ledger(f"sqlite:///{tmp_path}/one/labels.db").summary(uri)
         shutil.rmtree(tmp_path / "one")  # that machine is gone
         run_pipeline(config(tmp_path / "two", endpoint.url), until="judgements", say=said.append)
-        assert endpoint.calls.total() == asked == 24
+        assert endpoint.calls["any"].total() == asked == 24
     assert [line for line in said if line.startswith("judgements: fetched")] == [f"judgements: fetched from {uri}"]
     names = [stage.name for stage in read_stages(tmp_path / "two" / "run")]
     assert names == ["speeches", "responses", "judgements"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from slow_server import slow_server
+from endpoint import served
 
 from psyray.run import read_stages
 
@@ -53,7 +53,7 @@ def test_a_stage_that_loses_the_node_it_works_on_ends_with_every_row_once(
     three_nodes: Nodes, tmp_path: Path, tiny_model: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    with slow_server(0.5) as endpoint:
+    with served(lambda model, prompt: "I hear you.", latency=0.5) as endpoint:
         responder = {"name": "a", "model": "any", "endpoint": {"url": endpoint.url, "concurrency": 2}}
         settings = [
             f"speeches.limit={SPEECHES}", f"responses.k={K}", f"responses.responders={json.dumps([responder])}",
@@ -75,16 +75,16 @@ def test_a_stage_that_loses_the_node_it_works_on_ends_with_every_row_once(
         with log.open("w") as out:
             process = subprocess.Popen(words, env=three_nodes.environment, stdout=out, stderr=out)
         deadline = time.monotonic() + LIMIT_S
-        while sum(endpoint.calls.values()) < 8 or not any(run.rglob("responses/*/part-*.parquet")):
+        while endpoint.calls["any"].total() < 8 or not any(run.rglob("responses/*/part-*.parquet")):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
         title = "HttpGenerator"  # the one process that asks, wherever it was put
         assert three_nodes.lose(title) == f"lost {title}"
-        assert sum(endpoint.calls.values()) < SPEECHES * K - 8
+        assert endpoint.calls["any"].total() < SPEECHES * K - 8
         assert process.wait(LIMIT_S) == 0, log.read_text()[-3000:]
     assert "Traceback" not in log.read_text()
     responses = read_stages(run)[-1]
     ids = [row["response_id"] for row in responses.rows()]
     assert responses.name == "responses" and len(set(ids)) == len(ids) == SPEECHES * K
     assert responses.stats["ok"] == SPEECHES * K
-    assert sum(endpoint.calls.values()) <= SPEECHES * K + 8  # asked twice: what was under way on that node
+    assert endpoint.calls["any"].total() <= SPEECHES * K + 8  # asked twice: what was under way on that node

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from made_stage import made_stage
 
 from psyray.config import load_config
 from psyray.evaluate.likelihood import Passage, likelihoods
@@ -51,16 +52,9 @@ def test_the_policy_is_held_against_the_start_and_the_start_is_read_once(tmp_pat
 
     run = Run(tmp_path / "run")
     chat = [{"role": "user", "content": "I cannot sleep."}]
-
-    def answers(folder) -> dict:
-        rows = [{"response_id": f"r{i}", "speech_id": f"s{i}", "messages": chat, "split": "test", "status": "ok",
-                 "text": "You lie awake and it wears you out."} for i in range(3)]  # fmt: skip
-        parts = folder.parts(RESPONSES, "response_id")
-        parts.append(rows)
-        parts.finish()
-        return {}
-
-    samples = run.stage("samples", {}, [], answers)
+    rows = [{"response_id": f"r{i}", "speech_id": f"s{i}", "messages": chat, "split": "test", "status": "ok",
+             "text": "You lie awake and it wears you out."} for i in range(3)]  # fmt: skip
+    samples = made_stage(run, "samples", RESPONSES, "response_id", rows)
     same = probe_stage(run, 1, config, samples, str(tiny_model), str(tiny_model), None)
     other = probe_stage(run, 2, config, samples, str(moved), str(tiny_model), same)
     assert same and other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import socket
@@ -41,7 +40,7 @@ from serve.bring_up import LOGGING
 from serve.ear import Ask
 from serve.guard import read_replies
 from serve.ingress import Ingress
-from serve.request import ask, free_port, serve_once, serving
+from serve.request import ask, free_port, serving
 
 CLIENT = [{"role": "user", "content": "My sister moved abroad and the flat is too quiet in the evenings."}]
 TOKEN, OTHER = "tests-" + "0123456789abcdef" * 2, "other-" + "0123456789abcdef" * 2
@@ -357,8 +356,8 @@ def test_one_question_is_asked_and_scored(server: str, home: Path) -> None:
     result = ask(server, CLIENT, 60, TOKEN)
     assert set(result) == {"question", "answer", "score", "spread", "seconds"}
     assert result["question"] == CLIENT[0]["content"] and np.isfinite(result["score"]) and result["spread"] > 0
-    with pytest.raises(PsyrayError, match="Serve is in use"):
-        serve_once(home / "first", CLIENT)
+    with pytest.raises(PsyrayError, match="Serve is in use"), serving({"run": str(home / "first")}):
+        pass
 
 
 def test_adapters_share_the_engine_and_a_request_names_who_answers(server: str, home: Path) -> None:
@@ -379,9 +378,9 @@ def test_adapters_share_the_engine_and_a_request_names_who_answers(server: str, 
     assert sum(name.startswith("psyray.policy.") for name in serve.status().applications) == 1
 
 
-def test_hostile_requests_break_nothing_and_learn_nothing(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    hostile = importlib.import_module("hostile")
+def test_hostile_requests_break_nothing_and_learn_nothing(server: str) -> None:
+    import hostile
+
     report = hostile.attack(server, (TOKEN, OTHER), 400)
     assert not report.wrong, report.wrong[:10]
     assert report.statuses.total() > 350 and report.statuses[422] > 100 and report.statuses[200] > 5

@@ -2,6 +2,7 @@
 
 import pytest
 from hostile_server import SCRIPT, Say, hostile_server
+from made_stage import made_stage
 
 from psyray.config import load_config
 from psyray.data.topics import topics_stage
@@ -21,14 +22,7 @@ def test_topics_are_asked_once_and_invalid_ones_stay_invalid(tmp_path, monkeypat
     ]
     rows.append({"speech_id": "known", "messages": rows[0]["messages"], "topic": "mine", "subtopic": "own"})
     run = Run(tmp_path / "run", lambda line: None)
-
-    def made(folder):
-        parts = folder.parts(SPEECHES, "speech_id")
-        parts.append(rows)
-        parts.finish()
-        return {}
-
-    speeches = run.stage("speeches", {}, [], made)
+    speeches = made_stage(run, "speeches", SPEECHES, "speech_id", rows)
     with hostile_server() as server:
         settings = ["topics.engine=http", f"topics.url={server.url}", "topics.model=m", "topics.retries=1"]
         with pytest.raises(PsyrayError, match="2 of 4 answers are invalid"):

@@ -21,9 +21,7 @@ class Counted:
 
     def __call__(self, folder: Folder) -> dict[str, int]:
         self.times += 1
-        parts = folder.parts(SCHEMA, "key")
-        parts.append([{"key": key} for key in "cab"])
-        parts.finish()
+        folder.keep(SCHEMA, "key", [{"key": key} for key in "cab"])
         (folder.path / "model").mkdir()
         (folder.path / "model" / "weights.bin").write_bytes(bytes(range(256)) * 64)
         (folder.path / "model" / "config.json").write_text("{}")

@@ -1,37 +1,15 @@
-"""A desk with a ledger of its own, pairs of a good and a bad text, and an oracle that is asked about them."""
+"""Pairs of a good and a bad text, and an oracle that is asked about them; the desk and the folder are fixtures."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from psyray.active.experts import Experts
-from psyray.active.ledger import Ledger
 from psyray.data.judge import Desk
 from psyray.records import Verdict
-from psyray.rubric import load_rubric
 from psyray.run import Folder
-from psyray.sections.data import JudgeSection
 from psyray.sections.learning import OracleSection
 
-RUBRIC = load_rubric("counselling")
 SPEECH = [{"role": "user", "content": "I cannot sleep since my father died."}]
 WHY = {"value": 0.5}
-
-
-class Named:
-    """A judge that is never asked."""
-
-    id = "named"
-
-
-def made_desk(tmp_path: Path) -> Desk:
-    ledger = Ledger(f"sqlite:///{tmp_path}/labels.db")
-    return Desk(Named(), RUBRIC, ledger, "run", JudgeSection())  # type: ignore[arg-type]
-
-
-def made_folder(tmp_path: Path) -> Folder:
-    (tmp_path / "stage").mkdir()
-    return Folder(tmp_path / "stage")
 
 
 def pairs(count: int) -> list[tuple[dict, dict, dict]]:

@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from made_stage import made_stage
+
 from psyray.config import Config
 from psyray.data.pairs import pairs_stage
 from psyray.data.topics import TOPICS
@@ -45,19 +47,15 @@ def made_rows(speeches: int, seed: int = 1) -> tuple[list[Row], list[Row]]:
     return responses, judgements
 
 
-def _kept(run: Run, name: str, schema: Any, key: str, rows: list[Row], stats: dict[str, Any]) -> Artifact:
-    def make(folder: Any) -> dict[str, Any]:
-        parts = folder.parts(schema, key)
-        parts.append(rows)
-        parts.finish()
-        return stats
-
-    return run.stage(name, {"of": len(rows)}, [], make)
-
-
 def _inputs(run: Run, responses: list[Row], judgements: list[Row]) -> tuple[Artifact, Artifact]:
-    given = _kept(run, "responses", RESPONSES, "response_id", responses, {"ok": len(responses), "failed": 0})
-    return given, _kept(run, "judgements", JUDGEMENTS, "response_id", judgements, {"judge": "j", "ok": len(judgements)})
+    given = made_stage(
+        run, "responses", RESPONSES, "response_id", responses, settings={"of": len(responses)},
+        stats={"ok": len(responses), "failed": 0},
+    )  # fmt: skip
+    return given, made_stage(
+        run, "judgements", JUDGEMENTS, "response_id", judgements, settings={"of": len(judgements)},
+        stats={"judge": "j", "ok": len(judgements)},
+    )  # fmt: skip
 
 
 def made_pairs(home: Path, responses: list[Row], judgements: list[Row], **settings: Any) -> Artifact:
@@ -87,13 +85,13 @@ def finished_run(
     run = Run(home, say=lambda line: None)
     with run.open(Config().model_dump(mode="json")):
         dropped = {"read": speeches + 3, "dropped": {"too short": 3}}
-        _kept(run, "speeches", SPEECHES, "speech_id", list(said.values()), dropped)
+        made_stage(run, "speeches", SPEECHES, "speech_id", said.values(), stats=dropped)
         section = PairsSection(**{"gap": 1.0} | settings)
         made = pairs_stage(run, section, RUBRIC, *_inputs(run, responses, judgements))
         asked = said[content_id(1)]
         first, second, _ = (r | {"ratings": None} for r in responses if r["speech_id"] == asked["speech_id"])
         oracle = pair_row(asked, first, second, margin=1.0, source="oracle")
-        _kept(run, "round-1/labels", PAIRS, "pair_id", [oracle], {"agreement": 0.75})
+        made_stage(run, "round-1/labels", PAIRS, "pair_id", [oracle], stats={"agreement": 0.75})
     return made
 
 
@@ -120,4 +118,4 @@ def add_topics(home: Path, speeches: list[Row]) -> None:
         for n, s in enumerate(speeches)
     ]
     with run.open(Config().model_dump(mode="json")):
-        _kept(run, "topics", TOPICS, "speech_id", picked, {})
+        made_stage(run, "topics", TOPICS, "speech_id", picked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from made_reward import by_peft, save_scored
+from made_stage import made_stage
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
@@ -173,15 +174,9 @@ def pairs_artifact(path: Path) -> Artifact:
         for n in range(each)
     ]  # fmt: skip
 
-    def make(folder: Folder) -> Mapping[str, Any]:
-        parts = folder.parts(PAIRS, "pair_id")
-        parts.append(rows)
-        parts.finish()
-        return {}
-
     run = Run(path, say=lambda line: None)
     with run.open({}):
-        return run.stage("pairs", {}, [], make)
+        return made_stage(run, "pairs", PAIRS, "pair_id", rows)
 
 
 def test_each_member_learns_from_its_own_draw_of_the_training_speeches(tmp_path: Path) -> None:

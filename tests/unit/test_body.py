@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from made_reward import save_scored
+from made_stage import made_stage
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from psyray.config import load_config
@@ -21,7 +21,7 @@ from psyray.reward.ensemble import FEATURES, features_stage, heads_stage, own_ma
 from psyray.reward.heads import Heads, own_head
 from psyray.reward.mlp import fit_mlp_heads
 from psyray.reward.score import RewardScorer, chats
-from psyray.run import Artifact, Folder, Run
+from psyray.run import Artifact, Run
 from psyray.sections.learning import HeadsSection, Pooling, RewardSection
 
 MESSAGES = [[{"role": "user", "content": text}] for text in ("I cannot sleep.", "My sister left, and I miss her so.")]
@@ -159,8 +159,8 @@ def test_the_models_own_head_is_no_prior_where_another_state_is_read(reward_mode
     ]
     run = Run(tmp_path / "run", say=lambda line: None)
     with run.open({}):
-        pairs = run.stage("pairs", {}, [], lambda folder: kept(folder, PAIRS, "pair_id", rows))
-        features = run.stage("features", {}, [], lambda folder: kept(folder, FEATURES, "response_id", known))
+        pairs = made_stage(run, "pairs", PAIRS, "pair_id", rows)
+        features = made_stage(run, "features", FEATURES, "response_id", known)
         reward = Artifact("reward", reward_model.parent, "0", {})
         found, stats = {}, {}
         for layer in (None, 1):
@@ -191,10 +191,3 @@ def answer(number: int, side: str) -> dict[str, Any]:
     chat = [{"role": "user", "content": f"Speech {number}"}]
     return {"response_id": f"{number}{side}", "speech_id": str(number), "messages": chat, "text": f"{side} {number}",
             "split": "train", "responder": "m", "status": "ok"}  # fmt: skip
-
-
-def kept(folder: Folder, schema: pa.Schema, key: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    parts = folder.parts(schema, key)
-    parts.append(rows)
-    parts.finish()
-    return {}

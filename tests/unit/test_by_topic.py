@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+from made_stage import made_stage
 
 from psyray.data.topics import TOPICS
 from psyray.records import PAIRS, SPEECHES
 from psyray.reward.by_topic import by_topic, by_topic_stage
 from psyray.reward.ensemble import FEATURES
 from psyray.reward.heads import Heads
-from psyray.run import Artifact, Folder, Run
+from psyray.run import Folder, Run
 from psyray.status import key_numbers
 
 
@@ -59,10 +59,10 @@ def test_stage_reads_topics_from_either_table_and_only_held_out_labels_count(tmp
     run = Run(tmp_path / "run", say=lambda line: None)
     with run.open({}):
         heads = run.stage("reward-heads", {}, [], one_head)
-        features = kept(run, "reward-features", FEATURES, "response_id", known)
-        labelled = kept(run, "pairs", PAIRS, "pair_id", pairs)
-        speeches = kept(run, "speeches", SPEECHES, "speech_id", said)
-        topics = kept(run, "topics", TOPICS, "speech_id", picked)
+        features = made_stage(run, "reward-features", FEATURES, "response_id", known)
+        labelled = made_stage(run, "pairs", PAIRS, "pair_id", pairs)
+        speeches = made_stage(run, "speeches", SPEECHES, "speech_id", said)
+        topics = made_stage(run, "topics", TOPICS, "speech_id", picked)
         first, second = (by_topic_stage(run, heads, [features], [labelled], source) for source in (speeches, topics))
     for stage in (first, second):
         parts = {name: (part["pairs"], part["accuracy"]) for name, part in stage.stats["strata"]["topic"].items()}
@@ -75,13 +75,3 @@ def test_stage_reads_topics_from_either_table_and_only_held_out_labels_count(tmp
 def one_head(folder: Folder) -> dict[str, Any]:
     Heads(np.ones((1, 1)), np.zeros(1), np.ones(1)).save(folder.path / "heads.npz")
     return {}
-
-
-def kept(run: Run, name: str, schema: pa.Schema, key: str, rows: list[dict[str, Any]]) -> Artifact:
-    def make(folder: Folder) -> dict[str, Any]:
-        parts = folder.parts(schema, key)
-        parts.append(rows)
-        parts.finish()
-        return {}
-
-    return run.stage(name, {}, [], make)

@@ -8,11 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from made_oracles import ask, made_desk, made_folder, pairs, people, verdicts
+from made_oracles import ask, pairs, people, verdicts
 
 from psyray.active import experts as experts_module
 from psyray.active import oracles
@@ -28,16 +27,6 @@ from psyray.run import Folder
 from psyray.status import labels_note
 
 Pick = Callable[[str, str], Choice]  # what a made-up expert says to the left and the right text
-
-
-@pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return made_desk(tmp_path)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    return made_folder(tmp_path)
 
 
 def prefers_good(left: str, right: str) -> Choice:

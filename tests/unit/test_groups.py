@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_stage import made_stage
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -136,16 +137,9 @@ def test_the_model_learns_where_it_is_scored(model, tokenizer, tmp_path):
 
 def stage_of(rows: list[dict], tmp_path: Path) -> Artifact:
     """The finished stage `pairs` of a run with these rows."""
-
-    def make(folder: Folder) -> dict:
-        parts = folder.parts(PAIRS, "pair_id")
-        parts.append(rows)
-        parts.finish()
-        return {}
-
     run = Run(tmp_path / "run", say=lambda line: None)
     with run.open({}):
-        return run.stage("pairs", {}, [], make)
+        return made_stage(run, "pairs", PAIRS, "pair_id", rows)
 
 
 def test_training_pairs_come_alone_or_by_speech(tmp_path):

@@ -117,4 +117,4 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
 def test_no_journal_has_no_stats(tmp_path):
     assert journal.stats(Path(tmp_path)) == {}
     Journal(tmp_path).close()
-    assert json.loads(json.dumps(journal.stats(tmp_path)))["cost"] == 0.0
+    assert json.loads(json.dumps(journal.stats(tmp_path)))["calls"]["cost"] == 0.0

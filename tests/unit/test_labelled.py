@@ -157,15 +157,6 @@ def test_jsonl_is_read_as_it_stands(tmp_path):
     assert found == {("half \ufffd a face", "2020-01-01", "r", A), ("\ufffd", "l", "r \ufffd", B)}
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path):
-    path = declare(tmp_path, "pairwise", PAIRS, "x")
-    (tmp_path / "set.jsonl").write_bytes(b'{"prompt": "my private \xff words"}\n')
-    path.write_text(path.read_text().replace("set.csv", "set.jsonl"))
-    with pytest.raises(PsyrayError, match=r"set\.jsonl cannot be read: .* byte 0xff") as error:
-        load_labelled(path)
-    assert "private" not in str(error.value)
-
-
 def test_swapping_twice_changes_nothing_and_keeps_the_id():
     item = Labelled("s", [{"role": "user", "content": "p"}], "x", "y", "all", A, {"anna": A, "ben": TIE})
     assert item.swap().human is B and item.swap().annotators == {"anna": B, "ben": TIE} and item.swap().a == "y"
@@ -209,11 +200,18 @@ def test_a_mistake_is_named_without_a_clients_words(tmp_path, change, expected):
     assert "private" not in str(error.value)
 
 
-def test_a_broken_file_is_named_without_a_clients_words(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"prompt": "my private words", "left": \n', r"set\.jsonl, line 1 is not JSON"),
+        (b'{"prompt": "my private \xff words"}\n', r"set\.jsonl cannot be read: .* byte 0xff"),
+    ],
+)
+def test_a_broken_file_is_named_without_a_clients_words(tmp_path, content, said):
     path = declare(tmp_path, "pairwise", PAIRS, "x")
-    (tmp_path / "set.jsonl").write_text('{"prompt": "my private words", "left": \n')
+    (tmp_path / "set.jsonl").write_bytes(content)
     path.write_text(path.read_text().replace("set.csv", "set.jsonl"))
-    with pytest.raises(PsyrayError, match=r"set\.jsonl, line 1 is not JSON") as error:
+    with pytest.raises(PsyrayError, match=said) as error:
         load_labelled(path)
     assert "private" not in str(error.value)
 

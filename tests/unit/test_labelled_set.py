@@ -6,24 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from made_oracles import SPEECH, ask, made_desk, made_folder, verdicts
+from made_oracles import SPEECH, ask, verdicts
 
 from psyray.active.labelled_set import UNKNOWN, LabelledPairs, labelled_source
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
 from psyray.records import PAIRS, Verdict, content_id, pair_row, speech_id, table
-from psyray.run import Folder, write_parquet
+from psyray.run import write_parquet
 from psyray.sections.learning import OracleSection
-
-
-@pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return made_desk(tmp_path)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    return made_folder(tmp_path)
 
 
 def rows_of(*chosen: tuple[str, str]) -> list[dict]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from made_stage import made_stage
 
 from psyray.active import labelling
 from psyray.active.acquisition import Candidates
@@ -21,7 +22,7 @@ from psyray.active.pool import Pool, main_axes, matched_draws
 from psyray.config import load_config
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
-from psyray.records import RESPONSES, Row, Verdict
+from psyray.records import RESPONSES, Verdict
 from psyray.reward.ensemble import FEATURES, fitted, prompt_matrix
 from psyray.reward.heads import Heads
 from psyray.rubric import load_rubric
@@ -69,24 +70,15 @@ class Round:
         self.features = {r["response_id"]: rng.normal(size=D).astype(np.float32).astype(float) for r in self.rows}
         self.heads = heads or Heads(rng.normal(size=(4, D)), np.zeros(D), np.ones(D))
 
-    def kept(self, name: str, schema: Any, key: str, rows: list[Row]) -> Artifact:
-        def make(folder: Folder) -> dict[str, Any]:
-            parts = folder.parts(schema, key)
-            parts.append(rows)
-            parts.finish()
-            return {}
-
-        return self.run.stage(name, {}, [], make)
-
     def features_of(self, name: str = "round-0/features") -> Artifact:
         rows = [{"response_id": key, "features": feature.tolist()} for key, feature in self.features.items()]
-        return self.kept(name, FEATURES, "response_id", rows)
+        return made_stage(self.run, name, FEATURES, "response_id", rows)
 
     def label(self, *words: str, number: int = 1, **more: Any) -> Artifact:
         config = load_config(None, [f"run.path={self.home}/run", f"loop.k={K}", "loop.budget=4", *words])
         desk = Desk(Named(), RUBRIC, self.ledger, "run", JudgeSection())  # type: ignore[arg-type]
         made = self.run.stage("heads", {}, [], lambda folder: self.heads.save(folder.path / "heads.npz") or {})
-        samples = self.kept("round-0/samples", RESPONSES, "response_id", self.rows)
+        samples = made_stage(self.run, "round-0/samples", RESPONSES, "response_id", self.rows)
         return labels_stage(self.run, number, config, desk, made, self.features_of(), samples, **more)
 
 

@@ -12,7 +12,6 @@ from psyray.reward.ensemble import fitted, prompt_matrix
 from psyray.reward.heads import FloatArray, Heads
 from psyray.reward.laplace import Laplace, fit_laplace, prior_laplace
 from psyray.reward.posterior import PosteriorHeads
-from psyray.reward.uncertainty import Uncertain
 from psyray.sections.learning import HeadsSection
 
 
@@ -82,7 +81,7 @@ def test_draws_follow_the_posterior() -> None:
 def test_both_kinds_answer_a_difference_alike(kind: str) -> None:
     chosen, rejected = made_pairs()
     laplace = fit_laplace(chosen, rejected, ridge=0.5, draws=3000)
-    model: Uncertain = laplace if kind == "laplace" else laplace.heads
+    model = laplace if kind == "laplace" else laplace.heads
     mean_N, spread_N = model.difference(chosen, rejected)
     turned = model.difference(rejected, chosen)
     assert turned.mean_N == pytest.approx(-mean_N)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_stage import made_stage
 from made_trainers import LORA, PAIRS, dpo_trainer, reward_trainer
 from torch.nn.functional import logsigmoid
 
@@ -288,17 +289,11 @@ def test_the_reward_models_dev_pairs_are_not_trained_on_and_are_counted_apart(
         (folder.path / CHOICE).write_text(json.dumps({"kept": 4}))
         return []
 
-    def keep(folder: Folder) -> dict[str, Any]:
-        parts = folder.parts(RECORDS, "pair_id")
-        parts.append(rows)
-        parts.finish()
-        return {}
-
     monkeypatch.setattr(reward, "run_training", run_training)
     words = [f"reward.model={tiny_model}", "reward.use_margin=true"]
     run = Run(tmp_path / "run", say=lambda line: None)
     with run.open({}):
-        pairs = run.stage("pairs", {}, [], keep)
+        pairs = made_stage(run, "pairs", RECORDS, "pair_id", rows)
         made = reward.reward_stage(run, load_config(None, [*words, "reward.train.dev.share=0.3"]), pairs)
         with pytest.raises(PsyrayError, match=r"reward\.train\.dev\.share 0\.001 puts 0 of 39"):
             reward.reward_stage(run, load_config(None, [*words, "reward.train.dev.share=0.001"]), pairs)

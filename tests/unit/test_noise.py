@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-from made_oracles import ask, made_desk, made_folder, pairs, verdicts
+from made_oracles import ask, pairs, verdicts
 
 from psyray.active.ledger import Answer
 from psyray.active.noise import Noisy
 from psyray.active.oracles import buy, pair_question
 from psyray.data.judge import Desk
 from psyray.records import Verdict
-from psyray.run import Folder
-
-
-@pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return made_desk(tmp_path)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    return made_folder(tmp_path)
 
 
 class Rates:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from made_stage import made_stage
 
 from psyray import loop
 from psyray.config import Config, load_config
@@ -36,25 +37,18 @@ class StandIns:
         words = [f"run.path={self.path}/run", f"policy.model={model}", "loop.prompts=5", "loop.k=2", *settings]
         config, self.said = load_config(None, words), []
         run = Run(config.run.path, self.said.append)
-        speeches = run.stage("speeches", {}, [], self._speeches)
+        sides, chat = {True: "test", False: "train"}, [{"role": "user", "content": "I cannot sleep."}]
+        said = [{"speech_id": f"s{n:02d}", "messages": chat, "split": sides[n % 4 == 0]} for n in range(20)]
+        speeches = made_stage(run, "speeches", SPEECHES, "speech_id", said)
         reward, heads = (run.stage(name, {}, [speeches], lambda folder: {}) for name in ("reward", "reward-heads"))
         outcome = loop.online_loop(run, config, None, speeches, reward, heads, loop.Seen((), ()))  # type: ignore[arg-type]
         made = [line.partition(":")[0] for line in self.said if ": done, " in line]
         return outcome, [name for name in made if name not in MADE]
 
-    def _speeches(self, folder: Folder) -> Any:
-        parts = folder.parts(SPEECHES, "speech_id")
-        sides, chat = {True: "test", False: "train"}, [{"role": "user", "content": "I cannot sleep."}]
-        parts.append({"speech_id": f"s{n:02d}", "messages": chat, "split": sides[n % 4 == 0]} for n in range(20))
-        parts.finish()
-        return {}
-
     def made_answer_all(self, folder: Folder, draws: Any, count: int, config: Config, *, title: str, model: str) -> Any:
         rows = [row | {"status": "ok", "text": row["response_id"]} for row in draws()]
         self.drawn[str(folder.path.relative_to(self.path / "run/stages").parent)] = [r["response_id"] for r in rows]
-        parts = folder.parts(RESPONSES, "response_id")
-        parts.append(rows)
-        parts.finish()
+        folder.keep(RESPONSES, "response_id", rows)
         return {"asked": len(rows), "of": count}
 
     def made_train_policy(self, folder: Folder, config: Config, pairs: list[Row], *_: str, title: str) -> Any:
@@ -73,17 +67,16 @@ class StandIns:
         self, run: Run, number: int, config: Config, desk: Any, heads: Any, features: Any, samples: Artifact,
         earlier: list[tuple[Artifact, Artifact]],
     ) -> Artifact:  # fmt: skip
-        def make(folder: Folder) -> Any:
-            answers = [row for row in samples.rows() if row["split"] == "train"]
-            two = {row["speech_id"]: row for row in answers}
-            parts = folder.parts(PAIRS, "pair_id")
-            parts.append(pair_row(a, a, two[a["speech_id"]], margin=1, source="oracle") for a in answers
-                         if a is not two[a["speech_id"]])  # fmt: skip
-            parts.finish()
-            return {}
-
-        budget = {"budget": config.loop.budget_of(number)}
-        return run.stage(f"round-{number}/labels", budget, [heads, features, samples], make)
+        answers = [row for row in samples.rows() if row["split"] == "train"]
+        two = {row["speech_id"]: row for row in answers}
+        pairs = [
+            pair_row(a, a, two[a["speech_id"]], margin=1, source="oracle")
+            for a in answers if a is not two[a["speech_id"]]
+        ]  # fmt: skip
+        return made_stage(
+            run, f"round-{number}/labels", PAIRS, "pair_id", pairs,
+            settings={"budget": config.loop.budget_of(number)}, inputs=[heads, features, samples],
+        )  # fmt: skip
 
     def made_gate_stage(
         self, run: Run, number: int, config: Config, desk: Any, samples: Artifact, scores: Artifact, *more: Any

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import pytest
-from made_oracles import made_desk, pairs, people
+from made_oracles import pairs, people
 
 from psyray import plan
 from psyray.active.oracle_kinds import ORACLES, JudgeOracle, make_oracle
 from psyray.active.oracles import pair_question, turned
 from psyray.config import Config, load_config
-from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
 from psyray.sections.learning import OracleSection
-
-
-@pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return made_desk(tmp_path)
 
 
 def test_why_a_pair_is_asked_is_kept_by_side_and_is_no_part_of_the_question():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_stage import made_stage
 
 from psyray.data.pairs import pairs_stage
 from psyray.data.ready import Ready, ready_stage
@@ -43,16 +44,8 @@ def stages(folder: Path, rows: list[dict], use: str, **settings) -> tuple[Run, A
 
 def paired(run: Run, ready: Ready | None, **settings) -> Artifact:
     """The stage `pairs` of a run in which nothing was drawn or judged."""
-
-    def empty(name: str, schema: pa.Schema) -> Artifact:
-        def make(folder):
-            parts = folder.parts(schema, "response_id")
-            parts.finish()
-            return {}
-
-        return run.stage(name, {}, [], make)
-
-    nothing = empty("responses", RESPONSES), empty("judgements", JUDGEMENTS)
+    made = {"responses": RESPONSES, "judgements": JUDGEMENTS}
+    nothing = (made_stage(run, name, schema, "response_id", []) for name, schema in made.items())
     return pairs_stage(run, PairsSection(**settings), RUBRIC, *nothing, ready)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyray.engines.chat import _read_reply
-from psyray.records import JUDGEMENTS, Comparison, Verdict, compare, normalise, rows, speech_id, table, well_formed
+from psyray.records import JUDGEMENTS, Verdict, compare, normalise, rows, speech_id, table, well_formed
 
 SCORES = st.none() | st.floats(1, 5)
 
@@ -19,11 +19,10 @@ def test_swap_twice_is_the_identity_and_swapping_the_sides_swaps_the_verdict(a, 
     assert compare("s", ("b", b), ("a", a), tie) == comparison.swap()
 
 
-def test_a_tie_and_an_invalid_verdict_never_become_a_pair():
-    assert compare("s", ("a", 3.0), ("b", 3.2), 0.5).chosen_rejected() is None
-    assert compare("s", ("a", None), ("b", 3.2), 0.0).verdict is Verdict.INVALID
-    assert Comparison("s", "a", "b", Verdict.INVALID).chosen_rejected() is None
-    assert compare("s", ("a", 3.0), ("b", 4.0), 0.5).chosen_rejected() == ("b", "a")
+def test_two_scores_make_a_verdict_and_a_missing_one_makes_none():
+    scores = [(3.0, 3.2, 0.5), (None, 3.2, 0.0), (3.0, 4.0, 0.5)]
+    found = [compare("s", ("a", a), ("b", b), tie).verdict for a, b, tie in scores]
+    assert found == [Verdict.TIE, Verdict.INVALID, Verdict.B]
 
 
 def test_half_a_character_can_be_kept_and_named_by_an_id():

@@ -23,7 +23,7 @@ from serve.access import Limits
 from serve.champion import Args, Policy, Replicas, read_champion, read_engine
 from serve.guard import crisis_hits
 from serve.policy import engine_settings, with_defaults
-from serve.request import serve_once
+from serve.request import serving
 from serve.reward import MAX_ITEMS, ScoreRequest, features_together, judged
 
 SERVE_FILE = Path(__file__).parents[2] / "configs/serve.yaml"
@@ -249,10 +249,10 @@ def test_bad_score_requests_are_refused(items: list[Any], message: str) -> None:
         ScoreRequest.model_validate({"items": items})
 
 
-def test_serve_once_needs_a_ray_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving_needs_a_ray_session(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    with pytest.raises(PsyrayError, match="running Ray session"):
-        serve_once(tmp_path, [CLIENT])
+    with pytest.raises(PsyrayError, match="running Ray session"), serving({}):
+        pass
 
 
 @pytest.mark.parametrize("application", ["app", "annotate", "compare"])

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-from typing import Any
-
 import pytest
+import soak
 
 
-@pytest.fixture
-def soak(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module("soak")
-
-
-def test_only_what_was_under_way_through_the_killed_replica_is_excused(soak: Any) -> None:
+def test_only_what_was_under_way_through_the_killed_replica_is_excused() -> None:
     kills = [soak.Kill("policy", 10.0, 10.1), soak.Kill("Keeper", 20.0, 20.1)]
     asked = [
         soak.Asked("chat", 9.0, 10.5, "503"),  # in the engine that died
@@ -29,7 +20,7 @@ def test_only_what_was_under_way_through_the_killed_replica_is_excused(soak: Any
     assert found["under_way_at_kills"] == 2 and found["memory_growth"] == pytest.approx(0.05)
 
 
-def test_memory_is_compared_between_thirds_without_the_start(soak: Any) -> None:
+def test_memory_is_compared_between_thirds_without_the_start() -> None:
     memory = soak.Memory()
     memory.samples = [(at, soak.GIB * (9 if at < 60 else 2 if at <= 300 else 3)) for at in range(5, 901, 5)]
     assert memory.thirds() == (2.0, 3.0)

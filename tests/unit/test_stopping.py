@@ -54,9 +54,7 @@ def test_sigterm_puts_things_in_order_and_the_run_says_when_it_was_stopped(tmp_p
 
 
 def make(folder: Folder) -> dict[str, int]:
-    parts = folder.parts(SCHEMA, "key")
-    parts.append([{"key": "a"}])
-    parts.finish()
+    folder.keep(SCHEMA, "key", [{"key": "a"}])
     return {"a": 1}
 
 
