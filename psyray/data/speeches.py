@@ -174,7 +174,7 @@ def select(
 
     PsyrayError where nothing stays, or one side of the split is empty.
     """
-    if not raw.read.total():
+    if not files and not raw.read.total():
         raise PsyrayError(f"{_paths(section)}: no rows")
     if not files:
         raise _nothing_left(section, Counter({"no text": raw.without_text}))
