@@ -42,6 +42,7 @@ def dressed(browser: Any, url: str) -> None:
     page.wait_for_selector("#sign-in:not([hidden])")
     sheet = got[f"{url.rstrip('/')}/bootstrap.min.css"]
     assert sheet.status == 200 and sheet.headers["content-type"].startswith("text/css")
+    assert sheet.headers["content-encoding"] == "gzip"
     assert {address.split("/")[2] for address in got} == {url.split("/")[2]}
     looks = "([at, what]) => getComputedStyle(document.querySelector(at))[what]"
     assert page.evaluate(looks, ["#sign-in button", "backgroundColor"]) == "rgb(13, 110, 253)"  # Bootstrap's blue
