@@ -100,6 +100,7 @@ class Expert:
 
     def says_which_is_good(self) -> None:
         """Press the key of the side that shows the good response, and wait for the next question or the end."""
+        until(lambda: self.page.is_enabled("#stop"))  # until the counts are there keys do nothing
         left, _ = before = self.sees()
         self.page.keyboard.press("1" if left.startswith("good") else "2")
         until(lambda: self.page.is_hidden("#question") or self.sees() != before)
