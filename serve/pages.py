@@ -1,7 +1,7 @@
 """What the pages for people have in common: their files, all from here, and what other origins may do: nothing.
 
-A page is NAME.html and NAME.js in serve/assets, beside page.js, page.css and icon.svg, which are every page's, and
-Bootstrap's stylesheet, which the package Bootstrap-Flask carries. Of Bootstrap's scripts none is used.
+A page is NAME.html and NAME.js in serve/assets, beside page.js, page.css, theme.js and icon.svg, which are every
+page's, and Bootstrap's stylesheet, which the package Bootstrap-Flask carries. Of Bootstrap's scripts none is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from serve.refusals import invalid
 ASSETS = Path(__file__).parent / "assets"
 BOOTSTRAP = "bootstrap.min.css"
 T = TypeVar("T")
-SHARED = ("page.js", "page.css", "icon.svg", BOOTSTRAP)
+SHARED = ("page.js", "page.css", "theme.js", "icon.svg", BOOTSTRAP)
 
 
 def bootstrap() -> Path:

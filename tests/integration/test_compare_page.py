@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from browsing import dressed, faults, fits_on_phones, refused_by_its_own_rules, until
+from browsing import dark_from_the_start, dressed, faults, fits_on_phones, refused_by_its_own_rules, until
 from threaded import running
 from two_policies import POLICIES, SAID, TOKEN, stand_in
 
@@ -134,6 +134,7 @@ def test_it_is_for_everybody_and_asks_nobody_else(browser, place):
 
 def test_it_wears_the_librarys_stylesheet_from_its_own_server(browser, place):
     dressed(browser, place.url)
+    dark_from_the_start(browser, place.url)
 
 
 def test_no_note_is_asked_for_where_nothing_is_kept(browser, place):
