@@ -84,7 +84,7 @@ def open_desk(asked: Args) -> Desk:
 class Given(Strict):
     """An expert's answer."""
 
-    question_id: str = Field(max_length=128)
+    question_id: str = Field(max_length=128, pattern=r"^[!-~]+$")  # PostgreSQL takes no NUL for a text
     choice: Choice
     ratings: dict[str, dict[str, int]] = Field(
         default_factory=dict, description="by left and right, then by principle; as many as the expert likes"

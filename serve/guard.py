@@ -11,7 +11,6 @@ request is counted in `psyray_crisis_requests`, which Ray exports to Prometheus;
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -24,10 +23,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from psyray import crisis
 from psyray.errors import PsyrayError
+from serve.wishes import wishes
 
 SHIPPED = Path(crisis.__file__).parent / "assets/crisis_replies.yaml"
 DEFAULT = "default"
-_WEIGHT = re.compile(r"[0-9](\.[0-9]{1,9})?")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Replies:
         Whoever writes German reads German, whatever a browser or a program says: of the locales in the header those
         of a spoken language come first, then that language, then the others.
         """
-        wanted = locales(accepted)
+        wanted = wishes(accepted)
         own = [locale for locale in wanted if locale.partition("-")[0] in spoken]
         for locale in (*own, *spoken, *wanted):
             for name in (locale, locale.partition("-")[0]):
@@ -66,18 +65,6 @@ def read_replies(file: Path | None) -> Replies:
     if DEFAULT not in tree:
         raise PsyrayError(f"{file} has no text `{DEFAULT}` for clients of other locales; {mend}")
     return Replies({str(locale).lower(): text.strip() for locale, text in tree.items()})
-
-
-def locales(accepted: str) -> list[str]:
-    """The locales of an Accept-Language header (RFC 9110, 12.5.4), lower case, the most wanted first."""
-    weighed = []
-    for place, part in enumerate(accepted.lower().split(",")):
-        name, _, weight = part.strip().partition(";")
-        value = weight.strip().removeprefix("q=")
-        wanted = float(value) if _WEIGHT.fullmatch(value) else 1.0
-        if name.strip() and wanted > 0:
-            weighed.append((-wanted, place, name.strip()))
-    return [name for _, _, name in sorted(weighed)]
 
 
 def crisis_hits(messages: Iterable[Mapping[str, Any]]) -> list[crisis.Hit]:

@@ -1,7 +1,7 @@
 """What the pages for people have in common: their files, all from here, and what other origins may do: nothing.
 
-A page is NAME.html and NAME.js in serve/assets, beside page.js, page.css and icon.svg, which are every page's, and
-Bootstrap's stylesheet, which the package Bootstrap-Flask carries. Of Bootstrap's scripts none is used.
+A page is NAME.html and NAME.js in serve/assets, beside page.js, page.css, theme.js and icon.svg, which are every
+page's, and Bootstrap's stylesheet, which the package Bootstrap-Flask carries. Of Bootstrap's scripts none is used.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse
 from starlette.responses import JSONResponse, Response
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from psyray.active.database import LedgerError
@@ -24,12 +22,13 @@ from psyray.errors import PsyrayError
 from serve.access import Gate, Key, Limits
 from serve.door import put_up
 from serve.health import Health
+from serve.parts import Part
 from serve.refusals import invalid
 
 ASSETS = Path(__file__).parent / "assets"
 BOOTSTRAP = "bootstrap.min.css"
 T = TypeVar("T")
-SHARED = ("page.js", "page.css", "icon.svg", BOOTSTRAP)
+SHARED = ("page.js", "page.css", "theme.js", "icon.svg", BOOTSTRAP)
 
 
 def bootstrap() -> Path:
@@ -52,20 +51,19 @@ def open_paths(name: str) -> tuple[str, ...]:
 
 def page_router(name: str) -> APIRouter:
     """The routes of a page's files."""
-    router, files = APIRouter(), StaticFiles()
-    parts = {file: ASSETS / file for file in (f"{name}.js", *SHARED)} | {BOOTSTRAP: bootstrap()}
+    router, page = APIRouter(), Part.read(ASSETS / f"{name}.html")
+    paths = {file: ASSETS / file for file in (f"{name}.js", *SHARED)} | {BOOTSTRAP: bootstrap()}
+    parts = {file: Part.read(path) for file, path in paths.items()}
 
     @router.get("/", include_in_schema=False)
-    def index() -> FileResponse:
-        return FileResponse(ASSETS / f"{name}.html")
+    def index(request: Request) -> Response:
+        return page.reply(request, "no-store")
 
     @router.get("/{file}", include_in_schema=False)
     def part(request: Request, file: str) -> Response:
         if file not in parts:
             raise HTTPException(404)
-        reply = files.file_response(parts[file], parts[file].stat(), request.scope)  # 304 for a copy that still holds
-        reply.headers["cache-control"] = "no-cache"  # kept, but asked about: a page never has an older version's parts
-        return reply
+        return parts[file].reply(request, "no-cache")  # kept, but asked about: a page never has an older version's
 
     return router
 

@@ -114,11 +114,11 @@ async function gone(error) {
 for (const button of document.querySelectorAll("[data-choice]")) {
   button.addEventListener("click", () => alone(() => answer(button.dataset.choice), gone));
 }
-at("undo").addEventListener("click", () => alone(undo, gone));
+at("undo").addEventListener("click", () => alone(undo));
 at("stop").addEventListener("click", () => alone(stop));
 singleKeys((key) => {
   if (KEYS[key] && question) alone(() => answer(KEYS[key]), gone);
-  else if (key === "u" && !at("undo").hidden) alone(undo, gone);
+  else if (key === "u" && !at("undo").hidden) alone(undo);
   else return false;
   return true;
 });

@@ -32,7 +32,8 @@ function paint() {
     ...said.map((one) => turn(one.role === "user" ? facts.speaker : "answer that you chose", one.content)),
   );
   at("both").hidden = !now;
-  at("choices").hidden = at("more").hidden = !(now?.whole && !now.chosen);
+  at("choices").hidden = !(now?.whole && !now.chosen);
+  at("more").hidden = at("choices").hidden || !facts.kept;
   at("speak").hidden = Boolean(now) && !now.chosen && !now.failed;
   at("view").hidden = !now?.whole;
   for (const side of SIDES) {

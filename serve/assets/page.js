@@ -4,11 +4,6 @@ const KEYS_OFF = "single-keys-off";
 const TRY_AGAIN_MS = 3000;
 
 export const at = (id) => document.getElementById(id);
-// Bootstrap takes dark or light from an attribute.
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const paintTheme = () => document.documentElement.setAttribute("data-bs-theme", dark.matches ? "dark" : "light");
-dark.addEventListener("change", paintTheme);
-paintTheme();
 
 let token = sessionStorage.getItem(TOKEN) || "";
 let busy = false;

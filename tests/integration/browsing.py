@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
+from io import BytesIO
 from typing import Any
 
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 
 NARROW = [(320, 568), (390, 844), (568, 320)]  # small phone, phone, small phone on its side; CSS pixels
 TOUCH = 44  # CSS pixels that a finger needs
@@ -42,6 +45,7 @@ def dressed(browser: Any, url: str) -> None:
     page.wait_for_selector("#sign-in:not([hidden])")
     sheet = got[f"{url.rstrip('/')}/bootstrap.min.css"]
     assert sheet.status == 200 and sheet.headers["content-type"].startswith("text/css")
+    assert sheet.headers["content-encoding"] == "gzip"
     assert {address.split("/")[2] for address in got} == {url.split("/")[2]}
     looks = "([at, what]) => getComputedStyle(document.querySelector(at))[what]"
     assert page.evaluate(looks, ["#sign-in button", "backgroundColor"]) == "rgb(13, 110, 253)"  # Bootstrap's blue
@@ -50,6 +54,28 @@ def dressed(browser: Any, url: str) -> None:
     until(lambda: page.evaluate(looks, ["body", "backgroundColor"]) == "rgb(255, 255, 255)")
     assert troubles == []  # the page breaks none of its own rules
     page.close()
+
+
+def dark_from_the_start(browser: Any, url: str) -> None:
+    """Where dark is wanted no light page is seen: it is dark before its module comes, and unpainted before theme.js."""
+    for late in ("page.js", "theme.js"):
+        page = browser.new_page(color_scheme="dark", viewport={"width": 300, "height": 200})
+        held: list[Any] = []
+        page.route(f"**/{late}", partial(_hold, held))
+        page.goto(url, wait_until="commit")
+        page.wait_for_timeout(500)  # time enough to paint what there is
+        assert held
+        painted = page.evaluate("() => performance.getEntriesByType('paint').length > 0")
+        assert painted == (late == "page.js")
+        if painted:
+            assert Image.open(BytesIO(page.screenshot())).convert("L").getpixel((150, 190)) < 60
+        held[0].continue_()
+        page.wait_for_selector("#sign-in:not([hidden])")
+        page.close()
+
+
+def _hold(held: list[Any], route: Any) -> None:
+    held.append(route)
 
 
 def tabbed(page: Any, count: int) -> list[str]:

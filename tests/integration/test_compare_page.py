@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from browsing import dressed, faults, fits_on_phones, refused_by_its_own_rules, until
+from browsing import dark_from_the_start, dressed, faults, fits_on_phones, refused_by_its_own_rules, until
 from threaded import running
 from two_policies import POLICIES, SAID, TOKEN, stand_in
 
@@ -31,6 +31,7 @@ class Place:
     """The two servers, and the ledger that the choices go to."""
 
     url: str
+    policies_url: str
     policies: Any
     ledger: Ledger
 
@@ -39,11 +40,12 @@ class Place:
 def place(tmp_path: Path) -> Iterator[Place]:
     with ExitStack() as stack:
         policies = stand_in()
-        endpoint = Endpoint(stack.enter_context(running(policies)), TOKEN, 20)
+        policies_url = stack.enter_context(running(policies))
+        endpoint = Endpoint(policies_url, TOKEN, 20)
         ledger = f"sqlite:///{tmp_path}/labels.db"
         keys = parse_keys([f"carla compare {PERSON}", "anna annotate anna-has-a-long-token"], "here")
         room = Room(endpoint, None, RUBRIC, keys, ledger, "run", reveal=True, contact="Dr. Ito, room 4")
-        yield Place(stack.enter_context(running(http_app(room))), policies, Ledger(ledger))
+        yield Place(stack.enter_context(running(http_app(room))), policies_url, policies, Ledger(ledger))
 
 
 def enter(browser: Any, place: Place, **context: Any) -> tuple[Any, list[str]]:
@@ -132,6 +134,19 @@ def test_it_is_for_everybody_and_asks_nobody_else(browser, place):
 
 def test_it_wears_the_librarys_stylesheet_from_its_own_server(browser, place):
     dressed(browser, place.url)
+    dark_from_the_start(browser, place.url)
+
+
+def test_no_note_is_asked_for_where_nothing_is_kept(browser, place):
+    endpoint = Endpoint(place.policies_url, TOKEN, 20)
+    keys = parse_keys([f"carla compare {PERSON}"], "here")
+    with running(http_app(Room(endpoint, None, RUBRIC, keys, None, "run"))) as url:
+        page, _ = enter(browser, replace(place, url=url))
+        assert page.inner_text("#keeping") == "Choices are not kept."
+        says(page, WORDS)
+        assert page.is_hidden("#note")
+        page.keyboard.press("1")
+        until(lambda: "Nothing was kept" in page.inner_text("#state"))
 
 
 def test_an_answer_that_breaks_off_is_said_and_the_words_are_still_there(browser, place, tmp_path):

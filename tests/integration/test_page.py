@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from browsing import dressed, faults, fits_on_phones, refused_by_its_own_rules, tabbed, until
+from browsing import dark_from_the_start, dressed, faults, fits_on_phones, refused_by_its_own_rules, tabbed, until
 
 from psyray.active.ledger import Ledger, Question
 from psyray.active.queue import ExpertQueue
@@ -100,6 +100,7 @@ class Expert:
 
     def says_which_is_good(self) -> None:
         """Press the key of the side that shows the good response, and wait for the next question or the end."""
+        until(lambda: self.page.is_enabled("#stop"))  # until the counts are there keys do nothing
         left, _ = before = self.sees()
         self.page.keyboard.press("1" if left.startswith("good") else "2")
         until(lambda: self.page.is_hidden("#question") or self.sees() != before)
@@ -179,6 +180,20 @@ def test_it_works_by_keyboard_for_screen_readers_and_on_phones(browser, server):
 
 def test_it_wears_the_librarys_stylesheet_from_its_own_server(browser, server):
     dressed(browser, f"http://127.0.0.1:{server.port}/")
+    dark_from_the_start(browser, f"http://127.0.0.1:{server.port}/")
+
+
+def test_what_can_no_longer_be_undone_costs_no_word_of_the_note_on_the_next(browser, server, ledger):
+    anna, queue = Expert(browser, "anna", server.port), ExpertQueue(ledger.database)
+    anna.says_which_is_good()
+    answered = [f"q{i}" for i in range(PAIRS) if queue.progress("anna", [f"q{i}"])["answered"]]
+    assert queue.withdraw(answered, "the time is over") == 1
+    anna.page.get_by_text("Ratings and a note").click()
+    anna.page.get_by_label("Note").fill("takes up the move")
+    anna.page.get_by_role("button", name="Undo").click()
+    anna.page.get_by_role("alert").filter(has_text="is final").wait_for()
+    until(lambda: anna.page.is_enabled("#undo"))
+    assert anna.page.input_value("#note") == "takes up the move"
 
 
 def test_ratings_come_back_with_undo_keys_can_be_switched_off_and_a_break_frees_the_question(browser, server, ledger):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from psyray.rubric import load_rubric
 
 TOKEN = "the-policies-own-token"
 POLICIES = ("psyray-round-1", "psyray-round-2")
@@ -21,8 +23,9 @@ SAID = {
 }
 
 
-def stand_in() -> FastAPI:
+def stand_in(said: Mapping[str, Sequence[str]] = SAID) -> FastAPI:
     """The application; `app.state.asked` holds every chat request, `app.state.fails` the models that break off."""
+    principles = [principle.key for principle in load_rubric("counselling").principles]
     app = FastAPI()
     app.state.asked, app.state.fails = [], set()
 
@@ -40,7 +43,7 @@ def stand_in() -> FastAPI:
         if body["model"] not in POLICIES:
             return JSONResponse({"error": {"message": "no such model"}}, 404)
         crisis = "kill myself" in body["messages"][-1]["content"]
-        turns = SAID[body["model"]]
+        turns = said[body["model"]]
         text = "Please call somebody." if crisis else turns[(len(body["messages"]) // 2) % len(turns)]
         headers = {"X-Psyray-Crisis": "true"} if crisis else {}
         stream = words(body["model"], text, body["model"] in app.state.fails)
@@ -50,7 +53,11 @@ def stand_in() -> FastAPI:
     async def score(request: Request) -> dict[str, Any]:
         items = (await request.json())["items"]
         scores = [
-            {"score": len(i["response"]) / 50, "spread": 0.12, "principles": {"empathy": 3.5, "safety": 4.0}}
+            {
+                "score": (length := len(i["response"])) / 50,
+                "spread": 0.12,
+                "principles": {key: 3 + length * place % 17 / 10 for place, key in enumerate(principles, 1)},
+            }
             for i in items
         ]
         return {"model": "psyray-reward", "scores": scores}

@@ -135,6 +135,7 @@ def test_whoever_has_no_key_learns_nothing(client, url, header):
         ({"question_id": "q0", "choice": "tie", "ratings": {"middle": {"empathy": 3}}}, 422, "left or right"),
         ({"question_id": "q0", "choice": "tie", "note": "x" * MAX_BODY}, 413, "too large"),
         ({"question_id": "q" * 200, "choice": "tie"}, 422, "question_id"),
+        ({"question_id": "q0\x00", "choice": "tie"}, 422, "question_id"),
     ],
 )
 def test_what_cannot_be_an_answer_is_refused_and_not_repeated(client, url, body, code, said):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from psyray.errors import PsyrayError
-from serve.guard import Replies, crisis_hits, locales, read_replies, safe_reply
+from serve.guard import Replies, crisis_hits, read_replies, safe_reply
 
 OWN = Replies({"default": "Call someone.", "en-gb": "Call 116 123.", "de": "Rufen Sie an."})
 
@@ -65,10 +65,6 @@ def test_german_words_bring_the_german_reply():
     said = [{"role": "user", "content": "Ich will nicht mehr leben."}]
     assert crisis_hits(said) == [("self-harm", "de")]
     assert "TelefonSeelsorge" in read_replies(None).for_client("", [hit.language for hit in crisis_hits(said)])
-
-
-def test_locales_of_one_weight_keep_their_order():
-    assert locales("fr, en-US, de;q=1.0, it;q=0.2") == ["fr", "en-us", "de", "it"]
 
 
 def test_a_reply_is_a_completion_of_openais_format():

@@ -54,9 +54,15 @@ def check(thing: dict[str, Any]) -> None:
         kubernetes_validate.validate(thing, KUBERNETES, strict=True)
         return
     jsonschema.validate(thing, SCHEMA | {"$ref": f"#/$defs/{thing['kind']}"})
-    for template in templates(thing):
+    for template in (*templates(thing), autoscaler(thing)):
         pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "any"}, "template": template}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def autoscaler(thing: dict[str, Any]) -> dict[str, Any]:
+    """The container that the operator makes of the autoscaler's options, in a pod template."""
+    given = {key: value for key, value in cluster(thing)["autoscalerOptions"].items() if key != "idleTimeoutSeconds"}
+    return {"spec": {"containers": [{"name": "autoscaler", **given}]}}
 
 
 def everything(thing: Any) -> Iterator[tuple[str, Any]]:
@@ -76,7 +82,14 @@ def test_all_three_kinds_are_there() -> None:
     assert {thing["kind"] for thing in RAY.values()} == {"RayCluster", "RayJob", "RayService"}
 
 
+@pytest.mark.parametrize("name", RAY)
+def test_a_group_is_never_smaller_or_larger_than_it_may_be(name: str) -> None:
+    for group in cluster(RAY[name])["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
 HEAD = ["spec", "headGroupSpec", "template", "spec"]
+AUTOSCALER = ["spec", "autoscalerOptions"]
 WRONG_TYPE = "is not of type"
 
 
@@ -95,10 +108,23 @@ WRONG_TYPE = "is not of type"
             "Always",
             "'imagePullPolice' was unexpected",
         ),
+        ("RayCluster/psyray", HEAD, "containers", [], "[] should be non-empty"),
+        ("RayCluster/psyray", ["spec"], "rayVersion", "2.51.1", "'2.51.1' does not match"),
+        ("RayCluster/psyray", ["spec", "workerGroupSpecs", 0], "maxReplicas", 2**31, "greater than the maximum"),
+        ("RayCluster/psyray", [*AUTOSCALER, "resources", "limits"], "memory", "1 GiB", "'1 GiB' does not match"),
+        ("RayCluster/psyray", [*AUTOSCALER, "securityContext"], "privilege", True, "'privilege' was unexpected"),
+        ("RayJob/psyray-run", ["spec"], "shutdownAfterJobFinishes", False, "600 is greater than the maximum of 0"),
         ("RayJob/psyray-run", ["spec"], "entryPoint", "python", "'entryPoint' was unexpected"),
         ("RayJob/psyray-run", ["spec"], "submissionMode", "HttpMode", "'HttpMode' is not one of"),
         ("RayJob/psyray-run", ["spec", "rayClusterSpec", "authOptions"], "mode", "tokens", "'tokens' is not one of"),
         ("RayService/psyray-model", ["spec"], "rayClusterSpec", {}, "'rayClusterSpec' was unexpected"),
+        (
+            "RayService/psyray-model",
+            ["spec", "upgradeStrategy"],
+            "type",
+            "NewClusterWithIncrementalUpgrade",
+            "is not one of",
+        ),
         ("NetworkPolicy/psyray-run", ["spec"], "ingres", [], "'ingres' was unexpected"),
         ("PersistentVolumeClaim/psyray-runs", ["spec"], "accessModes", "ReadWriteMany", WRONG_TYPE),
     ],

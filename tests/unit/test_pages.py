@@ -58,6 +58,30 @@ def test_parts_are_kept_and_asked_about_and_all_else_is_not_kept() -> None:
         assert page.get(path).headers.get_list("cache-control") == ["no-store"], path
 
 
+def test_parts_are_packed_for_those_who_can_read_them_so_and_answers_never() -> None:
+    page = client()
+    for part in ("", BOOTSTRAP, "page.css", "page.js", "annotate.js"):
+        packed = page.get(f"/{part}", headers={"Accept-Encoding": "br;q=1, gzip;q=0.5"})
+        assert packed.headers["content-encoding"] == "gzip", part
+        for header in ("identity", "gzip;q=0", ""):
+            whole = page.get(f"/{part}", headers={"Accept-Encoding": header})
+            assert "content-encoding" not in whole.headers and whole.content == packed.content, (part, header)
+            assert int(whole.headers["content-length"]) == len(whole.content) > int(packed.headers["content-length"])
+            assert whole.headers["vary"] == packed.headers["vary"] == "Accept-Encoding"
+            assert whole.headers["etag"] != packed.headers["etag"]  # else a cache could give out the wrong one
+        tag = {"If-None-Match": packed.headers["etag"]}
+        again = page.get(f"/{part}", headers=tag)
+        assert (again.status_code, again.headers["vary"], again.headers["etag"]) == (
+            304,
+            "Accept-Encoding",
+            *tag.values(),
+        )
+        assert page.get(f"/{part}", headers=tag | {"Accept-Encoding": "identity"}).status_code == 200
+    assert int(page.get(f"/{BOOTSTRAP}").headers["content-length"]) < 40_000
+    for path in ("/healthz", "/openapi.json"):
+        assert "content-encoding" not in page.get(path).headers
+
+
 def test_pictures_may_be_in_a_stylesheet_and_scripts_nowhere_but_here() -> None:
     policy = dict(rule.split(" ", 1) for rule in client().get("/").headers["content-security-policy"].split("; "))
     assert policy["img-src"] == "'self' data:"
