@@ -157,7 +157,8 @@ CREATE TEMP TABLE pool AS SELECT row_number() OVER (ORDER BY rank, speech_id) AS
 _KEPT = """
 CREATE TEMP TABLE kept AS
 SELECT speech_id, row, answered,
-    CASE WHEN rank = 1 OR (place < $share AND NOT train) THEN 'test' ELSE 'train' END AS split
+    CASE WHEN bool_or(rank = 1) OVER (PARTITION BY place) OR (place < $share AND NOT train)
+        THEN 'test' ELSE 'train' END AS split  -- a conversation's stretches have one place
 FROM pool ANTI JOIN gone USING (n) WHERE rank > 0 ORDER BY speech_id LIMIT $limit
 """
 _ROWS = """

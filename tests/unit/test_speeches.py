@@ -115,6 +115,17 @@ def test_a_conversation_that_comes_in_several_lengths_is_on_one_side(tmp_path):
     assert Counter(map(tuple, sides.values())).keys() == {("train", "train"), ("test", "test")}
 
 
+def test_a_crisis_that_comes_up_late_holds_the_conversations_shorter_lengths_out_too(tmp_path):
+    path, turns = tmp_path / "c.jsonl", [{"role": "user", "content": texts(30)[0]}]
+    last = texts(90)[80] + " I want to kill myself."
+    later = [{"role": "assistant", "content": "Tell me more."}, {"role": "user", "content": last}]
+    talks = [turns, [*turns, *later], *([{"role": "user", "content": text}] for text in texts(30)[1:])]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    kept, _ = load(path, crisis="test_only", test_share=0.05)
+    assert [row["split"] for row in kept if row["messages"][0] == turns[0]] == ["test", "test"]
+    assert Counter(row["split"] for row in kept)["train"] > 20
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_a_conversation_may_be_written_as_json_in_a_column_named_messages(tmp_path, ending):
     turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
