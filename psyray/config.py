@@ -8,7 +8,6 @@ fingerprint; the section `engine` and `cluster` say where and how fast, so chang
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from psyray.addresses import redact, refuse_secrets
-from psyray.errors import PsyrayError
+from psyray.errors import PsyrayError, hint
 from psyray.sections.data import (
     EngineSection,
     JudgeSection,
@@ -121,10 +120,9 @@ def _explain(error: Any) -> str:
     if error["type"] != "extra_forbidden":
         got = redact(repr(error["input"]))  # it may be a section with an address in it
         return f"{dotted or 'configuration'}: {error['msg'].removeprefix('Value error, ')} (got {got:.80})"
-    known = _keys(location[:-1])
-    near = _elsewhere(location[-1]) or difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key {dotted!r}; {hint}"
+    elsewhere = _elsewhere(location[-1])
+    meant = f"did you mean {elsewhere[0]!r}?" if elsewhere else hint(location[-1], _keys(location[:-1]))
+    return f"unknown key {dotted!r}; {meant}"
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

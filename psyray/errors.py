@@ -1,7 +1,8 @@
 """The one exception that a user is meant to read."""
 
+import difflib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -11,6 +12,13 @@ R = TypeVar("R")
 
 class PsyrayError(Exception):
     """A mistake or a limit that the user can mend; the message says what, where and how."""
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """For a message about a word that is not known: the one that was meant, or else all there are."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
 
 
 def from_workers(work: Callable[P, R]) -> Callable[P, R]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import signal
 import threading
 from collections.abc import Sequence
 from types import FrameType
 
-from psyray.errors import PsyrayError
+from psyray.errors import PsyrayError, hint
 
 STOPPED = 130  # the exit status of a run that was stopped
 
@@ -38,6 +37,4 @@ def last_stage(until: str, stages: Sequence[str]) -> str:
         return until
     if of_round := [name for name in stages if name.startswith(f"{until}/")]:
         return of_round[-1]
-    near = difflib.get_close_matches(until, stages, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(stages)}"
-    raise PsyrayError(f"--until: a run with these settings has no stage {until!r}; {hint}")
+    raise PsyrayError(f"--until: a run with these settings has no stage {until!r}; {hint(until, stages)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from psyray.addresses import holds_secret
-from psyray.errors import PsyrayError
+from psyray.errors import PsyrayError, hint
 from psyray.homes import no_run
 from psyray.models import resolve_model
 from psyray.run import find_run, followed
@@ -41,9 +40,7 @@ class Words(BaseModel):
         known = list(dict.fromkeys((*cls.__annotations__, *cls.model_fields)))  # its own before what it shares
         for word in words:
             if word not in known:
-                near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise PsyrayError(f"unknown argument {word!r}; {hint}")
+                raise PsyrayError(f"unknown argument {word!r}; {hint(word, known)}")
         if cls.model_fields["run"].is_required() and not words.get("run"):
             raise PsyrayError(f"no run given; say which one: {cls.usage}")
         return checked(cls, dict(words), "serve")

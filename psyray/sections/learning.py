@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from psyray.errors import hint
 from psyray.sections.data import EMBEDDED, JudgeSection, Section
 
 Pooling = Literal["last", "mean", "response"]
@@ -181,9 +181,7 @@ class DpoSection(Section):
     def losses_are_known(cls, value: list[str]) -> list[str]:
         for name in value:
             if name not in DPO_LOSSES:
-                near = difflib.get_close_matches(name, DPO_LOSSES, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(DPO_LOSSES)}"
-                raise ValueError(f"unknown loss {name!r}; {hint}")
+                raise ValueError(f"unknown loss {name!r}; {hint(name, DPO_LOSSES)}")
         return value
 
     @model_validator(mode="after")

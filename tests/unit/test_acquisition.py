@@ -340,7 +340,7 @@ def test_equal_values_keep_the_order_of_the_prompts(name: str) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown acquisition 'delta-ucb': did you mean 'delta_ucb'"):
+    with pytest.raises(ValueError, match="unknown acquisition 'delta-ucb'; did you mean 'delta_ucb'"):
         acquire("delta-ucb", SCORES, 1, rng())
 
 

@@ -14,7 +14,6 @@ that step is a function of its own in `SHORTLISTS`. `random` is an arm to report
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -33,6 +32,7 @@ from psyray.active.acquisition.scores import (
     uncertainty,
 )
 from psyray.active.acquisition.thompson import drts, dts
+from psyray.errors import hint
 
 __all__ = ["ACQUISITIONS", "Acquire", "BoolArray", "Candidates", "FloatArray", "IntArray", "Pick", "acquire"]
 
@@ -68,9 +68,7 @@ def acquire(
     candidates of the wrong shape, or `bal_pm` without `prompts_PE`.
     """
     if name not in ACQUISITIONS:
-        near = difflib.get_close_matches(name, ACQUISITIONS, n=1, cutoff=0.0)[0]
-        known = ", ".join(ACQUISITIONS)
-        raise ValueError(f"unknown acquisition {name!r}: did you mean {near!r}? Known: {known}")
+        raise ValueError(f"unknown acquisition {name!r}; {hint(name, ACQUISITIONS)}")
     if n < 0:
         raise ValueError(f"cannot ask {n} questions: n must be 0 or more")
     c = candidates if isinstance(candidates, Candidates) else Candidates(candidates)
