@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, Field, model_validator
 from ray import serve
 
+from psyray.arrays import FloatArray
 from serve.access import MAX_MESSAGES
 from serve.refusals import Strict
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from psyray.reward.engine_body import EngineBody
     from psyray.reward.uncertainty import Belief
 
-FloatArray = npt.NDArray[np.float64]
 MAX_ITEMS = 256
 MAX_CHARS = 16_000  # of one text
 MAX_TOTAL_CHARS = 2_000_000  # of one request

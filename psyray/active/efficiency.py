@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from psyray.active.replay import Bank, Curve, Learner, replay
+from psyray.arrays import FloatArray
 
-FloatArray = npt.NDArray[np.float64]
 Part = Literal["dev", "report"]
 Curves = Mapping[str, Sequence[Curve]]  # strategy -> one curve a seed
 

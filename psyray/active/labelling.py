@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import ndtr
 
 from psyray.active.acquisition import acquire
 from psyray.active.oracle_kinds import make_oracle
 from psyray.active.oracles import Label, Pair
 from psyray.active.pool import Pool, asked_before, keep_asked, why
+from psyray.arrays import BoolArray, FloatArray
 from psyray.ceiling import Ceiling, check_ceiling
 from psyray.config import Config
 from psyray.data.judge import Desk
@@ -26,8 +26,6 @@ from psyray.reward.heads import Heads
 from psyray.run import Artifact, Folder, Run
 from psyray.sections.learning import LoopSection
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 DRAWS = 1  # the posterior's draws have a stream of their own, apart from the rule's
 
 

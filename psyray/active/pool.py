@@ -9,18 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from scipy.linalg import eigh
 
 from psyray.active.acquisition import Candidates, Pick
+from psyray.arrays import FloatArray
 from psyray.records import Row, table
 from psyray.reward.ensemble import Features, feature_matrix, load_features, prompt_matrix
 from psyray.reward.heads import Heads
 from psyray.reward.posterior import PosteriorHeads
 from psyray.run import Artifact, Folder, each, write_parquet
 
-FloatArray = npt.NDArray[np.float64]
 AXES = 256  # of a posterior's doubt that acquisition sees: its rules cost P K^2 A
 ASKED = pa.schema([("speech_id", pa.string()), ("responses", pa.list_(pa.string()))])
 ASKED_FILE = "asked.parquet"

@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from psyray.active.acquisition import Candidates, acquire
+from psyray.arrays import FloatArray, IntArray
 from psyray.reward.laplace import Laplace, fit_laplace, prior_laplace
 from psyray.reward.projection import fit_projection
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.intp]
 Oracle = Callable[[int, int, int], int]  # (prompt, i, j) -> 1 if i is better, -1 if j is
 
 

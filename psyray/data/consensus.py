@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from psyray.evaluate.agreement import CODE, FloatArray, alpha, number_or_none, with_interval
+from psyray.arrays import FloatArray
+from psyray.evaluate.agreement import CODE, alpha, number_or_none, with_interval
 from psyray.records import Row, Status, Verdict
 from psyray.rubric import Rubric, UnusableAnswer
 from psyray.sections.data import PanelSection

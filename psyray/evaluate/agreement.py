@@ -16,15 +16,14 @@ from typing import Any, Literal
 
 import krippendorff
 import numpy as np
-import numpy.typing as npt
 from sklearn.metrics import cohen_kappa_score
 
+from psyray.arrays import FloatArray
 from psyray.evaluate.labelled import Labelled, consensus
 from psyray.evaluate.winrate import outcomes, win_rate
 from psyray.records import Verdict
 from psyray.reward.metrics import alike, cluster_bootstrap, length_baseline
 
-FloatArray = npt.NDArray[np.float64]
 Figures = dict[str, Any]
 
 CODE = {Verdict.A: 1.0, Verdict.TIE: 0.0, Verdict.B: -1.0, Verdict.INVALID: float("nan")}

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from psyray.active.efficiency import RESAMPLES, part_of
 from psyray.active.replay import Bank
+from psyray.arrays import FloatArray
 from psyray.errors import PsyrayError
 from psyray.evaluate.label_efficiency import bank_of, chats_of
 from psyray.evaluate.labelled import Labelled, load_labelled
@@ -32,7 +32,6 @@ from psyray.reward.metrics import log_likelihood
 from psyray.sections.learning import EfficiencySection, Pooling
 from psyray.sections.place import TrackSection
 
-FloatArray = npt.NDArray[np.float64]
 FOLDS = 5
 SLOPE = 5e-4  # at which a fit ends; far below what turns a pair
 RIDGES = (1000.0, 100.0, 10.0, 1.0)  # the strongest first: the next fit begins where the last one ended

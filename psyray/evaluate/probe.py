@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from psyray.arrays import FloatArray
 from psyray.config import Config
 from psyray.data.generate import with_system
 from psyray.errors import PsyrayError
@@ -37,7 +37,6 @@ from psyray.run import Artifact, Folder, Run
 from psyray.sections.data import ASSETS
 
 T = TypeVar("T")
-FloatArray = npt.NDArray[np.float64]
 PROBES = ASSETS / "probes"
 PROBED = pa.schema(
     [

@@ -13,10 +13,9 @@ import numpy.typing as npt
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
+from psyray.arrays import FloatArray
 from psyray.records import Verdict
 from psyray.reward.metrics import cluster_bootstrap
-
-FloatArray = npt.NDArray[np.float64]
 
 OUTCOME = {Verdict.A: 1.0, Verdict.TIE: 0.5, Verdict.B: 0.0, Verdict.INVALID: float("nan")}
 RIDGE = 1e-3  # on the slope per comparison: keeps it finite where length tells every outcome

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from psyray.arrays import FloatArray
 from psyray.engines.vllm import is_adapter
 from psyray.errors import PsyrayError
 from psyray.models import layer_count
 from psyray.records import Message
 from psyray.sections.learning import Pooling, RewardSection
 
-FloatArray = npt.NDArray[np.float64]
 Chat = Sequence[Message]
 ADAPTERS = "adapters"  # in a reward model's folder: theirs, named by their numbers
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
-import numpy.typing as npt
 
+from psyray.arrays import FloatArray
 from psyray.engines.vllm import STEP_TOKENS, cpu_environment
 from psyray.records import Message
 from psyray.reward.body import chat_tokens
 
-FloatArray = npt.NDArray[np.float64]
 CACHE_GIB = 1  # of keys and values on CPU; a text's are dropped as soon as it is read
 SCORED, BARE = "ForSequenceClassification", "ForCausalLM"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from psyray.arrays import FloatArray
 from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Row, Status
@@ -30,7 +30,6 @@ from psyray.run import Artifact, Folder, Run, batches
 from psyray.sections.learning import HeadsSection
 from psyray.stream import stream
 
-FloatArray = npt.NDArray[np.float64]
 Features = Mapping[str, FloatArray]  # response id -> [D]
 
 FEATURES = pa.schema([("response_id", pa.string()), ("features", pa.list_(pa.float32()))])

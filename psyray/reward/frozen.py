@@ -18,12 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from psyray.arrays import FloatArray
 from psyray.models import model_identity
 from psyray.records import content_id
 from psyray.reward.body import Body, Chat, Reading
 from psyray.run import write_parquet
 
-FloatArray = npt.NDArray[np.float64]
 Chats = Mapping[str, Chat]  # id -> the whole chat, the response last
 Part = dict[Reading, dict[str, npt.NDArray[np.float32]]]
 

@@ -23,12 +23,11 @@ from scipy.linalg import block_diag
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
+from psyray.arrays import FloatArray
 from psyray.errors import PsyrayError
 from psyray.reward.body import Reading
 from psyray.reward.uncertainty import Belief
 from psyray.run import draft
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from psyray.arrays import FloatArray
 from psyray.records import Row
 from psyray.reward.metrics import (
     alike,
@@ -26,7 +27,6 @@ from psyray.reward.metrics import (
 )
 from psyray.reward.uncertainty import Belief
 
-FloatArray = npt.NDArray[np.float64]
 Strata = dict[str, dict[str, dict[str, float | None]]]  # way to divide the pairs -> part -> its figures
 GROUPS = 5
 

@@ -20,10 +20,10 @@ import numpy.typing as npt
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.special import expit, log_expit
 
+from psyray.arrays import FloatArray
 from psyray.reward.heads import Heads
 from psyray.reward.uncertainty import Belief
 
-FloatArray = npt.NDArray[np.float64]
 STEPS = 50  # Newton's method takes about 8
 
 

@@ -15,8 +15,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit
 from scipy.stats import rankdata
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from psyray.arrays import FloatArray, IntArray
+
 DRAWS = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
 BINS = 10

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import block_diag
 
+from psyray.arrays import FloatArray
 from psyray.reward.heads import Heads, bootstraps, checked_pairs, drawn_priors, standardisation
 from psyray.reward.projection import fit_projection
 
-FloatArray = npt.NDArray[np.float64]
 AXES = 96
 WHITEN = 0.25
 STEPS = 300

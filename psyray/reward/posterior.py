@@ -17,7 +17,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from psyray.reward.heads import FloatArray, Heads
+from psyray.arrays import FloatArray
+from psyray.reward.heads import Heads
 from psyray.reward.uncertainty import Belief
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from psyray.arrays import FloatArray
 
 
 @dataclass(frozen=True)

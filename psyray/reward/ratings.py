@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import spearmanr
 
+from psyray.arrays import FloatArray
 from psyray.records import Row
 from psyray.rubric import Rubric
 from psyray.run import draft
 
-FloatArray = npt.NDArray[np.float64]
 RATINGS = "ratings.npz"  # beside a run's heads.npz
 RIDGES = [1.0, 10.0, 100.0, 1e3, 1e4, 1e5]
 FOLDS = 5

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from psyray.arrays import FloatArray
 from psyray.cluster import require, use_gpu
 from psyray.config import Config
 from psyray.needs import scoring
@@ -18,8 +18,6 @@ from psyray.reward.body import Body, Reading
 from psyray.reward.heads import Heads, own_head
 from psyray.reward.ratings import RATINGS, RatingHeads
 from psyray.reward.uncertainty import Belief
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def chats(conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[list[Message]]:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from psyray.active.acquisition import ACQUISITIONS, SHORTLISTS, Candidates, FloatArray, Pick, acquire
+from psyray.active.acquisition import ACQUISITIONS, SHORTLISTS, Candidates, Pick, acquire
 from psyray.active.acquisition.diversity import bal_pm, spread_out
 from psyray.active.acquisition.scores import delta_ucb
+from psyray.arrays import FloatArray
 
 NAMES = sorted(ACQUISITIONS)
 DRAWN = {"random", "dts", "drts"}

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from psyray import plan, status
+from psyray.arrays import FloatArray
 from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.looks import CHOICE, aside
@@ -25,7 +26,7 @@ from psyray.reward import adapters
 from psyray.reward.adapters import adapters_stage, curves, drawn, link_files
 from psyray.reward.body import Body, Reading
 from psyray.reward.ensemble import fitted, fitted_by_member, own_heads
-from psyray.reward.heads import FloatArray, Heads, own_head
+from psyray.reward.heads import Heads, own_head
 from psyray.reward.ratings import fit_ratings
 from psyray.reward.score import RewardScorer, chats
 from psyray.reward.train import dev_pairs, examples, reward_stage

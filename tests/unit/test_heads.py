@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from psyray.reward.heads import FloatArray, Heads, fit_heads, standardisation
+from psyray.arrays import FloatArray
+from psyray.reward.heads import Heads, fit_heads, standardisation
 
 Pairs = tuple[FloatArray, FloatArray, FloatArray, list[str]]
 

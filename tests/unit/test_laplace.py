@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from psyray.arrays import FloatArray
 from psyray.reward.ensemble import fitted, prompt_matrix
-from psyray.reward.heads import FloatArray, Heads
+from psyray.reward.heads import Heads
 from psyray.reward.laplace import Laplace, fit_laplace, prior_laplace
 from psyray.reward.posterior import PosteriorHeads
 from psyray.sections.learning import HeadsSection

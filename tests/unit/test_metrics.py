@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
+from psyray.arrays import FloatArray
 from psyray.reward.metrics import (
-    FloatArray,
     accuracy,
     alike,
     auc,

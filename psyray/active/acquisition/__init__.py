@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from psyray.active.acquisition.candidates import Acquire, BoolArray, Candidates, FloatArray, IntArray, Pick
+from psyray.active.acquisition.candidates import Acquire, Candidates, Pick
 from psyray.active.acquisition.designs import d_optimal, v_optimal
 from psyray.active.acquisition.diversity import bal_pm, spread_out
 from psyray.active.acquisition.scores import (
@@ -32,6 +32,7 @@ from psyray.active.acquisition.scores import (
     uncertainty,
 )
 from psyray.active.acquisition.thompson import drts, dts
+from psyray.arrays import BoolArray, FloatArray, IntArray
 from psyray.errors import hint
 
 __all__ = ["ACQUISITIONS", "Acquire", "BoolArray", "Candidates", "FloatArray", "IntArray", "Pick", "acquire"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import expit
 
-from psyray.active.acquisition.candidates import BoolArray, Candidates, FloatArray, Pick
+from psyray.active.acquisition.candidates import Candidates, Pick
+from psyray.arrays import BoolArray, FloatArray
 
 TIE = 1e-9  # mean scores closer than this are the same: rounding must not rank what nothing tells apart
 

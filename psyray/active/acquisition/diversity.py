@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from psyray.active.acquisition.candidates import Candidates, FloatArray, Pick, best_pair, leader_first
+from psyray.active.acquisition.candidates import Candidates, Pick, best_pair, leader_first
 from psyray.active.acquisition.scores import mutual_information
+from psyray.arrays import FloatArray
 
 BLOCK = 1024  # asked prompts whose distances are taken at once: one by one, each would read all prompts anew
 CLOSEST = 1e-6  # of the typical distance: below it two prompts are the same, and the logarithm stays finite

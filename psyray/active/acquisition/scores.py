@@ -7,15 +7,8 @@ from dataclasses import replace
 import numpy as np
 from scipy.special import entr, softmax
 
-from psyray.active.acquisition.candidates import (
-    Candidates,
-    FloatArray,
-    Pick,
-    best_pair,
-    leader_first,
-    ranked,
-    win_probabilities,
-)
+from psyray.active.acquisition.candidates import Candidates, Pick, best_pair, leader_first, ranked, win_probabilities
+from psyray.arrays import FloatArray
 
 SHORTLIST = 4  # apl: n * SHORTLIST prompts are kept by entropy, of which n are asked by margin
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from psyray.active.acquisition.candidates import Candidates, IntArray, Pick, best_pair, ranked
+from psyray.active.acquisition.candidates import Candidates, Pick, best_pair, ranked
+from psyray.arrays import IntArray
 
 REDRAWS = 30  # pairs of heads drawn before a rule settles for the best open pair by the last two
 
