@@ -20,7 +20,8 @@ from psyray.data.judge import Desk, judgements_stage
 from psyray.data.pairs import pairs_stage
 from psyray.data.ready import Ready, ready_stage
 from psyray.data.rules import Rules
-from psyray.data.speeches import speeches_stage
+from psyray.data.sources import HUB, existing
+from psyray.data.speeches import listed, speeches_stage
 from psyray.data.topics import topic_judge, topics_stage
 from psyray.engines.judges import answerer, make_judge, make_panel
 from psyray.errors import PsyrayError
@@ -201,6 +202,9 @@ def second_desk(config: Config, desk: Desk) -> Desk | None:
 def check(config: Config) -> None:
     """All that can be known to be wrong before anything starts; PsyrayError names the setting."""
     check_settings(config)
+    for source in listed(config.speeches):
+        if not source.path.startswith(HUB):
+            existing(source)
     judges = [*(config.panel.judges or [config.judge]), *filter(None, [config.topics, config.evaluate.second])]
     names = local_models(config) | {judge.model or "" for judge in judges if judge.engine == "vllm"}
     for name in sorted(names):

@@ -56,7 +56,7 @@ def identity(source: SourceSection) -> str:
     """Changes with the source's content, not with where a file lies; a hub data set stands for its commit."""
     if source.path.startswith(HUB):
         return content_id("hub", source.path, source.subset, source.split, _commit(source))
-    path = _existing(source)
+    path = existing(source)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digests = [(str(p.relative_to(path)) if path.is_dir() else "", file_sum(p)) for p in files]
     return content_id("files", digests, source.subset, source.split)
@@ -78,11 +78,13 @@ def _commit(source: SourceSection) -> str:
     return str(found.sha)
 
 
-def _existing(source: SourceSection) -> Path:
+def existing(source: SourceSection) -> Path:
+    """The file or folder of a source that is no hub data set; PsyrayError names the setting where there is none."""
     path = Path(source.path).expanduser()
     if not path.exists():
         hint = "" if "/" not in source.path or path.suffix else f"; a hub data set is written {HUB}{source.path}"
-        named = "speeches.path" if source.name == "path" else f"speeches.sources, {source.name}"
+        own = source.name in ("path", "exclude")
+        named = f"speeches.{source.name}" if own else f"speeches.sources, {source.name}"
         raise PsyrayError(f"no file of client speeches at {path} ({named}){hint}")
     return path
 
@@ -129,7 +131,7 @@ def cell(column: str, value: Any, where: str) -> Any:
 def _open(source: SourceSection) -> Opened:
     if source.path.startswith(HUB):
         return _open_data_set(source, source.path.removeprefix(HUB))
-    path = _existing(source)
+    path = existing(source)
     if path.is_dir():
         return _open_data_set(source, str(path))
     openers = {".jsonl": _open_jsonl, ".ndjson": _open_jsonl, ".csv": _open_csv, ".parquet": _open_parquet}

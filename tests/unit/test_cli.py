@@ -81,6 +81,16 @@ def test_a_mistake_is_one_clear_line_and_not_a_traceback(words, expected, capsys
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("setting", ["speeches.path=gone.csv", "speeches.exclude=[gone.csv]"])
+def test_a_missing_file_is_told_before_anything_starts(setting, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PSYRAY_HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["run", "configs/demo.yaml", setting])
+    assert f"no file of client speeches at gone.csv ({setting.partition('=')[0]})" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_one_clear_line(capsys, monkeypatch, tmp_path):
     def full(run):
         raise OSError(errno.ENOSPC, "No space left on device", str(run / "report.html"))
