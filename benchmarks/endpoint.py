@@ -17,12 +17,14 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TypeVar
 
 from psyray.rubric import Rubric
 
 Say = Callable[[str, str], str]  # (model, prompt) -> answer
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -74,16 +76,20 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent."""
 
 
-@contextmanager
-def served(say: Say, latency: float = 0.0, port: int = 0) -> Iterator[Endpoint]:
+def served(say: Say, latency: float = 0.0, port: int = 0) -> AbstractContextManager[Endpoint]:
     """The endpoint on a port (0: a free one), until the block ends."""
-    endpoint = Endpoint(say, latency, port)
-    threading.Thread(target=endpoint.serve_forever, daemon=True).start()
+    return answering(Endpoint(say, latency, port))
+
+
+@contextmanager
+def answering(server: Server) -> Iterator[Server]:
+    """A server that answers in threads of this process, until the block ends."""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield endpoint
+        yield server
     finally:
-        endpoint.shutdown()
-        endpoint.server_close()
+        server.shutdown()
+        server.server_close()
 
 
 def digest(text: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from endpoint import answering
 
 
 class MadeEar(ThreadingHTTPServer):
@@ -84,12 +85,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent."""
 
 
-@contextmanager
-def made_ear() -> Iterator[MadeEar]:
-    server = MadeEar()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+def made_ear() -> AbstractContextManager[MadeEar]:
+    """The stand-in on a free port, until the block ends."""
+    return answering(MadeEar())

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from endpoint import answering
+
 KEYS = ("empathy", "relevance", "clarity", "safety", "exploration", "autonomy", "staging")
 RATINGS = dict.fromkeys(KEYS, 4)
 GOOD = json.dumps(RATINGS)
@@ -151,12 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def hostile_server() -> Iterator[Hostile]:
-    server = Hostile()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stopped.set()
-        server.shutdown()
-        server.server_close()
+    with answering(Hostile()) as server:
+        try:
+            yield server
+        finally:
+            server.stopped.set()
