@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from psyray.engines.thinking import CUT_OFF, said
 from psyray.errors import PsyrayError
 from psyray.records import Message, content_id
 from psyray.sections.data import ASSETS
@@ -90,7 +91,7 @@ class Rubric:
 
     def parse(self, text: str) -> dict[str, float]:
         """The ratings in a judge's answer; UnusableAnswer for anything but a whole number on the scale for each key."""
-        found = re.search(r"\{[^{}]*\}", text)
+        found = re.search(r"\{[^{}]*\}", answer_in(text))
         if not found:
             raise UnusableAnswer("not json: no JSON object in the answer")
         try:
@@ -146,10 +147,17 @@ class PairwiseRubric(Rubric):
 
     def parse(self, text: str) -> dict[str, float]:
         """The preference; UnusableAnswer for anything but one of the three words."""
-        word = text.strip()
+        word = answer_in(text).strip()
         if word not in PREFERENCE:
             raise UnusableAnswer(f"the answer is none of {', '.join(PREFERENCE)}")
         return {"preference": PREFERENCE[word]}
+
+
+def answer_in(text: str) -> str:
+    """What a judge says behind its thoughts; UnusableAnswer where it did not come to an end of them."""
+    if (answer := said(text)) is None:
+        raise UnusableAnswer(CUT_OFF)
+    return answer
 
 
 def side_by_side(first: str, second: str) -> str:

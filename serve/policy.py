@@ -31,6 +31,7 @@ def engine_settings(
         **({"tensor_parallel_size": engine.tensor_parallel} if engine.tensor_parallel > 1 else {}),
         # vLLM 0.29 on CPU dies of a seeded request whose prompt is read in chunks, and anyone may name a seed.
         **({} if gpu else {"enable_chunked_prefill": False, "max_num_batched_tokens": step}),
+        "default_chat_template_kwargs": engine.template,  # as the policy was sampled and trained
         **lora(adapters, gpu),
         **engine.kwargs,
     }

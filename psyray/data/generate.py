@@ -16,10 +16,11 @@ from psyray.ceiling import Ceiling, check_ceiling
 from psyray.config import Config
 from psyray.data.quality import LOOP_SHARE, repetition
 from psyray.engines import http, journal, vllm
+from psyray.engines.thinking import CUT_OFF, said
 from psyray.models import model_identity, resolve_model
 from psyray.records import MESSAGES, RESPONSES, Message, Row, Status, content_id, response_id
 from psyray.run import Artifact, Folder, Parts, Run
-from psyray.sections.data import EndpointSection, EngineSection, Responder, Sampling
+from psyray.sections.data import EndpointSection, EngineSection, Responder, Sampling, unusual
 from psyray.stream import CALLS, stream
 
 
@@ -47,16 +48,17 @@ def responses_stage(run: Run, config: Config, speeches: Artifact) -> Artifact:
 
 def identity(responder: Responder, engine: EngineSection) -> str:
     """What a responder's answers depend on."""
-    said = responder.model_dump(exclude={"engine", "endpoint"})
+    asked = responder.model_dump(exclude={"engine", "endpoint"})
     if responder.endpoint:
-        return content_id(said, responder.endpoint.url)
+        return content_id(asked, responder.endpoint.url, *unusual(responder.endpoint, "body"))
     files = [model_identity(name) for name in (responder.model, responder.adapter) if name]
-    return content_id(said, files, engine_identity(own_engine(engine, responder.engine)))
+    return content_id(asked, files, engine_identity(own_engine(engine, responder.engine)))
 
 
 def engine_identity(engine: EngineSection) -> dict[str, Any]:
     """The engine's settings that a result depends on."""
-    return {"max_model_len": engine.max_model_len, "dtype": engine.dtype}
+    told = {"template": engine.template} if unusual(engine, "template") else {}
+    return {"max_model_len": engine.max_model_len, "dtype": engine.dtype, **told}
 
 
 def draw(speech: str, responders: Sequence[Responder], k: int, seed: int) -> list[tuple[Responder, int]]:
@@ -235,7 +237,8 @@ def check_share(parts: Parts, share: float, title: str) -> None:
 def _response(result: Row) -> Row:
     draw: Row = json.loads(result["draw"])
     error = result.get("__inference_error__") or ""
-    text = (result.get("text") or "").strip()
+    answer = said(result.get("text") or "")
+    text = (answer or "").strip()
     status = Status.FAILED if error else Status.OK if text else Status.INVALID
     return draw | {
         "text": text if status is Status.OK else None,
@@ -243,7 +246,7 @@ def _response(result: Row) -> Row:
         "truncated": result.get("tokens") is not None and result["tokens"] >= draw["max_tokens"],
         "repeated": repetition(text),
         "status": status,
-        "error": error or ("" if text else "empty answer"),
+        "error": error or ("" if text else CUT_OFF if answer is None else "empty answer"),
         "raw_text": result.get("text"),
     }
 

@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from psyray.addresses import redact
 from psyray.engines.journal import Call, Journal
 from psyray.engines.pace import NO_MONEY, Halted, Pace, Purse, backoff, pause, retry_after
+from psyray.engines.thinking import OPEN
 from psyray.errors import PsyrayError
 from psyray.records import Message, Row, well_formed
 from psyray.rubric import UnusableAnswer
@@ -89,10 +90,12 @@ class Client:
         for call in self.journal.answers(key):
             if _take(outcome, call, read):
                 return outcome
-        body = json.dumps({"model": self.model, "messages": messages, **sampling}).encode()
+        asked = {"model": self.model, "messages": messages} | sampling | self.endpoint.body
+        body = json.dumps({field: value for field, value in asked.items() if value is not None}).encode()
+        most_tokens = int(asked.get("max_completion_tokens") or asked.get("max_tokens") or sampling["max_tokens"])
         while outcome.attempts <= self.endpoint.retries:
             attempt = outcome.attempts + 1
-            reply, call = await self._call(key, attempt, body, int(sampling["max_tokens"]))
+            reply, call = await self._call(key, attempt, body, most_tokens)
             began = began or time.monotonic() - call.latency_s
             outcome.latency_s = time.monotonic() - began
             if reply.text is not None:
@@ -252,7 +255,10 @@ def _read_reply(raw: bytes) -> Reply:
     try:
         answer = json.loads(raw)
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        text, finish = choice["message"].get("content") or "", choice.get("finish_reason") or ""
+        message, finish = choice["message"], choice.get("finish_reason") or ""
+        # An endpoint that gives thoughts apart has no content where the limit came before their end.
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        text = message.get("content") or (OPEN if thought else "")
         prompt, completion = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
     except (ValueError, RecursionError):
         return Reply("garbled", "garbled: the answer is no JSON", True)

@@ -20,11 +20,12 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from psyray.engines import http, rule, vllm
+from psyray.engines.thinking import OPEN
 from psyray.errors import PsyrayError
 from psyray.models import model_identity, resolve_model
 from psyray.records import MESSAGES, Row, client_words, content_id
 from psyray.rubric import PairwiseRubric, Rubric, UnusableAnswer
-from psyray.sections.data import EngineSection, JudgeSection, PanelSection
+from psyray.sections.data import EngineSection, JudgeSection, PanelSection, unusual
 
 ASKED = pa.schema([("key", pa.string()), ("messages", MESSAGES), ("response", pa.string())])  # what `rate` takes
 
@@ -90,10 +91,10 @@ class VllmJudge:
 
     @cached_property
     def id(self) -> str:
-        asked = self.section.max_tokens  # an answer that was cut off is to be had otherwise
-        usual = JudgeSection.model_fields["max_tokens"].default
         told = [model_identity(self.section.model or ""), self.section.mode, self.engine.dtype]
-        return f"vllm-{content_id(*told, *([asked] if asked != usual else []))}"
+        # Also an answer that was cut off is to be had otherwise.
+        own = [*unusual(self.section, "max_tokens"), *unusual(self.engine, "template")]
+        return f"vllm-{content_id(*told, *own)}"
 
     def rate(self, dataset: Any, folder: Path) -> Any:
         soft = self.section.mode == "soft"
@@ -121,7 +122,8 @@ class VllmJudge:
         if error := row.get("__inference_error__"):
             return outcome(row["key"], None, error=f"engine: {error}")
         try:
-            ratings = self.rubric.parse(row["text"])
+            # Decoding was guided from the first token on: where the template opens a thought, the answer stands in it.
+            ratings = self.rubric.parse(row["text"].removeprefix(OPEN))
             if self.section.mode == "soft":
                 ratings = soft_ratings(self.rubric, json.loads(row["logprobs"]))
         except UnusableAnswer as error:
@@ -156,7 +158,8 @@ class HttpJudge:
 
     @cached_property
     def id(self) -> str:
-        return f"http-{content_id(self.section.url, self.section.model, self.section.max_tokens)}"
+        told = [self.section.url, self.section.model, self.section.max_tokens]
+        return f"http-{content_id(*told, *unusual(self.section, 'body'))}"
 
     def rate(self, dataset: Any, folder: Path) -> Any:
         section = self.section

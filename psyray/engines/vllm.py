@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from psyray.cluster import require, use_gpu
+from psyray.engines.thinking import OPEN, opens, prompt_tokens
 from psyray.errors import PsyrayError
 from psyray.needs import engine as bundles
 from psyray.needs import workers
@@ -85,7 +86,7 @@ def generate(dataset: Any, model: str, engine: EngineSection, wait_s: float, ada
     light = {"num_cpus": 0.05, "compute": TaskPoolStrategy(size=engine.replicas)}
     processor = build_processor(
         config,
-        preprocess=partial(_to_request, model, gpu or kwargs.get("enable_chunked_prefill") is False),
+        preprocess=partial(_to_request, model, engine.template, gpu or kwargs.get("enable_chunked_prefill") is False),
         postprocess=_to_result,
         preprocess_map_kwargs=light,
         postprocess_map_kwargs=light,
@@ -148,9 +149,9 @@ def _tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def _to_request(model: str, seeded: bool, row: Row) -> Row:
+def _to_request(model: str, template: Mapping[str, Any], seeded: bool, row: Row) -> Row:
     chat = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-    tokens = _tokenizer(model).apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    tokens = prompt_tokens(_tokenizer(model), chat, template)
     # Sampling travels as JSON: Arrow would give every row the union of all rows' keys.
     sampling = json.loads(row["sampling"])
     if not seeded:
@@ -158,15 +159,16 @@ def _to_request(model: str, seeded: bool, row: Row) -> Row:
         # With `engine.kwargs: {enable_chunked_prefill: false}` there are no chunks, and seeds are kept.
         sampling.pop("seed", None)
     # A row's model that is not the engine's is one of its adapters; each row names one: Arrow fills gaps with null.
-    carried = {"model": row.get("adapter") or model} | ({"draw": row["draw"]} if "draw" in row else {})
-    return {"key": row["key"], **carried, "tokenized_prompt": list(tokens), "sampling_params": sampling}
+    carried: Row = {"model": row.get("adapter") or model} | ({"draw": row["draw"]} if "draw" in row else {})
+    carried["thinks"] = opens(_tokenizer(model), tokens)
+    return {"key": row["key"], **carried, "tokenized_prompt": tokens, "sampling_params": sampling}
 
 
 def _to_result(row: Row) -> Row:
     return {
         "key": row["key"],
         **({"draw": row["draw"]} if "draw" in row else {}),
-        "text": row["generated_text"],
+        "text": OPEN + row["generated_text"] if row["thinks"] else row["generated_text"],
         "tokens": row["num_generated_tokens"],
         "seconds": row["time_taken_llm"],
         "logprobs": json.dumps(row["logprobs"]) if row.get("logprobs") is not None else "",

@@ -9,10 +9,12 @@ from typing import Any
 
 from psyray.cluster import require, use_gpu
 from psyray.config import Config
+from psyray.engines.thinking import prompt_tokens
 from psyray.errors import from_workers
 from psyray.needs import forward
 from psyray.records import Message
 from psyray.reward.body import padded
+from psyray.sections.data import EngineSection
 
 TOKENS_AT_ONCE = 2048  # in one pass: the logits of more would be most of the memory
 
@@ -43,11 +45,11 @@ def likelihoods(asked: Asked, config: Config, *, title: str) -> list[dict[str, l
     # No environment of its own: so the task gets a process that Ray has ready.
     task = ray.remote(_each_model).options(**({"num_gpus": 1} if gpu else {"num_cpus": 1}))
     threads = os.cpu_count() or 1
-    found = ray.get(task.remote(asked, config.engine.dtype, config.engine.max_model_len, gpu, threads))
+    found = ray.get(task.remote(asked, config.engine, gpu, threads))
     return list(found)
 
 
-def _each_model(asked: Asked, dtype: str, max_length: int, gpu: bool, threads: int) -> list[dict[str, list[float]]]:
+def _each_model(asked: Asked, engine: EngineSection, gpu: bool, threads: int) -> list[dict[str, list[float]]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -60,16 +62,16 @@ def _each_model(asked: Asked, dtype: str, max_length: int, gpu: bool, threads: i
             found.append({})
             continue
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, engine.dtype)).eval()
         model.to("cuda" if gpu else "cpu")
-        found.append(of_model(model, tokenizer, passages, max_length))
+        found.append(of_model(model, tokenizer, passages, engine))
         del model  # before the next is loaded
     return found
 
 
-def of_model(model: Any, tokenizer: Any, passages: Sequence[Passage], max_length: int) -> dict[str, list[float]]:
+def of_model(model: Any, tokenizer: Any, passages: Sequence[Passage], engine: EngineSection) -> dict[str, list[float]]:
     """The log-probabilities under one loaded model, by key."""
-    cut = {p.key: tokens(tokenizer, p, max_length) for p in passages}
+    cut = {p.key: tokens(tokenizer, p, engine.max_model_len, engine.template) for p in passages}
     found: dict[str, list[float]] = {}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for keys in batches({key: len(ids) for key, (ids, _) in cut.items()}):
@@ -88,13 +90,13 @@ def batches(lengths: Mapping[str, int]) -> list[list[str]]:
     return found
 
 
-def tokens(tokenizer: Any, passage: Passage, max_length: int) -> tuple[list[int], int]:
+def tokens(tokenizer: Any, passage: Passage, max_length: int, template: Mapping[str, Any]) -> tuple[list[int], int]:
     """(ids, the place of the first token that counts)."""
     if isinstance(passage.before, str):
         head = tokenizer(passage.before)["input_ids"]
         ids = tokenizer(passage.before + passage.text)["input_ids"]
     else:
-        head = tokenizer.apply_chat_template(passage.before, add_generation_prompt=True, return_dict=False)
+        head = prompt_tokens(tokenizer, passage.before, template)
         ids = [*head, *tokenizer(passage.text, add_special_tokens=False)["input_ids"]]
     # A tokeniser may join the end of one to the beginning of the other: what is not the same counts as the text.
     first = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), min(len(head), len(ids)))

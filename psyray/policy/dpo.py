@@ -22,7 +22,7 @@ def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, 
     dev = config.dpo.train.dev
     parts: dict[bool, list[Row]] = {False: [], True: []}
     for pair in pairs:
-        parts[aside(pair["speech_id"], dev)].append(example(pair, config.policy.system))
+        parts[aside(pair["speech_id"], dev)].append(example(pair, config.policy.system, config.engine.template))
     check_parts("dpo.train.dev", dev, len(parts[True]), len(pairs))
     settings = {
         "model": policy,
@@ -36,11 +36,13 @@ def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, 
     )  # fmt: skip
 
 
-def example(pair: Row, system: str) -> Row:
-    """A pair as TRL's DPOTrainer takes it, under the system prompt that the policy is sampled with."""
+def example(pair: Row, system: str, template: Mapping[str, Any]) -> Row:
+    """A pair as TRL's DPOTrainer takes it, under the system prompt and template that the policy is sampled with."""
     sides = {side: [{"role": "assistant", "content": pair[side]}] for side in SIDES}
     cut = {f"{side}_truncated": bool(pair.get(f"{side}_truncated")) for side in SIDES}
-    return {"prompt": with_system(pair["messages"], system), **sides, **cut}
+    # Parquet knows no empty struct.
+    variables = {"chat_template_kwargs": dict(template)} if template else {}
+    return {"prompt": with_system(pair["messages"], system), **sides, **cut, **variables}
 
 
 def loss_arguments(section: DpoSection) -> dict[str, Any]:

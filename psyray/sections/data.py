@@ -21,6 +21,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def unusual(section: Section, name: str) -> list[Any]:
+    """A setting that is not its default, for an identity that leaves defaults out; else nothing."""
+    value = getattr(section, name)
+    return [] if value == type(section).model_fields[name].get_default(call_default_factory=True) else [value]
+
+
 class RunSection(Section):
     path: Path = Field(
         Path("runs/run"),
@@ -117,6 +123,16 @@ class EndpointSection(Section):
     retries: int = Field(5, ge=0, description="further tries where a request fails or its answer cannot be used")
     price_per_million_tokens: tuple[float, float] = Field((0.0, 0.0), description="prompt, completion")
     max_cost: float | None = Field(None, gt=0, description="what one stage may spend, in the unit of the price")
+    body: dict[str, Any] = Field(
+        {}, description="further fields of each request, such as {reasoning_effort: low}; null leaves one out"
+    )
+
+    @field_validator("body")
+    @classmethod
+    def body_leaves_the_question(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted({"model", "messages", "stream", "n"} & set(value)):
+            raise ValueError(f"{', '.join(taken)}: what is asked, and of whom, is not set here")
+        return value
 
     @field_validator("url")
     @classmethod
@@ -173,6 +189,9 @@ class EngineSection(Section):
     max_num_seqs: int = Field(64, ge=1)
     kv_cache_gib: int = Field(2, ge=1, description="on CPU only")
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    template: dict[str, Any] = Field(
+        {"enable_thinking": False}, description="variables of the chat template, for one that knows them"
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM as they are")
 
 

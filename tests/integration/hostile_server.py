@@ -64,6 +64,11 @@ SCRIPT: dict[str, list[Say]] = {
     "partial": [Say('{"empathy": 4}')],
     "listed": [Say(raw=json.dumps({"choices": [{"message": {"content": [1]}}], "usage": USAGE}).encode())],
     "cut": [Say(GOOD[:30]), Say()],
+    "thoughtful": [Say(f"<think>At first {json.dumps(dict.fromkeys(KEYS, 1))}, or not?</think>\n{GOOD}")],
+    "endlessly": [Say(f"<think>At first {json.dumps(dict.fromkeys(KEYS, 1))}, or")],
+    "silently": [
+        Say(raw=json.dumps({"choices": [{"message": {"content": None, "reasoning_content": "Well, "}}]}).encode())
+    ],
     "nonsense": [Say("I'd rather not.")],
     "surrogate": [Say(raw=b'{"choices": [{"message": {"content": "\\ud800 no"}}]}')],
     "free": [Say(usage=None)],
@@ -90,6 +95,7 @@ class Hostile(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.calls: Counter[str] = Counter()
         self.keys: set[str] = set()
+        self.bodies: dict[str, dict] = {}  # the last one of each word
         self.came: list[tuple[float, str]] = []
         self.now = self.most = 0
         self.lock, self.stopped = threading.Lock(), threading.Event()
@@ -110,6 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             say = SCRIPT[word][min(self.server.calls[word], len(SCRIPT[word]) - 1)]
             self.server.calls[word] += 1
+            self.server.bodies[word] = body
             self.server.keys.add(self.headers.get("Authorization", ""))
             self.server.came.append((time.monotonic(), word))
             self.server.now += 1

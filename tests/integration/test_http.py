@@ -22,6 +22,7 @@ from psyray.data.judge import Desk, judge
 from psyray.engines import chat, http
 from psyray.engines.journal import read_totals
 from psyray.engines.judges import ASKED, error_class, make_judge
+from psyray.engines.thinking import CUT_OFF
 from psyray.errors import PsyrayError
 from psyray.records import RESPONSES
 from psyray.rubric import load_rubric
@@ -97,6 +98,8 @@ FAULTS = {
     "partial": "wrong schema: no rating for relevance",
     "listed": "garbled: the answer's content is no text",
     "nonsense": "not json: no JSON object in the answer",
+    "endlessly": CUT_OFF,
+    "silently": CUT_OFF,
     "surrogate": "not json: no JSON object in the answer",
     "refused": "refused 401",
     "unfit": "refused 400",
@@ -108,7 +111,16 @@ FAULTS = {
     "nested": "garbled: the answer is no JSON",
     "huge": "too large: an answer of more than 4194304 bytes",
 }
-FINE = {"fine": 1, "prose": 1, "busy": 3, "dated": 2, "cut": 2, "free": 1, "reset": 2}  # and the attempts they take
+FINE = {
+    "fine": 1,
+    "prose": 1,
+    "thoughtful": 1,
+    "busy": 3,
+    "dated": 2,
+    "cut": 2,
+    "free": 1,
+    "reset": 2,
+}  # and the attempts they take
 
 
 def test_each_fault_of_an_endpoint_is_one_rows_outcome(tmp_path, quick):
@@ -122,6 +134,7 @@ def test_each_fault_of_an_endpoint_is_one_rows_outcome(tmp_path, quick):
     assert found["busy"]["latency_s"] >= 1.0 and found["dated"]["latency_s"] >= 1.0  # Retry-After
     assert found["fine"]["cost"] == pytest.approx(0.002) and found["six"]["cost"] == pytest.approx(0.006)
     assert found["free"]["cost"] == 0
+    assert found["thoughtful"]["ratings"] == found["fine"]["ratings"]  # and not those of the thought
     assert server.keys == {"Bearer sesame"} and server.most <= 4
     totals = read_totals(tmp_path)
     assert totals.calls == sum(server.calls.values()) and totals.lost == 0
@@ -129,6 +142,15 @@ def test_each_fault_of_an_endpoint_is_one_rows_outcome(tmp_path, quick):
     for secret in ("sesame", "father", "drink"):
         assert not any(secret in row["error"] for row in found.values())
     assert "sesame" not in "".join(path.read_text() for path in tmp_path.glob("*.jsonl"))
+
+
+def test_further_fields_of_a_request_come_over_the_usual_ones(tmp_path):
+    body = {"temperature": None, "max_tokens": None, "max_completion_tokens": 900, "reasoning_effort": "low"}
+    with hostile_server() as server:
+        rated(tmp_path, server.url, ["fine"], body=body)
+    sent = server.bodies["fine"]
+    assert set(sent) == {"model", "messages", "max_completion_tokens", "reasoning_effort"}
+    assert (sent["max_completion_tokens"], sent["reasoning_effort"]) == (900, "low")
 
 
 def test_what_one_request_is_told_slows_all(tmp_path):

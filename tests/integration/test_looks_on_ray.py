@@ -130,10 +130,10 @@ def test_a_policys_adapter_is_that_of_the_best_look(tmp_path, tiny_model, ray_cl
     train |= {"workers": 2, "micro_batch": 2, "zero_stage": 3, "epochs": 2}
     section = DpoSection(train=train)
     steps = run_training(
-        Folder(path), dpo.train_loop, [dpo.example(pair, "") for pair in TRAINED],
+        Folder(path), dpo.train_loop, [dpo.example(pair, "", {}) for pair in TRAINED],
         {"model": str(tiny_model), "reference": str(tiny_model), "loss": dpo.loss_arguments(section), "seed": 0},
         section.train, EngineSection(), ClusterSection(), title="policy",
-        dev=[dpo.example(pair, "") for pair in pairs(5, GOOD, BAD, "hair")],
+        dev=[dpo.example(pair, "", {}) for pair in pairs(5, GOOD, BAD, "hair")],
     )  # fmt: skip
     kept = read_choice(path)["dev"]
     assert [step["step"] for step in steps if "dev_loss" in step] == [4, 6]

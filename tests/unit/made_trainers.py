@@ -51,7 +51,7 @@ def dpo_trainer(
     more: dict[str, Any] | None = None,
     **section: Any,
 ) -> Any:
-    config = settings(path, model, [dpo.example(pair, "") for pair in PAIRS], lora)
+    config = settings(path, model, [dpo.example(pair, "", {}) for pair in PAIRS], lora)
     losses = DpoSection(**({"loss_type": ["sigmoid"], "loss_weights": [1.0]} | section))
     config |= {"reference": str(reference), "loss": dpo.loss_arguments(losses)} | (more or {})
     return dpo.make_trainer(config, arguments(config))

@@ -166,14 +166,14 @@ class Words:
 
 
 def test_only_the_text_counts_and_what_is_too_long_loses_its_beginning():
-    ids, first = tokens(Words(), Passage("k", "The sky is", " blue today"), 100)
+    ids, first = tokens(Words(), Passage("k", "The sky is", " blue today"), 100, {})
     assert (len(ids), first) == (6, 4)
-    assert tokens(Words(), Passage("k", "", "It rained all day"), 100)[1] == 1
+    assert tokens(Words(), Passage("k", "", "It rained all day"), 100, {})[1] == 1
     chat = [{"role": "user", "content": "one two three four"}]
-    ids, first = tokens(Words(), Passage("k", chat, "five six"), 100)
+    ids, first = tokens(Words(), Passage("k", chat, "five six"), 100, {})
     assert (len(ids), first) == (7, 5)
-    assert tokens(Words(), Passage("k", chat, "five six"), 4) == (ids[3:], 2)
-    assert tokens(Words(), Passage("k", chat, "five six"), 2)[1] == 1
+    assert tokens(Words(), Passage("k", chat, "five six"), 4, {}) == (ids[3:], 2)
+    assert tokens(Words(), Passage("k", chat, "five six"), 2, {})[1] == 1
 
 
 def test_passages_of_like_length_share_a_pass_that_fits():

@@ -148,7 +148,7 @@ def test_every_loss_is_computed_and_length_can_be_kept_out(tmp_path, tiny_model,
 
 def test_a_side_that_was_cut_off_does_not_end_and_a_whole_one_does(tmp_path, tiny_model):
     pairs = [PAIRS[0] | {"chosen_truncated": True}, PAIRS[1] | {"rejected_truncated": True}, PAIRS[2]]
-    config = settings(tmp_path, tiny_model, [dpo.example(pair, "") for pair in pairs], None)
+    config = settings(tmp_path, tiny_model, [dpo.example(pair, "", {}) for pair in pairs], None)
     config |= {"reference": str(tiny_model), "loss": dpo.loss_arguments(DpoSection())}
     trainer = dpo.make_trainer(config, arguments(config))
     tokenizer = trainer.processing_class
