@@ -8,7 +8,6 @@ import re
 import shutil
 from pathlib import Path
 
-from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.records import content_id
 from psyray.sections.data import EMBEDDED
@@ -35,12 +34,6 @@ def resolve_model(name: str) -> str:
     if _HUB_ID.fullmatch(name):
         return _hub_model(name)
     raise PsyrayError(f"no model at {name}: the folder does not exist")
-
-
-def local_models(config: Config) -> set[str]:
-    """The models that a run generates with or trains, those behind a responder's endpoint left out."""
-    answering = {r.model for r in config.responses.responders if not r.endpoint}
-    return answering | {config.policy.model, config.reward.model}
 
 
 def _hub_model(name: str) -> str:

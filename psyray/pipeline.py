@@ -13,6 +13,7 @@ from psyray.active.labelled_set import labelled_source
 from psyray.active.ledger import Ledger, ledger_url
 from psyray.active.place import ledger_name
 from psyray.addresses import refuse_secrets
+from psyray.chat_models import check_models
 from psyray.cluster import ray_session, require, use_gpu
 from psyray.config import Config
 from psyray.data.generate import responses_stage
@@ -29,7 +30,7 @@ from psyray.evaluate.probe import load_probe
 from psyray.homes import run_path
 from psyray.loop import Outcome, Seen, online_loop
 from psyray.mirror import Mirror, address
-from psyray.models import local_models, resolve_model
+from psyray.models import resolve_model
 from psyray.needs import TASK, serving
 from psyray.records import Row
 from psyray.report import page, write_report
@@ -205,10 +206,7 @@ def check(config: Config) -> None:
     for source in listed(config.speeches):
         if not source.path.startswith(HUB):
             existing(source)
-    judges = [*(config.panel.judges or [config.judge]), *filter(None, [config.topics, config.evaluate.second])]
-    names = local_models(config) | {judge.model or "" for judge in judges if judge.engine == "vllm"}
-    for name in sorted(names):
-        resolve_model(name)
+    check_models(config)
     reading_of(config.reward, resolve_model(config.reward.model))
 
 

@@ -8,11 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from psyray.chat_models import unseen_models
 from psyray.config import Config
 from psyray.data.speeches import preview
-from psyray.errors import PsyrayError
 from psyray.homes import run_path
-from psyray.models import local_models, resolve_model
 from psyray.placement import show_places
 from psyray.rubric import load_rubric
 from psyray.sections.learning import OracleSection, TrainSection
@@ -40,8 +39,8 @@ def show_plan(config: Config, out: Console) -> None:
         out.print(f"mirror: {config.run.mirror}")
     out.print(f"labels: {labels(config)}")
     out.print(f"ledger: {'SQLite beside the run folder' if config.ledger.url is None else 'as configured'}")
-    for name in missing_models(config):
-        out.print(f"not checked here: {name}")
+    for why in unseen_models(config):
+        out.print(f"not checked here: {why}")
     out.print("every setting is valid; nothing was started")
 
 
@@ -125,12 +124,3 @@ def answering(oracle: OracleSection) -> str:
     """Who answers a round's questions, in words."""
     names = {"judge": "the judge", "experts": f"{oracle.overlap} experts each", "replay": f"the pairs in {oracle.path}"}
     return names[oracle.answering] + (f", {oracle.flip:.0%} of the verdicts flipped" if oracle.kind == "noisy" else "")
-
-
-def missing_models(config: Config) -> Iterator[str]:
-    """Models that this machine cannot see, with the reason."""
-    for name in sorted(local_models(config)):
-        try:
-            resolve_model(name)
-        except PsyrayError as error:
-            yield str(error)
