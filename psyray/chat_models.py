@@ -59,6 +59,8 @@ def check_model(model: str, system: str, setting: str) -> None:
     path = resolve_model(model)
     if model == EMBEDDED:
         return
+    if setting == "reward":
+        check_scores(path, model)
     try:
         tokenizer = _tokenizer(path)
     except (OSError, ValueError) as problem:  # no files of one, broken ones, or a hub that gives none
@@ -74,6 +76,18 @@ def check_model(model: str, system: str, setting: str) -> None:
         raise PsyrayError(f"{refused} a conversation ({error})")
     if error := _error(tokenizer, with_system(conversation, system)):
         raise PsyrayError(f"{refused} a system message ({error}); set {setting}.system to ''")
+
+
+def check_scores(path: str, model: str) -> None:
+    """PsyrayError where transformers gives no model of this kind a score head."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise PsyrayError(
+            f"reward.model {model}: transformers has no sequence classification for models of the kind "
+            f"{config.model_type!r}, so none can be trained to score; take one of another kind, such as llama or qwen3"
+        )
 
 
 @cache

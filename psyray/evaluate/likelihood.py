@@ -110,7 +110,7 @@ def _forward(model: Any, rows: Sequence[Sequence[int]], pad: int) -> list[list[f
 
     ids, mask = (filled.to(model.device) for filled in padded(rows, pad))
     with torch.inference_mode():
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     chances = (-losses).view(len(rows), -1).cpu().tolist()
     return [chances[i][: len(row) - 1] for i, row in enumerate(rows)]

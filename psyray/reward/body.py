@@ -180,7 +180,7 @@ class Body:
         read: dict[Reading, list[Any]] = {reading: [] for reading in self.layers}
         with torch.inference_mode():
             for model in self._members():
-                out = model(input_ids=ids, attention_mask=mask, output_hidden_states=inner)
+                out = model(input_ids=ids, attention_mask=mask, output_hidden_states=inner, use_cache=False)
                 for reading, layer in self.layers.items():
                     states = out.last_hidden_state if layer == self.total else out.hidden_states[layer]
                     read[reading].append(pooled(states, mask, before, reading.pooling))

@@ -60,6 +60,17 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path: Path, tiny_model: Path) 
         check_models(load_config(None, [f"reward.model={tmp_path}"]))
 
 
+def test_a_kind_of_model_that_cannot_score_is_told(tmp_path: Path, tiny_model: Path) -> None:
+    from transformers import GraniteConfig
+
+    model = folder(tmp_path / "model", tiny_model, PLAIN)
+    (model / "config.json").unlink()
+    GraniteConfig().save_pretrained(model)
+    check_models(load_config(None, [f"policy.model={model}"]))
+    with pytest.raises(PsyrayError, match=r"^reward\.model .* kind 'granite', so none can be trained to score"):
+        check_models(load_config(None, [f"reward.model={model}"]))
+
+
 def test_every_model_that_computes_here_is_looked_at_and_no_other() -> None:
     config = load_config(
         None,
