@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from psyray.alternatives import by_first_letter
-
 _ASSETS = Path(__file__).parent / "assets"
 KINDS = ("self-harm", "abuse", "danger to others")
 
@@ -83,14 +81,11 @@ def read_rule(file: Path) -> Rule:
     def pattern(block: str, form: str = "{}") -> re.Pattern[str]:
         return re.compile(_filled(form.format(_either(block)), parts))
 
-    def phrases(block: str) -> re.Pattern[str]:
-        return re.compile(r"(?<!\w)(?=\w)" + by_first_letter([_filled(line, parts) for line in _lines(block)]))
-
     gap = _filled(f"(?: (?!{_either(tree['own'] + tree['here'])}\\b)[\\w'-]+)", parts) + "{{0,10}}"
     return Rule(
         language=tree["language"],
-        phrases={kind: phrases(tree["phrases"].get(kind, "(?!)")) for kind in KINDS},
-        harmless=phrases(tree["harmless"]),
+        phrases={kind: pattern(tree["phrases"].get(kind, "(?!)"), r"(?<!\w)(?=\w){}") for kind in KINDS},
+        harmless=pattern(tree["harmless"], r"(?<!\w)(?=\w){}"),
         clause=pattern(tree["clause"], r"[.!?;:,()]|\b{}\b"),
         denied=pattern(tree["denials"], r"{}\s*$"),
         wished=pattern("<wish>\n<act>", r"{}\b"),
@@ -102,13 +97,9 @@ def read_rule(file: Path) -> Rule:
     )
 
 
-def _lines(block: str) -> list[str]:
-    lines = (line.strip() for line in block.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def _either(block: str) -> str:
-    return f"(?:{'|'.join(_lines(block))})"
+    lines = (line.strip() for line in block.splitlines())
+    return f"(?:{'|'.join(line for line in lines if line and not line.startswith('#'))})"
 
 
 def _filled(pattern: str, parts: Mapping[str, str]) -> str:

@@ -26,6 +26,7 @@ FLOORS = {  # part: (fewest hits of, most false alarms of)
     "later": (59, 60, 0, 61),
     "strangers": (258, 300, 14, 340),
     "independent": (76, 110, 18, 110),
+    "blind": (84, 150, 27, 170),
 }
 
 
