@@ -12,9 +12,9 @@ the phrases alone, of the model alone, and of both together. No answer is no fla
 
 A line is {"text", "crisis": true or false, "kind", "form"}; `kind` and `form` may be missing, and without `crisis` a
 speech is unlabelled. The speeches that ship (psyray/assets/crisis_speeches.jsonl, and the German ones beside it) fall
-into two parts by the hash of their text; `later` and `independent` are files of their own. The phrases were mended by
-what the rule misread in all but `independent` and `german-held-out`, so the others' rates only guard against a fall
-(docs/crisis.md). Only `mend` and `german-mend` are ever printed.
+into two parts by the hash of their text; `later`, `strangers`, `independent` and `blind` are files of their own. The
+phrases were mended by what the rule misread in all but the last two and `german-held-out`, so the others' rates only guard
+against a fall (docs/crisis.md). Only `mend`, `strangers` and `german-mend` are ever printed.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ ASSETS = Path(crisis.__file__).parent / "assets"
 SHIPPED = ASSETS / "crisis_speeches.jsonl"
 MEND, HELD_OUT = "mend", "held-out"
 GERMAN, OF_GERMAN = ASSETS / "crisis_speeches_german.jsonl", "german-"
-PARTS = (MEND, HELD_OUT, "later", "independent", OF_GERMAN + MEND, OF_GERMAN + HELD_OUT)
-OPEN = (MEND, OF_GERMAN + MEND)
+PARTS = (MEND, HELD_OUT, "later", "strangers", "independent", "blind", OF_GERMAN + MEND, OF_GERMAN + HELD_OUT)
+OPEN = (MEND, "strangers", OF_GERMAN + MEND)
 AT_ONCE = 8  # speeches that a model is asked about
-FILES = {name: ASSETS / f"crisis_speeches_{name}.jsonl" for name in ("later", "independent")}
+FILES = {name: ASSETS / f"crisis_speeches_{name}.jsonl" for name in ("later", "strangers", "independent", "blind")}
 
 
 @dataclass(frozen=True)

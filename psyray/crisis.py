@@ -84,8 +84,8 @@ def read_rule(file: Path) -> Rule:
     gap = _filled(f"(?: (?!{_either(tree['own'] + tree['here'])}\\b)[\\w'-]+)", parts) + "{{0,10}}"
     return Rule(
         language=tree["language"],
-        phrases={kind: pattern(tree["phrases"].get(kind, "(?!)"), r"(?<!\w){}") for kind in KINDS},
-        harmless=pattern(tree["harmless"], r"(?<!\w){}"),
+        phrases={kind: pattern(tree["phrases"].get(kind, "(?!)"), r"(?<!\w)(?=\w){}") for kind in KINDS},
+        harmless=pattern(tree["harmless"], r"(?<!\w)(?=\w){}"),
         clause=pattern(tree["clause"], r"[.!?;:,()]|\b{}\b"),
         denied=pattern(tree["denials"], r"{}\s*$"),
         wished=pattern("<wish>\n<act>", r"{}\b"),

@@ -21,10 +21,12 @@ def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 FLOORS = {  # part: (fewest hits of, most false alarms of)
-    "mend": (97, 98, 2, 117),
+    "mend": (97, 98, 1, 117),
     "held-out": (74, 75, 3, 108),
     "later": (59, 60, 0, 61),
-    "independent": (67, 110, 17, 110),
+    "strangers": (258, 300, 14, 340),
+    "independent": (76, 110, 18, 110),
+    "blind": (84, 150, 27, 170),
 }
 
 
@@ -40,8 +42,9 @@ def test_the_rates_of_the_shipped_speeches_do_not_fall(command: ModuleType, part
 def test_every_shipped_speech_says_what_it_is(command: ModuleType) -> None:
     cases = [case for part in command.shipped().values() for case in part]
     assert len({case.text for case in cases}) == len(cases)
-    assert {case.kind for case in cases if case.crisis} == {"suicide", "self-harm", "abuse", "danger"}
-    assert all(case.kind != "-" and (case.form != "-") == case.crisis for case in cases)
+    kinds = {"suicide", "self-harm", "abuse", "danger", "danger to others"}
+    assert {case.kind for case in cases if case.crisis} == kinds
+    assert all(case.form != "-" or (case.kind != "-" and not case.crisis) for case in cases)
 
 
 def test_wilson_is_the_interval_of_the_textbook(command: ModuleType) -> None:
