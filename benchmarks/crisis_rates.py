@@ -13,8 +13,8 @@ the phrases alone, of the model alone, and of both together. No answer is no fla
 A line is {"text", "crisis": true or false, "kind", "form"}; `kind` and `form` may be missing, and without `crisis` a
 speech is unlabelled. The speeches that ship (psyray/assets/crisis_speeches.jsonl, and the German ones beside it) fall
 into two parts by the hash of their text; `later`, `strangers`, `independent` and `blind` are files of their own. The
-phrases were mended by what the rule misread in all but the last two and `german-held-out`, so the others' rates only guard
-against a fall (docs/crisis.md). Only `mend`, `strangers` and `german-mend` are ever printed.
+phrases were mended by what the rule misread in all but the last two and `german-held-out`, so the others' rates only
+guard against a fall (docs/crisis.md). Only `mend`, `strangers` and `german-mend` are ever printed.
 """
 
 from __future__ import annotations
