@@ -201,7 +201,7 @@ class JudgeSection(EndpointSection):
     form: Literal["pointwise", "pairwise"] = Field(
         "pointwise", description="how two responses are compared: by their ratings, or side by side in both orders"
     )
-    mode: Literal["json", "soft"] = Field("json", description="vllm: seven ratings as JSON, or digit expectation")
+    mode: Literal["json", "soft"] = Field("json", description="vllm: the ratings as JSON, or digit expectation")
     api_key_env: str = Field("PSYRAY_JUDGE_API_KEY", description="the environment variable that holds the key")
     max_tokens: int = Field(200, ge=1)
     tie_margin: float = Field(0.0, ge=0, description="score difference up to which a comparison is a tie")

@@ -1,0 +1,77 @@
+"""Another field than counselling: the example holds, and no word of counselling reaches judge or model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from psyray.config import Config, load_config
+from psyray.data.clean import conversation
+from psyray.errors import PsyrayError
+from psyray.pipeline import check_settings
+from psyray.rubric import PairwiseRubric, load_rubric, side_by_side
+
+ROOT = Path(__file__).parents[2]
+COUNSELLING = re.compile(r"\w*(?:counsel|client|therap|empath|distress)\w*", re.IGNORECASE)
+
+
+LAW = "configs/law-clinic/run.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """Its paths start there."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def law() -> Config:
+    return load_config(LAW)
+
+
+def test_every_question_of_the_example_is_one(law):
+    check_settings(law)
+    (source,) = law.speeches.listed()
+    rows = [conversation(json.loads(line)["messages"]) for line in Path(source.path).read_text().splitlines()]
+    assert sum(row is not None and len(row[-1]["content"]) >= law.speeches.min_chars for row in rows) == len(rows) == 42
+    assert max(len(row or []) for row in rows) == 5
+
+
+def test_neither_judge_nor_model_is_told_of_counselling(law):
+    rubric = load_rubric(law.rubric)
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    asked = rubric.question(messages, "d") + PairwiseRubric.of(rubric).question(messages, side_by_side("d", "e"))
+    told = [m["content"] for m in asked] + [r.system for r in (*law.responses.responders, law.policy)]
+    assert "Visitor:\na" in told[0] and not COUNSELLING.search("\n".join(told))
+
+
+@pytest.mark.parametrize(
+    ("unsaid", "name"),
+    [
+        ("policy={}", "policy"),
+        ("responses={}", "counsellor"),
+        ("responses.responders=[{name: x, system: s}, {name: y}]", "y"),
+    ],
+)
+def test_a_model_that_would_be_told_that_it_is_a_counsellor_is_named(unsaid, name):
+    with pytest.raises(PsyrayError, match=rf"no `system` for (responses.responders: )?{name}: .* rubric law-clinic"):
+        check_settings(load_config(LAW, [unsaid]))
+
+
+@pytest.mark.parametrize("words", [["judge.engine=rule"], ["evaluate.second.engine=rule"]])
+def test_the_judge_of_counselling_is_refused_before_anything_starts(words):
+    with pytest.raises(
+        PsyrayError, match=r"knows no correct, steps, limits, plain of the rubric law-clinic; set judge"
+    ):
+        check_settings(load_config(LAW, words))
+
+
+def test_a_panel_stands_in_the_place_of_the_default_judge():
+    check_settings(load_config(LAW, ["judge={}", "panel.judges=[{engine: vllm, model: a}, {engine: vllm, model: b}]"]))
