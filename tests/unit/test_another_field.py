@@ -1,4 +1,4 @@
-"""Another field than counselling: the example holds, and no word of counselling reaches judge or model."""
+"""Another field than counselling: the example holds, and no word of counselling reaches judge, model or reader."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+from made_pairs import finished_run
+from made_run import MadeRun
 
+from psyray import report
 from psyray.config import Config, load_config
+from psyray.data.card import render
 from psyray.data.clean import conversation
+from psyray.data.export import export_run
 from psyray.errors import PsyrayError
 from psyray.pipeline import check_settings
 from psyray.rubric import PairwiseRubric, load_rubric, side_by_side
@@ -75,3 +80,20 @@ def test_the_judge_of_counselling_is_refused_before_anything_starts(words):
 
 def test_a_panel_stands_in_the_place_of_the_default_judge():
     check_settings(load_config(LAW, ["judge={}", "panel.judges=[{engine: vllm, model: a}, {engine: vllm, model: b}]"]))
+
+
+def test_the_report_and_the_card_speak_of_no_field(tmp_path):
+    MadeRun(tmp_path / "made").make()
+    page = re.sub(r"<[^>]*>|rubric\s*counselling", "", report.page(tmp_path / "made"))
+    assert set(COUNSELLING.findall(page)) == {"Empathy"}  # the made run's own principle
+    finished_run(tmp_path / "runs/demo")
+    known = export_run(tmp_path / "runs/demo", tmp_path / "out", rounds=True)
+    other = known["rubric"] | {"name": "law-clinic", "speaker": "visitor", "principles": []}
+    card = render(known | {"rubric": other, "responders": []})
+    assert set(COUNSELLING.findall(card)) == {"PsychoCounsel"} and "the visitor's last words" in card
+
+
+@pytest.mark.parametrize("page", ["annotate", "compare", "page"])
+def test_the_pages_call_whoever_asks_as_the_rubric_does(page):
+    texts = [file.read_text() for file in (ROOT / "serve/assets").glob(f"{page}.[hj]*")]
+    assert texts and set(COUNSELLING.findall("\n".join(texts))) <= {"distress"}
