@@ -176,7 +176,7 @@ def load_rubric(name: str) -> Rubric:
     path = shipped if shipped.exists() else Path(name).expanduser()
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
-        raise PsyrayError(f"no rubric {name!r}: neither one that ships ({known}) nor a file")
+        raise PsyrayError(f"no rubric {name!r}: neither one that ships ({known}) nor a file at {path.absolute()}")
     tree = yaml.safe_load(path.read_text())
     try:
         low, high = tree["scale"]
