@@ -221,6 +221,10 @@ class JudgeSection(EndpointSection):
         return self
 
 
+class TopicsSection(JudgeSection):
+    file: str | None = Field(None, description="YAML of `coarse topic: [fine topic, ...]`; none: counselling's")
+
+
 class PanelSection(Section):
     """Several judges instead of one; `judge` then gives tie_margin, max_invalid_share and the budget of each."""
 
