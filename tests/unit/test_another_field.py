@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,14 @@ def test_neither_judge_nor_model_is_told_of_counselling(law):
     ]
     asked = rubric.question(messages, "d") + PairwiseRubric.of(rubric).question(messages, side_by_side("d", "e"))
     told = [m["content"] for m in asked] + [r.system for r in (*law.responses.responders, law.policy)]
-    assert "Visitor:\na" in told[0] and not COUNSELLING.search("\n".join(told))
+    assert "Visitor:\na\n\nAdviser:\nb\n" in told[0] and not COUNSELLING.search("\n".join(told))
+
+
+def test_a_name_for_who_answers_changes_no_id_of_a_rubric_without_one(law):
+    rubric, shipped = load_rubric(law.rubric), load_rubric("counselling")
+    assert (shipped.id, shipped.pairwise_id) == ("ea01037e44905838", "cab8eda0ea350c7d")  # what old runs were made by
+    plain = replace(rubric, answerer="assistant")
+    assert plain.id != rubric.id and plain.pairwise_id != rubric.pairwise_id
 
 
 @pytest.mark.parametrize(
