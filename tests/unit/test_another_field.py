@@ -97,8 +97,9 @@ def test_the_report_and_the_card_speak_of_no_field(tmp_path):
     finished_run(tmp_path / "runs/demo")
     known = export_run(tmp_path / "runs/demo", tmp_path / "out", rounds=True)
     other = known["rubric"] | {"name": "law-clinic", "speaker": "visitor", "principles": []}
-    card = render(known | {"rubric": other, "responders": []})
+    card = render(known | {"rubric": other, "responders": [], "oracle": "experts"})
     assert set(COUNSELLING.findall(card)) == {"PsychoCounsel"} and "the visitor's last words" in card
+    assert "by `oracle.kind: experts`" in card and "but for the experts' in `rounds`" in card
 
 
 @pytest.mark.parametrize("page", ["annotate", "compare", "page"])
