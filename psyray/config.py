@@ -26,6 +26,7 @@ from psyray.sections.data import (
     Sampling,
     Section,
     SpeechesSection,
+    TopicsSection,
 )
 from psyray.sections.learning import (
     DpoSection,
@@ -41,8 +42,8 @@ from psyray.sections.place import ClusterSection, LedgerSection, TrackSection
 class Config(Section):
     run: RunSection = RunSection()
     speeches: SpeechesSection = SpeechesSection()
-    topics: JudgeSection | None = Field(
-        None, description="the engine (keys as in `judge`, vllm or http) that picks topics where no column does"
+    topics: TopicsSection | None = Field(
+        None, description="the engine (keys as in `judge`, and file: own topics) that picks them where no column does"
     )
     rubric: str = Field("counselling", description="a name in psyray/assets/rubrics, or a YAML file")
     engine: EngineSection = EngineSection()

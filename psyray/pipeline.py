@@ -41,7 +41,7 @@ from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
 from psyray.rubric import Rubric, load_rubric
 from psyray.run import Artifact, Folder, Run, followed, write_atomic
-from psyray.sections.data import JudgeSection
+from psyray.sections.data import JudgeSection, Sampling
 from psyray.status import expected_stages
 from psyray.stopping import Reached, last_stage
 from psyray.track import Tracker
@@ -220,8 +220,9 @@ def check_settings(config: Config) -> None:
         labelled_source(config.oracle)
     rubric = load_rubric(config.rubric)
     topic_judge(config)
-    judges = [make_judge(j, rubric, config.engine, config.cluster.wait_s) for j in (config.judge, *config.panel.judges)]
-    make_panel(judges[1:], config.panel, rubric)
+    check_systems(config, rubric)
+    judges = [make_judge(section, rubric, config.engine, config.cluster.wait_s) for section in config.labelling]
+    make_panel(judges, config.panel, rubric)
     check_evaluation(config, rubric)
     Rules.make(config.pairs, rubric)
     if config.responses.k < 2:
@@ -234,6 +235,18 @@ def check_settings(config: Config) -> None:
     bought = sum(config.loop.budget_of(number) for number in range(1, config.loop.rounds + 1))
     if config.loop.rounds and not bought and not config.loop.reward_pairs:
         raise PsyrayError("loop.budget and loop.reward_pairs are both 0: no round would have a pair to train on")
+
+
+def check_systems(config: Config, rubric: Rubric) -> None:
+    """PsyrayError where the rubric is not the default one and a model would still be told that it is a counsellor."""
+    told: dict[str, Sampling] = {f"responses.responders: {r.name}": r for r in config.responses.responders}
+    told |= {"policy": config.policy}
+    unsaid = [name for name, section in told.items() if "system" not in section.model_fields_set]
+    if unsaid and config.rubric != Config.model_fields["rubric"].default:
+        raise PsyrayError(
+            f"no `system` for {', '.join(unsaid)}: the default tells a model that it is a counsellor; with the rubric "
+            f"{rubric.name} say what the models are in its field"
+        )
 
 
 def check_evaluation(config: Config, rubric: Rubric) -> None:

@@ -17,6 +17,7 @@ from psyray.errors import PsyrayError
 from psyray.records import Message, content_id
 from psyray.sections.data import ASSETS
 
+ASSISTANT = "assistant"
 PREFERENCE = {"A": 1.0, "B": -1.0, "tie": 0.0}  # what a comparison may be answered with
 
 
@@ -47,17 +48,24 @@ class Rubric:
     prompt: str
     json_instruction: str
     pairwise_prompt: str = ""  # none: two responses cannot be put side by side
+    answerer: str = ASSISTANT  # who gave the earlier answers of a conversation
 
     @cached_property  # it is part of every question's id
     def id(self) -> str:
         """Changes with anything that a judge sees or that weighs its ratings."""
         # Ratings know nothing of the pairwise prompt, so answers that were bought stay good when it changes.
-        return content_id("rubric", {k: v for k, v in asdict(self).items() if k != "pairwise_prompt"})
+        return content_id("rubric", {k: v for k, v in self._seen().items() if k != "pairwise_prompt"})
 
     @cached_property
     def pairwise_id(self) -> str:
         """Changes with anything that a judge sees who is shown two responses side by side."""
-        return content_id("pairwise rubric", asdict(self))
+        return content_id("pairwise rubric", self._seen())
+
+    def _seen(self) -> dict[str, Any]:
+        tree = asdict(self)
+        if self.answerer == ASSISTANT:  # so ids are those of rubrics that know no such word
+            del tree["answerer"]
+        return tree
 
     @property
     def keys(self) -> list[str]:
@@ -77,10 +85,8 @@ class Rubric:
 
     def _shown(self, messages: Sequence[Message]) -> dict[str, str]:
         principles = "\n".join(f"- {p.key}: {p.name}. {p.guidance}" for p in self.principles)
-        turns = "\n\n".join(
-            f"{self.speaker.capitalize() if m['role'] == 'user' else m['role'].capitalize()}:\n{m['content']}"
-            for m in messages
-        )
+        names = {"user": self.speaker, "assistant": self.answerer}
+        turns = "\n\n".join(f"{names.get(m['role'], m['role']).capitalize()}:\n{m['content']}" for m in messages)
         scale = {"{low}": str(self.low), "{high}": str(self.high)}
         return {"{principles}": principles, "{conversation}": turns} | scale
 
@@ -176,7 +182,7 @@ def load_rubric(name: str) -> Rubric:
     path = shipped if shipped.exists() else Path(name).expanduser()
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
-        raise PsyrayError(f"no rubric {name!r}: neither one that ships ({known}) nor a file")
+        raise PsyrayError(f"no rubric {name!r}: neither one that ships ({known}) nor a file at {path.absolute()}")
     tree = yaml.safe_load(path.read_text())
     try:
         low, high = tree["scale"]
@@ -185,7 +191,7 @@ def load_rubric(name: str) -> Rubric:
         )
         rubric = Rubric(
             tree["name"], low, high, tree.get("speaker", "client"), principles, tree["prompt"],
-            tree["json_instruction"], tree.get("pairwise_prompt", ""),
+            tree["json_instruction"], tree.get("pairwise_prompt", ""), tree.get("answerer", ASSISTANT),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PsyrayError(f"{path} is no rubric: {type(error).__name__} {error}; compare {shipped.parent}") from error

@@ -158,8 +158,9 @@ def rubric(expert: Expert, request: Request) -> JSONResponse:
     desk: Desk = request.app.state.desk
     shown = desk.rubric
     principles = [{"key": p.key, "name": p.name, "guidance": p.guidance} for p in shown.principles]
-    scale = {"low": shown.low, "high": shown.high, "speaker": shown.speaker, "principles": principles}
-    return JSONResponse(scale | {"contact": desk.contact})
+    scale = {"low": shown.low, "high": shown.high, "principles": principles}
+    names = {"speaker": shown.speaker, "answerer": shown.answerer}
+    return JSONResponse(scale | names | {"contact": desk.contact})
 
 
 def _shown(lease: Lease) -> JSONResponse:

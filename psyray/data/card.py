@@ -64,6 +64,7 @@ def facts(
         "models": [row | {"model": bare(row["model"])} for row in _query(database, BY_MODEL)],
         "rubric": {
             "name": rubric.name,
+            "speaker": rubric.speaker,
             "scale": [rubric.low, rubric.high],
             "principles": [
                 {"key": p.key, "name": p.name, "weight": p.weight, **_means(database, p.key)} for p in rubric.principles
@@ -78,6 +79,8 @@ def facts(
             {"name": r["name"], "model": bare(r["model"]), "temperature": r["temperature"]}
             for r in config["responses"]["responders"]
         ],
+        "oracle": config["oracle"]["kind"],
+        "scrub": config["speeches"]["scrub"],
         "rules": _rules(source),
         "dropped": _dropped(source),
         "rounds": _query(database, BY_ROUND) if "rounds" in files else [],

@@ -262,7 +262,8 @@ def _topics(database: duckdb.DuckDBPyConnection, splits: Mapping[str, int]) -> d
 def _nothing_left(section: SpeechesSection, dropped: Counter[str]) -> PsyrayError:
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none dropped"
     limits = f"{section.min_chars} to {section.max_chars} characters"
-    return PsyrayError(f"{_paths(section)}: no speech is left ({reasons}; kept are those of {limits})")
+    roles = "; a conversation has the roles user and assistant, and ends with user" if dropped["no text"] else ""
+    return PsyrayError(f"{_paths(section)}: no speech is left ({reasons}; kept are those of {limits}{roles})")
 
 
 def _paths(section: SpeechesSection) -> str:

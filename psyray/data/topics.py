@@ -1,7 +1,7 @@
 """Topics of client speeches, coarse and fine: from a column where there is one, else by an engine that the user chose.
 
-The engine picks one name from `psyray/assets/topics.yaml` (vLLM cannot write anything else). An answer that is no name
-on the list is an invalid row, counted, and never guessed at.
+The engine picks one name from `psyray/assets/topics.yaml` or `topics.file` (vLLM cannot write anything else). An answer
+that is no name on the list is an invalid row, counted, and never guessed at.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -40,29 +41,44 @@ TOPICS = pa.schema(
         ("attempts", pa.int32()),
     ]
 )
-PROMPT = """Here is what a client said to a counsellor.
+SHIPPED = ASSETS / "topics.yaml"
+COUNSELLING, ANY = "a client said to a counsellor", "somebody said"  # to whom, the topics that ship tell
+PROMPT = f"""Here is what {COUNSELLING}.
 
-{conversation}
+{{conversation}}
 
 Which of these topics is it mainly about?
-{topics}
+{{topics}}
 
 Answer with the name of one topic, exactly as it stands in the list, and nothing else."""
 
 
-@cache
-def topics() -> dict[str, str]:
-    """Each fine topic with its coarse one, in the order of the file."""
-    tree = yaml.safe_load((ASSETS / "topics.yaml").read_text())
-    return {fine: coarse for coarse, fines in tree.items() for fine in fines}
+def topics(file: str | None = None) -> dict[str, str]:
+    """Each fine topic with its coarse one, in the order of the file; PsyrayError for a file that is no such list."""
+    path = Path(file).expanduser() if file else SHIPPED
+    if not path.is_file():
+        raise PsyrayError(f"topics.file: no file at {path.absolute()}")
+    try:
+        pairs = [
+            (str(fine), str(coarse)) for coarse, fines in yaml.safe_load(path.read_text()).items() for fine in fines
+        ]
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise PsyrayError(
+            f"topics.file: {path} is no YAML of `coarse topic: [fine topic, ...]`, as {SHIPPED}"
+        ) from error
+    if len({_bare(fine) for fine, _ in pairs}) < max(len(pairs), 2):
+        raise PsyrayError(f"topics.file: {path} needs two fine topics or more, and no name twice")
+    return dict(pairs)
 
 
 @dataclass(frozen=True)
 class TopicChoice(Rubric):
     """A question with one answer, in the form of a rubric, so that every judge's engine can ask it.
 
-    Its one rating is the place of the topic in `topics()`.
+    Its one rating is the place of the topic in `coarse`.
     """
+
+    coarse: Mapping[str, str] = field(default_factory=topics)  # of each fine topic
 
     @property
     def keys(self) -> list[str]:
@@ -72,26 +88,31 @@ class TopicChoice(Rubric):
     def question(self, messages: Sequence[Message], response: str) -> list[Message]:
         """The messages that ask for the topic of a conversation; there is no response to it yet."""
         turns = "\n\n".join(m["content"] for m in messages if m["role"] == "user")
-        listed = "\n".join(f"- {name}" for name in topics())
+        listed = "\n".join(f"- {name}" for name in self.coarse)
         asked = self.prompt.replace("{topics}", listed).replace("{conversation}", turns)
         return [{"role": "user", "content": asked}]
 
     def regex(self) -> str:
         """A pattern of exactly the names, for guided decoding."""
-        return "(" + "|".join(re.escape(name) for name in topics()) + ")"
+        return "(" + "|".join(re.escape(name) for name in self.coarse) + ")"
 
     def parse(self, text: str) -> dict[str, float]:
         """The topic's place in the list; UnusableAnswer for anything but a name on it."""
-        name = text.strip().strip("-*\"'. ").casefold()
-        places = {known: place for place, known in enumerate(topics())}
+        name = _bare(text)
+        places = {_bare(known): place for place, known in enumerate(self.coarse)}
         if name not in places:
             raise UnusableAnswer("the answer is no topic on the list")
         return {"topic": float(places[name])}
 
 
-def choice() -> TopicChoice:
-    """The question for a topic."""
-    return TopicChoice("topics", 0, len(topics()) - 1, "client", (), PROMPT, "")
+def _bare(name: str) -> str:
+    return name.strip().strip("-*\"'. ").casefold()
+
+
+def choice(file: str | None = None) -> TopicChoice:
+    """The question for a topic of the file, or of those that ship."""
+    coarse, prompt = topics(file), PROMPT.replace(COUNSELLING, ANY) if file else PROMPT
+    return TopicChoice("topics", 0, len(coarse) - 1, "client", (), prompt, "", coarse=coarse)
 
 
 def topic_judge(config: Config) -> Judge | None:
@@ -102,7 +123,8 @@ def topic_judge(config: Config) -> Judge | None:
         raise PsyrayError("topics.engine is rule, which knows no topics; use vllm or http")
     if config.topics.budget is not None:
         raise PsyrayError("topics.budget bounds nothing: topics are not in the label ledger; use topics.max_cost")
-    return make_judge(config.topics.model_copy(update={"mode": "json"}), choice(), config.engine, config.cluster.wait_s)
+    section = config.topics.model_copy(update={"mode": "json"})
+    return make_judge(section, choice(section.file), config.engine, config.cluster.wait_s)
 
 
 def topics_stage(run: Run, config: Config, speeches: Artifact) -> Artifact | None:
@@ -110,6 +132,7 @@ def topics_stage(run: Run, config: Config, speeches: Artifact) -> Artifact | Non
     section, judge = config.topics, topic_judge(config)
     if section is None or judge is None:
         return None
+    asked = choice(section.file)
 
     def make(folder: Folder) -> Mapping[str, Any]:
         parts = folder.parts(TOPICS, "speech_id")
@@ -117,7 +140,7 @@ def topics_stage(run: Run, config: Config, speeches: Artifact) -> Artifact | Non
         while batch := list(islice(given, ROWS_IN_MEMORY)):
             parts.append(batch)
         count = int(speeches.manifest["rows"])
-        keep = partial(_keep, parts, judge.id)
+        keep = partial(_keep, parts, judge.id, asked.coarse)
         todo = _open(speeches, parts)
         rate = partial(judge.rate, folder=folder.path / CALLS)
         stream(folder, todo, rate, keep, title="topics", schema=ASKED, total=count, done=len(parts.ids))
@@ -125,7 +148,7 @@ def topics_stage(run: Run, config: Config, speeches: Artifact) -> Artifact | Non
         parts.finish()
         return summary(parts)
 
-    settings = {"engine": judge.id, "prompt": PROMPT, "topics": content_id(topics())}
+    settings = {"engine": judge.id, "prompt": asked.prompt, "topics": content_id(asked.coarse)}
     return run.stage("topics", settings, [speeches], make)
 
 
@@ -141,16 +164,16 @@ def _open(speeches: Artifact, parts: Parts) -> Iterator[Row]:
             yield {"key": row["speech_id"], "messages": row["messages"], "response": ""}
 
 
-def _keep(parts: Parts, by: str, results: Sequence[Row]) -> None:
-    parts.append(topic_row(result, by) for result in results)
+def _keep(parts: Parts, by: str, coarse: Mapping[str, str], results: Sequence[Row]) -> None:
+    parts.append(topic_row(result, by, coarse) for result in results)
 
 
-def topic_row(result: Row, by: str) -> Row:
+def topic_row(result: Row, by: str, coarse: Mapping[str, str]) -> Row:
     """The TOPICS row that an engine's answer makes."""
-    fine = list(topics())[int(json.loads(result["ratings"])["topic"])] if result["ratings"] else None
+    fine = list(coarse)[int(json.loads(result["ratings"])["topic"])] if result["ratings"] else None
     return {
         "speech_id": result["key"],
-        "topic": topics()[fine] if fine else None,
+        "topic": coarse[fine] if fine else None,
         "subtopic": fine,
         "by": by,
         "status": Status.OK if fine else Status.INVALID,

@@ -66,8 +66,6 @@ class RuleJudge:
         return f"rule-{rule.JUDGE_VERSION}"
 
     def rate(self, dataset: Any, folder: Path) -> Any:
-        if missing := set(self.rubric.keys) - set(rule.KEYS):
-            raise PsyrayError(f"the offline judge knows no {', '.join(sorted(missing))}; use judge.engine vllm or http")
         keys = self.rubric.keys
 
         def rate_row(row: Row) -> Row:
@@ -188,10 +186,15 @@ class Panel:
 
 
 def make_judge(section: JudgeSection, rubric: Rubric, engine: EngineSection, wait_s: float) -> Judge:
-    """The configured judge; PsyrayError where it is to compare by a rubric that has no pairwise prompt."""
+    """The configured judge; PsyrayError where it cannot rate or compare by the rubric."""
     if section.form == "pairwise":
         PairwiseRubric.of(rubric)
     if section.engine == "rule":
+        if missing := [key for key in rubric.keys if key not in rule.KEYS]:
+            raise PsyrayError(
+                f"the offline judge (engine: rule, the default) rates by the principles of counselling and knows no "
+                f"{', '.join(missing)} of the rubric {rubric.name}; set judge.engine to http or vllm"
+            )
         return RuleJudge(rubric)
     if section.engine == "vllm":
         return VllmJudge(rubric, section, engine, wait_s)

@@ -201,7 +201,7 @@ class JudgeSection(EndpointSection):
     form: Literal["pointwise", "pairwise"] = Field(
         "pointwise", description="how two responses are compared: by their ratings, or side by side in both orders"
     )
-    mode: Literal["json", "soft"] = Field("json", description="vllm: seven ratings as JSON, or digit expectation")
+    mode: Literal["json", "soft"] = Field("json", description="vllm: the ratings as JSON, or digit expectation")
     api_key_env: str = Field("PSYRAY_JUDGE_API_KEY", description="the environment variable that holds the key")
     max_tokens: int = Field(200, ge=1)
     tie_margin: float = Field(0.0, ge=0, description="score difference up to which a comparison is a tie")
@@ -219,6 +219,10 @@ class JudgeSection(EndpointSection):
         if self.engine == "rule" and self.form == "pairwise":
             raise ValueError("engine rule rates one response at a time; judge.form pairwise needs vllm or http")
         return self
+
+
+class TopicsSection(JudgeSection):
+    file: str | None = Field(None, description="YAML of `coarse topic: [fine topic, ...]`; none: counselling's")
 
 
 class PanelSection(Section):

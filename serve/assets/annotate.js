@@ -70,9 +70,8 @@ function show(next) {
   at("nothing").textContent = next ? "" : "There is no question for you just now. This page looks again by itself.";
   if (!next) return;
   const { said } = next;
-  at("conversation").replaceChildren(
-    ...next.messages.map((one) => turn(one.role === "user" ? rubric.speaker : one.role, one.content)),
-  );
+  const names = { user: rubric.speaker, assistant: rubric.answerer };
+  at("conversation").replaceChildren(...next.messages.map((one) => turn(names[one.role] ?? one.role, one.content)));
   at("left").textContent = next.left;
   at("right").textContent = next.right;
   at("note").value = said ? said.note : "";

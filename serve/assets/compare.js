@@ -11,6 +11,7 @@ let now = null; // the turn that is under way or was chosen last: {turn_id, word
 async function begin() {
   facts = await call("GET", "turns/about");
   at("keeping").textContent = facts.kept ? `Your choices are kept, ${facts.person}.` : "Choices are not kept.";
+  at("words-label").textContent = `Your words, as the ${facts.speaker}`;
   at("contact").textContent = facts.contact ? `Questions, or something that troubles you: ${facts.contact}` : "";
   signedIn();
   anew();

@@ -52,7 +52,7 @@ def test_texts_of_speeches_are_escaped(html: str) -> None:
 def test_a_copy_without_quotations_has_all_but_the_clients_words_and_the_answers(full: Path, html: str) -> None:
     text = Page(report.page(full, quotes=False)).text
     assert "I feel <script>" in Page(html).text and "I feel" not in text and "Answer of" not in text
-    assert "The examples are in the run folder's report" in text and "may quote client speeches" not in text
+    assert "The examples are in the run folder's report" in text and "may quote speeches" not in text
     assert "Mean rating of the held-out answers" in text
 
 

@@ -178,6 +178,7 @@ def test_half_a_character_stops_no_set(tmp_path):
         ("s.jsonl", "[1]\n", "line 1 is no JSON object"),
         ("s.jsonl", '{"id": 1}\n', "set speeches.text_column"),
         ("s.jsonl", '{"text": "too short"}\n', "no speech is left (1 too short"),
+        ("s.jsonl", '{"messages": [{"role": "visitor", "content": "a"}]}\n', "has the roles user and assistant"),
         ("s.parquet", "not parquet", "cannot be read"),
         ("s.csv", '"a\n', "s.csv"),
         ("s.csv", "text\n", "no rows"),

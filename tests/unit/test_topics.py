@@ -39,7 +39,9 @@ def test_the_question_holds_the_clients_words_as_they_are_and_every_topic():
 @pytest.mark.parametrize("name", topics())
 def test_every_topic_is_read_and_allowed(name):
     place = CHOICE.parse(f' "{name.title()}". ')
-    row = topic_row({"key": "s", "ratings": json.dumps(place), "error": "", "raw_text": name, "attempts": 1}, "me")
+    row = topic_row(
+        {"key": "s", "ratings": json.dumps(place), "error": "", "raw_text": name, "attempts": 1}, "me", topics()
+    )
     assert (row["subtopic"], row["topic"], row["status"]) == (name, topics()[name], "ok")
     assert re.fullmatch(CHOICE.regex(), name)
 
@@ -49,7 +51,7 @@ def test_anything_else_is_invalid_and_never_guessed(text):
     with pytest.raises(UnusableAnswer) as caught:
         CHOICE.parse(text)
     assert not text or text not in str(caught.value)
-    row = topic_row({"key": "s", "ratings": "", "error": "no topic", "raw_text": text, "attempts": 3}, "me")
+    row = topic_row({"key": "s", "ratings": "", "error": "no topic", "raw_text": text, "attempts": 3}, "me", topics())
     assert row["topic"] is None and row["subtopic"] is None and row["status"] == "invalid" and row["raw_text"] == text
 
 
@@ -70,3 +72,26 @@ def test_the_offline_judge_knows_no_topics():
     assert topic_judge(load_config(None)) is None
     with pytest.raises(PsyrayError, match="knows no topics"):
         topic_judge(load_config(None, ["topics.engine=rule"]))
+
+
+def test_topics_of_another_field_are_asked_for_and_read(tmp_path):
+    path = tmp_path / "law.yaml"
+    path.write_text("housing: [rent, deposit]\nwork: [notice, Art. 5]\n")
+    judge = topic_judge(load_config(None, ["topics={engine: http, url: http://h/v1, model: m}", f"topics.file={path}"]))
+    (asked,) = judge.rubric.question([{"role": "user", "content": "When is it paid back?"}], "")
+    assert (
+        asked["content"].startswith("Here is what somebody said.")
+        and "- deposit\n- notice\n- Art. 5\n" in asked["content"]
+    )
+    assert "counsel" not in asked["content"] and "- sleep\n" not in asked["content"]
+    assert judge.rubric.parse("Art. 5.") == {"topic": 3.0} and re.fullmatch(judge.rubric.regex(), "deposit")
+    result = {"key": "s", "ratings": '{"topic": 1}', "error": "", "raw_text": "deposit", "attempts": 1}
+    assert topic_row(result, "me", judge.rubric.coarse)["topic"] == "housing"
+
+
+@pytest.mark.parametrize("text", [None, "[a, b]", "a: 1", "a: [b]", "a: [b, c]\nd: [B]", "a: [b"])
+def test_a_file_that_lists_no_topics_is_named(tmp_path, text):
+    if text is not None:
+        (tmp_path / "law.yaml").write_text(text)
+    with pytest.raises(PsyrayError, match=r"topics\.file: .*law\.yaml"):
+        topics(str(tmp_path / "law.yaml"))
