@@ -74,6 +74,8 @@ def _start(ray: Any, config: Config, address: str | None) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _lock()
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    # Each training job would start a process that looks out for nodes that a cloud takes away.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(
             address="local",

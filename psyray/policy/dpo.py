@@ -87,6 +87,7 @@ def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any
 
     args = DPOConfig(**config["loss"], **arguments)  # before any model: ZeRO-3 loads them spread over the workers
     adapter = adapter_config(config["train"], "CAUSAL_LM")
+    _score_completions_only()
     model = _load(config["model"])
     freeze(model, config["train"]["freeze_layers"])
     own = adapter is not None and config["reference"] == config["model"]
@@ -105,6 +106,17 @@ def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = trainer.eval_dataset.map(ended)
     return trainer
+
+
+def _score_completions_only() -> None:
+    """Project no state to the vocabulary whose log-probability is dropped: the prompts', most of what a step reads.
+
+    TRL leaves them out on a GPU alone, elsewhere shapes that change from batch to batch would make it compile anew;
+    nothing is compiled here. A kept log-probability is the same to the bit.
+    """
+    from trl.trainer import utils
+
+    utils._use_triton = lambda device: True  # asked there for nothing else; what runs on Triton asks its own module
 
 
 def closing(tokenizer: Any) -> list[int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 import ray
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 
 from psyray import cluster
 from psyray.cluster import ray_session, require
@@ -30,6 +32,16 @@ def test_a_ray_that_does_not_start_is_one_clear_error(monkeypatch: pytest.Monkey
         ray_session(Config()),
     ):
         pass
+
+
+def test_only_a_cluster_has_its_training_jobs_look_out_for_nodes_that_are_taken_away(monkeypatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv(ENABLE_PREEMPTION_WATCHER_ENV_VAR, raising=False)
+    started = SimpleNamespace(init=lambda **_: None)
+    cluster._start(started, Config(), "auto")
+    assert ENABLE_PREEMPTION_WATCHER_ENV_VAR not in os.environ
+    cluster._start(started, Config(), None)
+    assert os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
 
 
 @pytest.mark.parametrize(("allowed", "gpus"), [(None, 8), ("2,3", 2), ("", 0)])

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from made_trainers import LORA, PAIRS, arguments, dpo_trainer, reward_trainer, settings
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import DPOConfig
+from trl.trainer import utils
 
 from psyray.lora import merge_adapter
 from psyray.policy import dpo
@@ -144,6 +146,24 @@ def test_every_loss_is_computed_and_length_can_be_kept_out(tmp_path, tiny_model,
     trainer.loss_types, trainer.ld_alpha = ["sigmoid"], 0.0
     without_tail = trainer.compute_loss(trainer.model, given).item()
     assert without_tail != found["sigmoid"]
+
+
+def test_only_the_answers_are_projected_to_the_vocabulary_and_the_loss_is_the_same(
+    tmp_path, tiny_model, other_model, monkeypatch
+):
+    trainer = dpo_trainer(tmp_path, other_model, tiny_model, None)
+    given, heads, projected = batch(trainer), utils._ChunkedLogProbFunction.apply, list[int]()
+
+    def noting(states: torch.Tensor, *more: Any) -> Any:
+        projected.append(len(states))
+        return heads(states, *more)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=noting))
+    loss = trainer.compute_loss(trainer.model, given).item()
+    assert projected == [int(given["completion_mask"].sum())] * 2  # the policy's and its reference's
+    monkeypatch.setattr(utils, "_use_triton", lambda device: False)
+    assert trainer.compute_loss(trainer.model, given).item() == pytest.approx(loss, rel=1e-6)
+    assert projected[-1] > 2 * projected[0]
 
 
 def test_a_side_that_was_cut_off_does_not_end_and_a_whole_one_does(tmp_path, tiny_model):
