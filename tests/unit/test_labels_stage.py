@@ -24,6 +24,7 @@ from psyray.config import load_config
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
 from psyray.records import RESPONSES, Verdict
+from psyray.reward import ensemble
 from psyray.reward.ensemble import FEATURES, fitted, load_features, prompt_matrix
 from psyray.reward.heads import Heads
 from psyray.reward.posterior import PosteriorHeads
@@ -216,6 +217,19 @@ def test_a_wide_doubt_is_seen_along_its_main_axes():
     drawn_PKH = matched_draws(np.ones((5, 2)), main_PKA, rng)
     assert drawn_PKH[1:].mean(axis=2) == pytest.approx(np.ones((4, 2)))
     assert drawn_PKH[1:].std(axis=2) == pytest.approx(np.linalg.norm(main_PKA[1:], axis=2))
+
+
+def test_every_response_is_scored_as_the_heads_believe_some_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(ensemble, "AT_ONCE", 5)
+    made = Round(tmp_path, posterior_heads())
+    heads = made.run.stage("heads", {}, [], lambda folder: made.heads.save(folder.path / "heads.npz") or {})
+    samples = made_stage(made.run, "round-0/samples", RESPONSES, "response_id", made.rows)
+    found = ensemble.scores_stage(made.run, "round-0/scores", heads, made.features_of(), samples).rows()
+    assert [row["response_id"] for row in found] == sorted(made.features)
+    belief = made.heads.belief(np.stack([made.features[row["response_id"]] for row in found]))
+    assert [row["mean"] for row in found] == pytest.approx(belief.mean_N)
+    assert [row["spread"] for row in found] == pytest.approx(belief.spread_N)
+    assert all(row["response_id"].startswith(row["speech_id"]) for row in found)
 
 
 @pytest.mark.parametrize("members", [1, 3])

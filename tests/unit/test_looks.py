@@ -113,7 +113,7 @@ def test_a_look_at_a_reward_model_is_its_log_loss_over_all_pairs(tmp_path: Path,
 def test_a_look_at_a_policy_is_the_mean_of_each_pairs_loss_and_leaves_its_training_as_it_was(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    examples = with_dev(tmp_path, [dpo.example(pair | {"rejected_truncated": True}, "") for pair in DEV])
+    examples = with_dev(tmp_path, [dpo.example(pair | {"rejected_truncated": True}, "", {}) for pair in DEV])
     trainer = dpo_trainer(
         tmp_path, tiny_model, tiny_model, LORA, examples, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1]
     )
@@ -269,7 +269,7 @@ def test_a_policys_dev_pairs_are_whole_speeches_and_are_not_trained_on(
     config = load_config(None, ["dpo.train.dev.share=0.3"])
     dpo.train_policy(Folder(tmp_path), config, pairs, "p", "r", title="policy")
     wanted = DevSection(share=0.3)
-    split = {part: [dpo.example(p, config.policy.system) for p in pairs if aside(p, wanted, 100) == part]
+    split = {part: [dpo.example(p, config.policy.system, {}) for p in pairs if aside(p, wanted, 100) == part]
              for part in (True, False)}  # fmt: skip
     assert got == {"train": split[False], "dev": split[True]} and got["train"] and got["dev"]
     with pytest.raises(PsyrayError, match=r"dpo\.train\.dev\.share 0\.3 puts"):
