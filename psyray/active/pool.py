@@ -107,7 +107,9 @@ def matched_draws(mean_PK: FloatArray, doubt_PKA: FloatArray, rng: np.random.Gen
     A = doubt_PKA.shape[2]
     turn_AA, _ = np.linalg.qr(rng.normal(size=(A, A)))
     moved_PKA = np.sqrt(A) * (doubt_PKA @ turn_AA)
-    return np.asarray(mean_PK[:, :, None] + np.concatenate([moved_PKA, -moved_PKA], axis=2))
+    drawn_PKH = np.concatenate([moved_PKA, -moved_PKA], axis=2)
+    drawn_PKH += mean_PK[:, :, None]
+    return drawn_PKH
 
 
 def keep_asked(folder: Folder, groups: Sequence[Sequence[Row]], picks: Sequence[Pick]) -> None:

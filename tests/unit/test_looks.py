@@ -269,8 +269,8 @@ def test_a_policys_dev_pairs_are_whole_speeches_and_are_not_trained_on(
     config = load_config(None, ["dpo.train.dev.share=0.3"])
     dpo.train_policy(Folder(tmp_path), config, pairs, "p", "r", title="policy")
     wanted = DevSection(share=0.3)
-    split = {part: [dpo.example(p, config.policy.system, {}) for p in pairs if aside(p, wanted, 100) == part]
-             for part in (True, False)}  # fmt: skip
+    given = config.policy.system, config.engine.template
+    split = {part: [dpo.example(p, *given) for p in pairs if aside(p, wanted, 100) == part] for part in (True, False)}
     assert got == {"train": split[False], "dev": split[True]} and got["train"] and got["dev"]
     with pytest.raises(PsyrayError, match=r"dpo\.train\.dev\.share 0\.3 puts"):
         dpo.train_policy(Folder(tmp_path), config, pairs[:1], "p", "r", title="policy")
