@@ -109,7 +109,7 @@ def matched_draws(mean_PK: FloatArray, doubt_PKA: FloatArray, rng: np.random.Gen
     moved_PKA = np.sqrt(A) * (doubt_PKA @ turn_AA)
     drawn_PKH = np.concatenate([moved_PKA, -moved_PKA], axis=2)
     drawn_PKH += mean_PK[:, :, None]
-    return drawn_PKH
+    return np.asarray(drawn_PKH)
 
 
 def keep_asked(folder: Folder, groups: Sequence[Sequence[Row]], picks: Sequence[Pick]) -> None:
