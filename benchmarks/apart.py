@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,9 +19,15 @@ ROOT = Path(__file__).parents[1]
 PSYRAY = [sys.executable, "-m", "psyray.cli", "run"]
 
 
+def with_parent() -> None:
+    """As `preexec_fn`: the process gets SIGTERM once this one has ended, however it ended. Linux only."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def last_line(script: str, *words: object) -> str:
     """The last line that a Python script prints; SystemExit with its last words where it fails."""
-    done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True, check=False)
+    command = [sys.executable, script, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=with_parent)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, words))}:\n{done.stderr[-3000:]}")
     return done.stdout.splitlines()[-1]
@@ -30,7 +38,9 @@ def psyray_run(tree: Mapping[str, Any], place: Path, name: str, *words: str) -> 
     config, log = place / f"{name}.yaml", place / f"{name}.log"
     config.write_text(yaml.safe_dump(dict(tree)))
     with log.open("ab") as out:
-        done = subprocess.run([*PSYRAY, str(config), *words], cwd=ROOT, stdout=out, stderr=out, check=False)
+        done = subprocess.run(
+            [*PSYRAY, str(config), *words], cwd=ROOT, stdout=out, stderr=out, check=False, preexec_fn=with_parent
+        )
     if done.returncode:
         sys.exit(f"{name} ended with {done.returncode}:\n{log.read_text()[-3000:]}")
 

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from apart import PSYRAY, ROOT, folder, verdict
+from apart import PSYRAY, ROOT, folder, verdict, with_parent
 from endpoint import Endpoint, digest, judge_reader, served
 
 KEYS = {"speeches": "speech_id", "pairs": "pair_id", "labels": "pair_id", "probe": "key", "second": "speech_id"}
@@ -137,8 +137,9 @@ class Attempt:
         with (home / "log").open("ab") as log:
             command = [*PSYRAY, str(home.parent / "run.yaml"), f"run.path={home}/run", *words]
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=with_parent,
+            )  # fmt: skip
         return cls(home, process, began)
 
     def stage(self) -> str:

@@ -30,18 +30,24 @@ def redact(text: str) -> str:
 def refuse_secrets(settings: BaseModel, at: str = "") -> None:
     """PsyrayError where the address of an endpoint or of MLflow holds a secret; it names the setting and the mend."""
     for name, section in _sections(settings, at):
-        if isinstance(section, EndpointSection) and section.url and holds_secret(section.url):
-            raise PsyrayError(
-                f"{name}.url holds a user name, a password or a key, which the run folder would keep: leave it out of "
-                f"the URL and set ${section.api_key_env}, which is sent as a bearer token ({name}.api_key_env names "
-                "the variable)"
-            )
+        if isinstance(section, EndpointSection) and section.url:
+            refuse_secret(f"{name}.url", section.url, f"{name}.api_key_env", section.api_key_env)
         if isinstance(section, TrackSection) and section.uri and holds_secret(section.uri):
             raise PsyrayError(
                 f"{name}.uri holds a user name, a password or a key, which the run folder would keep: leave it out of "
                 "the URI and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, for "
                 f"a server, PGPASSWORD for PostgreSQL; or leave {name}.uri out and set MLFLOW_TRACKING_URI"
             )
+
+
+def refuse_secret(setting: str, url: str, names_variable: str, variable: str) -> None:
+    """PsyrayError where an endpoint's URL holds a secret; `variable` is what the setting `names_variable` says."""
+    if holds_secret(url):
+        raise PsyrayError(
+            f"{setting} holds a user name, a password or a key, which would be kept with the settings: leave it out of "
+            f"the URL and set {f'${variable}' if variable else 'an environment variable'}, which is sent as a bearer "
+            f"token ({names_variable} names the variable)"
+        )
 
 
 def holds_secret(url: str) -> bool:

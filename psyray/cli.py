@@ -190,7 +190,10 @@ def export(
         bool, typer.Option("--full", help="also margin, source, ids, crisis, topics and whole conversations")
     ] = False,
     rounds: Annotated[bool, typer.Option("--rounds", help="also the pairs of the online rounds")] = False,
-    licence: Annotated[str, typer.Option("--licence", help="as Hugging Face spells it: cc-by-4.0")] = "unknown",
+    licence: Annotated[
+        str | None,
+        typer.Option(help="as Hugging Face spells it: cc-by-4.0; none: an earlier export's there, or unknown"),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="replace README.md, data/, rounds/ and psyray.json among other files")
     ] = False,
@@ -202,7 +205,8 @@ def export(
     from psyray.data.export import export_run
 
     known = export_run(folder, to, full=full, rounds=rounds, force=force, licence=licence)
-    say(f"{to}: " + ", ".join(f"{s['pairs']} {s['split']} pairs" for s in known["splits"]) + f"; card: {to}/README.md")
+    pairs = ", ".join(f"{s['pairs']} {s['split']} pairs" for s in known["splits"])
+    say(f"{to}: {pairs}; licence: {known['licence']}; card: {to}/README.md")
 
 
 @app.command()

@@ -1,8 +1,9 @@
 """Looks at dev while a job trains: which of its steps is kept, and when it stops.
 
-Some of a job's training speeches are put aside (`train.dev`). Every some steps, and at the last one, their pairs are
-measured; the weights of the best look are kept in `folder/kept` and become the model. A checkpoint's marker holds the
-looks up to it, so that a job that goes on from there decides as one that was never cut off.
+Some of a job's training speeches are put aside (`train.dev`), all lengths of a conversation together. Every some steps,
+and at the last one, their pairs are measured; the weights of the best look are kept in `folder/kept` and become the
+model. A checkpoint's marker holds the looks up to it, so that a job that goes on from there decides as one that was
+never cut off.
 
 All workers measure the same number of pairs in batches of the same sizes, since what ZeRO or TRL gathers in a forward
 pass takes all of them; pairs that do not divide are read by every worker and counted once.
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from psyray.errors import PsyrayError
-from psyray.records import Row, in_share
+from psyray.records import Row, conversation_id, in_share
 from psyray.run import write_atomic
 from psyray.sections.learning import DevSection
 
@@ -48,9 +49,14 @@ def in_vain(looks: Sequence[Look]) -> int:
     return len(looks) - 1 - looks.index(best(looks)) if looks else 0
 
 
-def aside(speech: str, dev: DevSection | None) -> bool:
-    """Whether a training speech is put aside: by hash, the same in every job and run."""
-    return dev is not None and in_share(dev.share, "training dev", speech)
+def aside(row: Row, dev: DevSection | None, least: int) -> bool:
+    """Whether a row's speech is put aside: by hash, whole conversations, the same in every job and run.
+
+    `least` is `speeches.min_chars`, see `conversation_id`.
+    """
+    if dev is None:
+        return False
+    return in_share(dev.share, "training dev", conversation_id(row["speech_id"], row["messages"], least))
 
 
 def check_parts(setting: str, dev: DevSection | None, measured: int, pairs: int) -> None:

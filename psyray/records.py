@@ -80,6 +80,16 @@ def response_id(speech: str, responder: str, seed: int) -> str:
     return content_id("response", speech, responder, seed)
 
 
+def conversation_id(speech: str, messages: Sequence[Message], least: int) -> str:
+    """The id of the conversation that a speech is one length of: that of its shortest, which is one of its own.
+
+    All lengths share the opening, up to the client's first words of `least` characters (`speeches.min_chars`).
+    """
+    client = (n for n, m in enumerate(messages) if m["role"] == "user" and len(normalise(m["content"])) >= least)
+    opening = messages[: next(client, len(messages)) + 1]
+    return speech if len(opening) == len(messages) else speech_id(opening)
+
+
 def client_words(messages: Sequence[Message]) -> str:
     """The client's last words in a conversation."""
     return messages[-1]["content"]

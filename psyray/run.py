@@ -72,11 +72,14 @@ def write_atomic(path: Path, text: str) -> None:
         os.fsync(out.fileno())
 
 
-def batches(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of Parquet files, a few thousand in memory at a time."""
+def batches(
+    files: Iterable[Path], columns: Sequence[str] | None = None, rows: int = ROWS_IN_MEMORY
+) -> Iterator[pa.RecordBatch]:
+    """The rows of Parquet files, `rows` in memory at a time."""
     for path in files:
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(ROWS_IN_MEMORY, columns=columns)
+        # By default all of a file is read before its first row is given.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+            yield from file.iter_batches(rows, columns=columns)
 
 
 def each(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[Row]:

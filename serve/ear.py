@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import aiohttp
 
 from psyray import crisis
-from psyray.addresses import holds_secret
+from psyray.addresses import refuse_secret
 from psyray.errors import PsyrayError
 
 QUESTION = (Path(crisis.__file__).parent / "assets/crisis_question.txt").read_text()
@@ -46,11 +46,7 @@ class Ask:
     @classmethod
     def of(cls, url: str, model: str, key_env: str, **more: Any) -> Self:
         """With the key from the environment, where `key_env` names one; PsyrayError says what is wrong."""
-        if holds_secret(url):
-            raise PsyrayError(
-                "ask holds a user name, a password or a key: leave it out of the URL, and let ask_key_env name the "
-                "environment variable that holds it, which is sent as a bearer token"
-            )
+        refuse_secret("ask", url, "ask_key_env", key_env)
         if not url.startswith(("http://", "https://")) or not model:
             raise PsyrayError("ask is a URL, http://HOST:PORT/v1, and ask_model the name of a model there; give both")
         key = os.environ.get(key_env, "").strip()

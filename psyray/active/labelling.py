@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from psyray.active.acquisition import acquire
+from psyray.active.acquisition import PLACED, Candidates, Pick, acquire
 from psyray.active.oracle_kinds import make_oracle
 from psyray.active.oracles import Label, Pair
-from psyray.active.pool import Pool, asked_before, keep_asked, why
+from psyray.active.pool import Pool, asked_before, believed, keep_asked, why
 from psyray.arrays import BoolArray, FloatArray
 from psyray.ceiling import Ceiling, check_ceiling
 from psyray.config import Config
@@ -21,7 +21,7 @@ from psyray.data.judge import Desk
 from psyray.data.rules import Rules
 from psyray.errors import PsyrayError
 from psyray.records import PAIRS, Row, Status, Verdict, normalise, pair_row
-from psyray.reward.ensemble import load_features
+from psyray.reward.ensemble import load_features, prompt_matrix
 from psyray.reward.heads import Heads
 from psyray.run import Artifact, Folder, Run
 from psyray.sections.learning import LoopSection
@@ -41,22 +41,9 @@ def labels_stage(
     veto = Rules.make(config.pairs, desk.rubric).veto
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        groups: dict[str, list[Row]] = {}
-        for row in samples.rows():
-            if row["split"] == "train" and row["status"] == Status.OK:
-                groups.setdefault(row["speech_id"], []).append(row)
-        ensemble, listed = Heads.load(heads.path / "heads.npz"), list(groups.values())
-        known = load_features([features])
-        pool = Pool.of(ensemble, known, groups, loop.k, np.random.default_rng([config.run.seed, number, DRAWS]))
-        asked_PKH = pool.candidates.scores_PKH
-        candidates = replace(
-            pool.candidates,
-            scores_PKH=asked_PKH if loop.mixed_ends else alike_ends(asked_PKH, listed),
-            asked_NE=asked_before(earlier, len(ensemble.mean_D)),
-            open_PKK=different(listed, loop.k),
-        )
-        rng = np.random.default_rng([config.run.seed, number])
-        picks = acquire(loop.acquisition, candidates, budget, rng, loop.apart)
+        groups = by_speech(samples)
+        listed = list(groups.values())
+        pool, picks = choose(config, number, heads, features, groups, earlier)
         keep_asked(folder, listed, picks)
         asked = [(listed[p.prompt][p.first], listed[p.prompt][p.second], why(pool, p)) for p in picks]
         purpose = f"round-{number}"
@@ -78,6 +65,51 @@ def labels_stage(
     settings |= {} if loop.mixed_ends else {"mixed_ends": "never asked"}
     settings |= {"budget": budget, "veto": veto, "seed": config.run.seed}
     return run.stage(f"round-{number}/labels", settings, [heads, features, samples], make)
+
+
+def by_speech(samples: Artifact) -> dict[str, list[Row]]:
+    """The usable responses to the round's training speeches."""
+    groups: dict[str, list[Row]] = {}
+    for row in samples.each():
+        if row["split"] == "train" and row["status"] == Status.OK:
+            groups.setdefault(row["speech_id"], []).append(row)
+    return groups
+
+
+def choose(
+    config: Config,
+    number: int,
+    heads: Artifact,
+    features: Artifact,
+    groups: Mapping[str, Sequence[Row]],
+    earlier: Sequence[tuple[Artifact, Artifact]],
+) -> tuple[Pool, list[Pick]]:
+    """What the heads believe of the responses, and what the round's rule asks about."""
+    loop, seed = config.loop, config.run.seed
+    pool, seen = _seen(config, number, heads, features, groups, earlier)
+    listed = list(groups.values())
+    scores_PKH = seen.scores_PKH if loop.mixed_ends else alike_ends(seen.scores_PKH, listed)
+    candidates = replace(seen, scores_PKH=scores_PKH, open_PKK=different(listed, loop.k))
+    rng = np.random.default_rng([seed, number])
+    return pool, acquire(loop.acquisition, candidates, loop.budget_of(number), rng, loop.apart)
+
+
+def _seen(
+    config: Config,
+    number: int,
+    heads: Artifact,
+    features: Artifact,
+    groups: Mapping[str, Sequence[Row]],
+    earlier: Sequence[tuple[Artifact, Artifact]],
+) -> tuple[Pool, Candidates]:
+    """What is believed, and what of it the rule sees; the features themselves are let go, they are far larger."""
+    ensemble, known = Heads.load(heads.path / "heads.npz"), load_features([features])
+    rng = np.random.default_rng([config.run.seed, number, DRAWS])
+    pool, seen = believed(ensemble, known, groups, config.loop.k, rng)
+    if config.loop.acquisition in PLACED:
+        asked_NE = asked_before(earlier, len(ensemble.mean_D))
+        seen = replace(seen, prompts_PE=prompt_matrix(known, groups), asked_NE=asked_NE)
+    return pool, seen
 
 
 def beyond_budget(purpose: str, budget: int, counts: Mapping[str, Any], labels: Sequence[Label | None]) -> str:
@@ -162,8 +194,7 @@ class Gap:
     @classmethod
     def of(cls, pool: Pool, p: int, i: int, j: int) -> Gap:
         """Of response i's score less response j's, to speech p: exact where the heads' posterior is known."""
-        apart_E = pool.doubt_PKE[p, i] - pool.doubt_PKE[p, j]
-        return cls(float(pool.mean_PK[p, i] - pool.mean_PK[p, j]), float(np.linalg.norm(apart_E)))
+        return cls(float(pool.mean_PK[p, i] - pool.mean_PK[p, j]), float(pool.spread_PKK[p, i, j]))
 
     @property
     def confidence(self) -> float:

@@ -1,71 +1,102 @@
 """What acquisition gets to see in a round: the heads' belief of every response, and what was asked in rounds before.
 
-Shapes: P speeches, K responses each, H heads or draws, A axes, N speeches asked before, D features.
+Shapes: P speeches, K responses each, H heads or draws, E directions of doubt, A axes, N rows, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
 from scipy.linalg import eigh
 
 from psyray.active.acquisition import Candidates, Pick
-from psyray.arrays import FloatArray
+from psyray.arrays import Features, FloatArray
 from psyray.records import Row, table
-from psyray.reward.ensemble import Features, feature_matrix, load_features, prompt_matrix
+from psyray.reward.ensemble import feature_rows, load_features, prompt_matrix
 from psyray.reward.heads import Heads
 from psyray.reward.posterior import PosteriorHeads
 from psyray.run import Artifact, Folder, each, write_parquet
 
 AXES = 256  # of a posterior's doubt that acquisition sees: its rules cost P K^2 A
+ROWS = 1024  # responses whose features are in float64 at once: all of them are some GB where the model is large
 ASKED = pa.schema([("speech_id", pa.string()), ("responses", pa.list_(pa.string()))])
 ASKED_FILE = "asked.parquet"
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The scores of a round's responses; NaN where one is absent."""
+    """What is believed of a round's responses; NaN where one is absent."""
 
     mean_PK: FloatArray
-    doubt_PKE: FloatArray  # |z_i - z_j| is the spread of a score difference, |z_i| that of a score
-    candidates: Candidates
-
-    @classmethod
-    def of(
-        cls, heads: Heads, features: Features, by_speech: Mapping[str, Sequence[Row]], k: int, rng: np.random.Generator
-    ) -> Pool:
-        """What the heads make of the responses; `rng` turns the draws of a posterior.
-
-        Where the posterior is known, acquisition sees it on its main axes: as features and covariance, and as draws
-        whose mean and covariance are its own. An ensemble is seen as its heads' scores.
-        """
-        features_PKD = feature_matrix(features, by_speech, k, len(heads.mean_D))
-        P, K, D = features_PKD.shape
-        rows_ND = features_PKD.reshape(P * K, D)
-        mean_PK, doubt_PKE = heads.belief(rows_ND).mean_N.reshape(P, K), heads.doubts(rows_ND).reshape(P, K, -1)
-        where_PD = prompt_matrix(features, by_speech)
-        if isinstance(heads, PosteriorHeads):
-            main_PKA = main_axes(doubt_PKE)
-            A = main_PKA.shape[2]
-            drawn_PKH = matched_draws(mean_PK, main_PKA, rng)
-            seen = Candidates(drawn_PKH, features_PKD=main_PKA, covariance_DD=np.eye(A), prompts_PE=where_PD)
-        else:
-            seen = Candidates(heads.scores(rows_ND).reshape(P, K, -1), prompts_PE=where_PD)
-        return cls(mean_PK, doubt_PKE, seen)
+    spread_PK: FloatArray  # of a score
+    spread_PKK: FloatArray  # of a score difference
 
 
-def main_axes(doubt_PKE: FloatArray, most: int = AXES) -> FloatArray:
-    """[P, K, A]: the doubts along the `most` axes in which they are widest; as they are where they have no more."""
-    E = doubt_PKE.shape[2]
+def believed(
+    heads: Heads, features: Features, by_speech: Mapping[str, Sequence[Row]], k: int, rng: np.random.Generator
+) -> tuple[Pool, Candidates]:
+    """What the heads make of the responses, and what acquisition sees of it; `rng` turns the draws of a posterior.
+
+    Where the posterior is known, acquisition sees it on its main axes: as features and covariance, and as draws
+    whose mean and covariance are its own. An ensemble is seen as its heads' scores.
+    """
+    blocks = Blocks(features, by_speech, k, len(heads.mean_D))
+    if not isinstance(heads, PosteriorHeads):
+        scores_PKH = np.concatenate([heads.scores(rows_ND) for rows_ND in blocks]).reshape(len(by_speech), k, -1)
+        return pool_of(scores_PKH), Candidates(scores_PKH)
+    parts, gram_EE = list[Pool](), np.zeros((heads.width, heads.width))
+    for rows_ND in blocks:
+        doubt_NE = heads.doubts(rows_ND)
+        mean_PK = heads.means(rows_ND).mean(axis=1).reshape(-1, k)
+        parts.append(Pool(mean_PK, *spreads(doubt_NE.reshape(*mean_PK.shape, -1))))
+        present_NE = doubt_NE[np.isfinite(doubt_NE).all(axis=1)]
+        gram_EE += present_NE.T @ present_NE
+    pool = Pool(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Pool)))
+    turn_DA = heads.along(main_axes(gram_EE))
+    main_PKA = np.concatenate([heads.standardised(rows_ND) @ turn_DA for rows_ND in blocks])
+    main_PKA = main_PKA.reshape(*pool.mean_PK.shape, -1)
+    A = main_PKA.shape[2]
+    drawn_PKH = matched_draws(pool.mean_PK, main_PKA, rng)
+    return pool, Candidates(drawn_PKH, features_PKD=main_PKA, covariance_DD=np.eye(A))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The features of some speeches at a time, [N, D] with K rows for each in order; NaN where one is absent."""
+
+    features: Features
+    by_speech: Mapping[str, Sequence[Row]]
+    k: int
+    width: int
+
+    def __iter__(self) -> Iterator[FloatArray]:
+        groups = list(self.by_speech.values())
+        each = max(ROWS // self.k, 1)
+        for start in range(0, max(len(groups), 1), each):  # one block at least, which tells the shapes
+            yield feature_rows(self.features, groups[start : start + each], self.k, self.width)
+
+
+def pool_of(scores_PKH: FloatArray) -> Pool:
+    """What is believed where the heads' scores are all that is known."""
+    mean_PK = scores_PKH.mean(axis=2)
+    return Pool(mean_PK, *spreads((scores_PKH - mean_PK[:, :, None]) / np.sqrt(scores_PKH.shape[2])))
+
+
+def spreads(doubt_PKE: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """([P, K], [P, K, K]) |z_i| and |z_i - z_j|, by differences: those of like responses are small beside either."""
+    apart = [np.linalg.norm(doubt_PKE[:, i, None] - doubt_PKE, axis=2) for i in range(doubt_PKE.shape[1])]
+    return np.asarray(np.linalg.norm(doubt_PKE, axis=2)), np.stack(apart, axis=1)
+
+
+def main_axes(gram_EE: FloatArray, most: int = AXES) -> FloatArray:
+    """[E, A]: the `most` axes along which doubts with these products are widest; all, unturned, if no more."""
+    E = len(gram_EE)
     if most >= E:
-        return doubt_PKE
-    rows_NE = doubt_PKE.reshape(-1, E)
-    rows_NE = rows_NE[np.isfinite(rows_NE).all(axis=1)]
-    _, axes_EA = eigh(rows_NE.T @ rows_NE, subset_by_index=[E - most, E - 1])
-    return np.asarray(doubt_PKE @ axes_EA)
+        return np.eye(E)
+    return np.asarray(eigh(gram_EE, subset_by_index=[E - most, E - 1], check_finite=False)[1])
 
 
 def matched_draws(mean_PK: FloatArray, doubt_PKA: FloatArray, rng: np.random.Generator) -> FloatArray:
@@ -76,7 +107,9 @@ def matched_draws(mean_PK: FloatArray, doubt_PKA: FloatArray, rng: np.random.Gen
     A = doubt_PKA.shape[2]
     turn_AA, _ = np.linalg.qr(rng.normal(size=(A, A)))
     moved_PKA = np.sqrt(A) * (doubt_PKA @ turn_AA)
-    return np.asarray(mean_PK[:, :, None] + np.concatenate([moved_PKA, -moved_PKA], axis=2))
+    drawn_PKH = np.concatenate([moved_PKA, -moved_PKA], axis=2)
+    drawn_PKH += mean_PK[:, :, None]
+    return np.asarray(drawn_PKH)
 
 
 def keep_asked(folder: Folder, groups: Sequence[Sequence[Row]], picks: Sequence[Pick]) -> None:
@@ -102,7 +135,8 @@ def asked_before(earlier: Sequence[tuple[Artifact, Artifact]], width: int) -> Fl
                 if pair["source"] == "oracle":
                     both = [{"response_id": pair[key]} for key in ("chosen_id", "rejected_id")]
                     asked.setdefault(pair["speech_id"], []).extend(both)
-        found.append(prompt_matrix(load_features([features]), asked))
+        wanted = {row["response_id"] for responses in asked.values() for row in responses}
+        found.append(prompt_matrix(load_features([features], wanted), asked))
     return np.concatenate(found)
 
 
@@ -112,6 +146,6 @@ def why(pool: Pool, pick: Pick) -> dict[str, float]:
     for side, place in (("a", (pick.prompt, pick.first)), ("b", (pick.prompt, pick.second))):
         found |= {
             f"{side}_mean": float(pool.mean_PK[place]),
-            f"{side}_spread": float(np.linalg.norm(pool.doubt_PKE[place])),
+            f"{side}_spread": float(pool.spread_PK[place]),
         }
     return found

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from psyray import crisis
 from psyray.data.dedup import band_hashes, tokens, word_pairs
 from psyray.data.scrub import KINDS, Scrub, scrubber
-from psyray.records import MESSAGES, Message, Row, content_id, normalise, speech_id, table
+from psyray.records import MESSAGES, Message, Row, content_id, conversation_id, normalise, speech_id, table
 from psyray.run import write_parquet
 from psyray.sections.data import SpeechesSection
 
@@ -90,7 +90,7 @@ def clean_row(raw: Row, section: SpeechesSection, scrub: Scrub) -> Row:
         "speech_id": key,
         "reason": reason,
         "rank": _rank(raw, kinds, section),
-        "place": int(content_id("split", speech_id(opening(messages, section.min_chars)))[:8], 16) / 16**8,
+        "place": int(content_id("split", conversation_id(key, messages, section.min_chars))[:8], 16) / 16**8,
         "crisis_kinds": kinds,
         **{kind: found[kind] for kind in KINDS},
         "variant": content_id(messages),
@@ -98,12 +98,6 @@ def clean_row(raw: Row, section: SpeechesSection, scrub: Scrub) -> Row:
         "pairs": pairs,
         "bands": band_hashes(pairs, section.near_duplicates or 1.0) if pairs is not None else None,
     }
-
-
-def opening(messages: Sequence[Message], least: int) -> Sequence[Message]:
-    """The conversation up to the client's first words of `least` characters, which its longer stretches share."""
-    client = (n for n, m in enumerate(messages) if m["role"] == "user" and len(normalise(m["content"])) >= least)
-    return messages[: next(client, len(messages)) + 1]
 
 
 def _reason(last: str, kinds: Sequence[str], section: SpeechesSection) -> str | None:

@@ -31,6 +31,7 @@ from psyray.status import read_config, round_numbers
 from psyray.tables import connect, cut, in_order, view
 
 CARD, MARKER, DATA, ROUNDS, DRAFT = "README.md", "psyray.json", "data", "rounds", ".draft"
+UNKNOWN = "unknown"  # as the hub calls a licence that nobody named
 OWN = (CARD, DATA, ROUNDS, MARKER)
 KEPT = {DRAFT, ".git", ".gitattributes", ".cache"}  # what a data set's repository holds beside the export
 
@@ -66,9 +67,9 @@ class Subset:
 
 
 def export_run(
-    run: Path, to: Path, *, full: bool = False, rounds: bool = False, force: bool = False, licence: str = "unknown"
+    run: Path, to: Path, *, full: bool = False, rounds: bool = False, force: bool = False, licence: str | None = None
 ) -> dict[str, Any]:
-    """Write the data set folder and return what its psyray.json says.
+    """Write the data set folder and return what its psyray.json says; no licence: that of an earlier export there.
 
     PsyrayError where the run has no finished pairs, its rubric changed since, or `to` holds anything that an earlier
     export did not write; with `force` such files stay, and only the export's own names are replaced.
@@ -86,6 +87,8 @@ def export_run(
     if rounds:
         extra = ["pairs.round", *(FULL if full else ["pairs.source"])]
         subsets.append(Subset(ROUNDS, "rounds", [keys, *extra], ["ID", "prefID", "round"]))
+    earlier = json.loads((to / MARKER).read_text()) if (to / MARKER).exists() else {}
+    licence = licence or earlier.get("licence", UNKNOWN)
     draft = to / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

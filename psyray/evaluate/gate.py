@@ -32,7 +32,7 @@ from psyray.evaluate.duels import (
     side_by_side,
     verdict_rows,
 )
-from psyray.records import Row, Verdict, in_share, table
+from psyray.records import Row, Verdict, conversation_id, in_share, table
 from psyray.reward.metrics import accuracy
 from psyray.run import Artifact, Folder, Run, write_parquet
 from psyray.sections.learning import EvaluateSection
@@ -64,7 +64,7 @@ def gate_stage(
 
     Beside the JUDGEMENTS of the answers it leaves `verdicts.parquet`.
     """
-    section = config.evaluate
+    section, least = config.evaluate, config.speeches.min_chars
     settings = desk.labels_identity | section.model_dump(exclude={"second"})
 
     def make(folder: Folder) -> Mapping[str, Any]:
@@ -73,7 +73,7 @@ def gate_stage(
         parts.finish()
         found = Graded(answers, list(parts.each()), desk)
         if start is None:
-            stats = by_part(found.on_its_own, answers, section.dev_share)
+            stats = by_part(found.on_its_own, answers, section.dev_share, least)
             return stats | {"win_rate": 0.5, "passed": True, "reasons": [], "start_words": stats["mean_words"]}
         duels = by_speech(answers, held_out(start.samples))
         if desk.section.form == "pairwise":
@@ -90,7 +90,7 @@ def gate_stage(
                 stats["second"] = {"judge": second.stats["judge"]} | second_grade([d for d, _ in mine], second.each())
             return stats
 
-        stats = by_part(measured, answers, section.dev_share)
+        stats = by_part(measured, answers, section.dev_share, least)
         for part, first in ((stats, start.gate.stats), (stats.get(TEST), start.gate.stats.get(TEST))):
             if part and first:
                 part["start_words"] = first["mean_words"]
@@ -107,26 +107,25 @@ def gate_stage(
 Keep = Callable[[str], bool]  # whether a speech, by its id, is of the part
 
 
-def by_part(measure: Callable[[Keep], dict[str, Any]], answers: Sequence[Row], dev_share: float) -> dict[str, Any]:
+def by_part(
+    measure: Callable[[Keep], dict[str, Any]], answers: Sequence[Row], dev_share: float, least: int
+) -> dict[str, Any]:
     """The numbers of the speeches that decide, and under `test` those of the others, if there are any.
 
-    PsyrayError where a share is wanted and one of the parts has no speech.
+    Drawn by hash, whole conversations (`least`: see `conversation_id`), the same in every round and run. PsyrayError
+    where a share is wanted and one of the parts has no speech.
     """
     if not dev_share:
         return measure(lambda speech: True)
-    deciding = sum(decides(row["speech_id"], dev_share) for row in answers)
-    if not 0 < deciding < len(answers):
+    of = {row["speech_id"]: conversation_id(row["speech_id"], row["messages"], least) for row in answers}
+    deciding = {speech for speech, conversation in of.items() if in_share(dev_share, "dev", conversation)}
+    if not 0 < len(deciding) < len(of):
         raise PsyrayError(
-            f"evaluate.dev_share {dev_share} puts {deciding} of {len(answers)} held-out speeches into the part that "
+            f"evaluate.dev_share {dev_share} puts {len(deciding)} of {len(of)} held-out speeches into the part that "
             "decides: hold out more (speeches.test_share, evaluate.speeches), or choose another share"
         )
-    stats = measure(lambda speech: decides(speech, dev_share))
-    return stats | {TEST: measure(lambda speech: not decides(speech, dev_share))}
-
-
-def decides(speech: str, dev_share: float) -> bool:
-    """Whether a held-out speech is of the part that decides: by hash, the same in every round and run."""
-    return in_share(dev_share, "dev", speech)
+    stats = measure(lambda speech: speech in deciding)
+    return stats | {TEST: measure(lambda speech: speech not in deciding)}
 
 
 @dataclass(frozen=True)

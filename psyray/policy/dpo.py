@@ -22,7 +22,8 @@ def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, 
     dev = config.dpo.train.dev
     parts: dict[bool, list[Row]] = {False: [], True: []}
     for pair in pairs:
-        parts[aside(pair["speech_id"], dev)].append(example(pair, config.policy.system, config.engine.template))
+        one = example(pair, config.policy.system, config.engine.template)
+        parts[aside(pair, dev, config.speeches.min_chars)].append(one)
     check_parts("dpo.train.dev", dev, len(parts[True]), len(pairs))
     settings = {
         "model": policy,

@@ -72,19 +72,19 @@ def adapters_stage(run: Run, config: Config, reward: Artifact, pairs: Artifact) 
 
 def train_member(member: Member, config: Config, reward: Artifact, pairs: Artifact) -> None:
     """Train one adapter; it is then in the folder's `adapter`, its steps beside it."""
-    section, seed = config.reward.adapters.train, config.run.seed
-    times = drawn(pairs, seed, member.number, section.dev)
+    section, seed, least = config.reward.adapters.train, config.run.seed, config.speeches.min_chars
+    times = drawn(pairs, seed, member.number, section.dev, least)
     member.path.mkdir(exist_ok=True)
     run_training(
         member,
         train_loop,
-        examples(member, config.reward, pairs, times, lambda speech: not aside(speech, section.dev)),
+        examples(member, config.reward, pairs, times, lambda row: not aside(row, section.dev, least)),
         {"model": str(reward.model), **losses(config.reward), "seed": seed + 1 + member.number, "merge": False},
         section,
         config.engine,
         config.cluster,
         title=f"adapter {member.number + 1} of {member.of}",
-        dev=examples(member, config.reward, pairs, keep=lambda speech: aside(speech, section.dev)),
+        dev=examples(member, config.reward, pairs, keep=lambda row: aside(row, section.dev, least)),
     )
 
 
@@ -93,16 +93,17 @@ def check_dev(config: Config, pairs: Artifact) -> None:
     if dev := config.reward.adapters.train.dev:
         found = pairs.each(["split", "margin"])
         count = sum(row["split"] == "train" and usable(row, config.reward) for row in found)
-        check_parts("reward.adapters.train.dev", dev, dev_pairs(config.reward, pairs, dev), count)
+        measured = dev_pairs(config.reward, pairs, dev, config.speeches.min_chars)
+        check_parts("reward.adapters.train.dev", dev, measured, count)
 
 
-def drawn(pairs: Artifact, seed: int, number: int, dev: DevSection | None = None) -> dict[str, int]:
+def drawn(pairs: Artifact, seed: int, number: int, dev: DevSection | None, least: int) -> dict[str, int]:
     """How often member `number` sees each training speech: as many draws as there are speeches, with replacement.
 
     Those put aside as dev are not among them.
     """
-    train = (row["speech_id"] for row in pairs.each(["speech_id", "split"]) if row["split"] == "train")
-    ids = sorted({speech for speech in train if not aside(speech, dev)})
+    train = (row for row in pairs.each(["speech_id", "messages", "split"]) if row["split"] == "train")
+    ids = sorted({row["speech_id"] for row in train if not aside(row, dev, least)})
     times = np.random.default_rng([seed, number]).multinomial(len(ids), np.full(len(ids), 1 / len(ids)))
     return dict(zip(ids, times.tolist(), strict=True))
 

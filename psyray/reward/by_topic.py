@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from psyray.data.speeches import TOPICS_SHOWN
 from psyray.records import Row
-from psyray.reward.ensemble import labelled_pairs, load_features, margins
+from psyray.reward.ensemble import labelled_pairs, margins
 from psyray.reward.heads import Heads
 from psyray.reward.held_out import Strata
 from psyray.reward.metrics import length_baseline, part
@@ -29,8 +29,8 @@ def by_topic_stage(
     """Accuracy of `heads` by topic on the held-out pairs; `topics` has `speech_id` and `topic`, null or "" for none."""
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        known = load_features(features)
-        test = [row for row in labelled_pairs(pairs, known) if row["split"] == "test"]
+        labelled, known = labelled_pairs(pairs, features)
+        test = [row for row in labelled if row["split"] == "test"]
         found = {row["speech_id"]: row["topic"] for row in topics.each(["speech_id", "topic"])}
         names = [found.get(row["speech_id"]) or NONE for row in test]
         margins_N = margins(Heads.load(heads.path / "heads.npz"), test, known).mean_N

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from psyray.arrays import FloatArray
+from psyray.arrays import Features, FloatArray
 from psyray.config import Config
 from psyray.errors import PsyrayError
 from psyray.records import MESSAGES, Row, Status
@@ -30,8 +31,7 @@ from psyray.run import Artifact, Folder, Run, batches
 from psyray.sections.learning import HeadsSection
 from psyray.stream import stream
 
-Features = Mapping[str, FloatArray]  # response id -> [D]
-
+AT_ONCE = 512  # responses whose features are read together
 FEATURES = pa.schema([("response_id", pa.string()), ("features", pa.list_(pa.float32()))])
 ANSWERS = pa.schema([("response_id", pa.string()), ("messages", MESSAGES), ("text", pa.string())])
 SCORES = pa.schema(
@@ -71,13 +71,20 @@ def features_stage(
     return run.stage(name, {"max_length": max_length, "of": ids, **reading.identity}, [reward, source], make)
 
 
-def load_features(artifacts: Iterable[Artifact]) -> Features:
-    """Features by response id."""
-    found: dict[str, FloatArray] = {}
-    for batch in filter(len, batches(chain.from_iterable(artifact.files for artifact in artifacts))):
-        values_ND = batch["features"].flatten().to_numpy().reshape(len(batch), -1)
-        found |= zip(batch["response_id"].to_pylist(), values_ND.astype(np.float64), strict=True)
+def load_features(artifacts: Iterable[Artifact], wanted: Collection[str] | None = None) -> Features:
+    """Features by response id; none wanted: all."""
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    for ids, features_ND in feature_batches(artifacts):
+        rows = [n for n, key in enumerate(ids) if wanted is None or key in wanted]
+        kept_ND = features_ND if wanted is None else features_ND[rows]  # rows alone would keep their batch in memory
+        found |= zip([ids[n] for n in rows], kept_ND, strict=True)
     return found
+
+
+def feature_batches(artifacts: Iterable[Artifact]) -> Iterator[tuple[list[str], npt.NDArray[np.float32]]]:
+    """Response ids and their features [N, D], some hundred at a time: a large model's are wide."""
+    for batch in filter(len, batches(chain.from_iterable(artifact.files for artifact in artifacts), rows=AT_ONCE)):
+        yield batch["response_id"].to_pylist(), batch["features"].flatten().to_numpy().reshape(len(batch), -1)
 
 
 def heads_stage(
@@ -91,8 +98,7 @@ def heads_stage(
     reading = reading_of(config.reward, reward.model)
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        known = load_features(features)
-        labelled = labelled_pairs(pairs, known)
+        labelled, known = labelled_pairs(pairs, features)
         train = [row for row in labelled if row["split"] == "train"]
         test = [row for row in labelled if row["split"] == "test"]
         if not train:
@@ -113,12 +119,11 @@ def heads_stage(
     return run.stage(name, settings, [reward, *features, *pairs], make)
 
 
-def labelled_pairs(artifacts: Iterable[Artifact], features: Features) -> list[Row]:
-    """The pairs that a judge, an oracle or a data set labelled, both of whose responses have features."""
-    return [
-        row for artifact in artifacts for row in artifact.rows()
-        if row["source"] != "reward" and row["chosen_id"] in features and row["rejected_id"] in features
-    ]  # fmt: skip
+def labelled_pairs(artifacts: Iterable[Artifact], features: Iterable[Artifact]) -> tuple[list[Row], Features]:
+    """The pairs that a judge, an oracle or a data set labelled and whose responses both have features; the features."""
+    labelled = [row for artifact in artifacts for row in artifact.rows() if row["source"] != "reward"]
+    known = load_features(features, {row[side] for row in labelled for side in ("chosen_id", "rejected_id")})
+    return [row for row in labelled if row["chosen_id"] in known and row["rejected_id"] in known], known
 
 
 def own_heads(model: Path, reading: Reading) -> list[FloatArray | None]:
@@ -144,7 +149,7 @@ def mean_of(features: Features, members: int) -> Features:
     """[D] by response: the mean over the members of what a response's features hold one after another."""
     if members == 1:
         return features
-    return {key: feature.reshape(members, -1).mean(axis=0) for key, feature in features.items()}
+    return {key: feature.reshape(members, -1).mean(axis=0, dtype=np.float64) for key, feature in features.items()}
 
 
 def fitted_by_member(
@@ -193,8 +198,8 @@ def fitted(
 
 def sides(pairs: Sequence[Row], features: Features) -> tuple[FloatArray, FloatArray]:
     """(chosen [N, D], rejected [N, D]) of the pairs."""
-    chosen_ND = np.stack([features[p["chosen_id"]] for p in pairs])
-    return chosen_ND, np.stack([features[p["rejected_id"]] for p in pairs])
+    chosen_ND = np.stack([features[p["chosen_id"]] for p in pairs], dtype=np.float64)
+    return chosen_ND, np.stack([features[p["rejected_id"]] for p in pairs], dtype=np.float64)
 
 
 def margins(heads: Heads, pairs: Sequence[Row], features: Features) -> Belief:
@@ -202,14 +207,14 @@ def margins(heads: Heads, pairs: Sequence[Row], features: Features) -> Belief:
     return heads.difference(*sides(pairs, features)) if pairs else Belief(np.empty(0), np.empty(0))
 
 
-def feature_matrix(features: Features, by_speech: Mapping[str, Sequence[Row]], k: int, width: int) -> FloatArray:
-    """[P, K, D] of the speeches' responses in order; NaN for a response without features."""
-    features_PKD = np.full((len(by_speech), k, width), np.nan)
-    for p, responses in enumerate(by_speech.values()):
+def feature_rows(features: Features, groups: Sequence[Sequence[Row]], k: int, width: int) -> FloatArray:
+    """[P * k, D] of the speeches' responses, `k` rows for each in order; NaN for a response without features."""
+    rows_ND = np.full((len(groups) * k, width), np.nan)
+    for p, responses in enumerate(groups):
         for j, response in enumerate(responses):
             if response["response_id"] in features:
-                features_PKD[p, j] = features[response["response_id"]]
-    return features_PKD
+                rows_ND[p * k + j] = features[response["response_id"]]
+    return rows_ND
 
 
 def prompt_matrix(features: Features, by_speech: Mapping[str, Sequence[Row]]) -> FloatArray:
@@ -218,7 +223,7 @@ def prompt_matrix(features: Features, by_speech: Mapping[str, Sequence[Row]]) ->
     where_PD = np.zeros((len(by_speech), width))
     for p, responses in enumerate(by_speech.values()):
         if known := [features[r["response_id"]] for r in responses if r["response_id"] in features]:
-            where_PD[p] = np.mean(known, axis=0)
+            where_PD[p] = np.mean(known, axis=0, dtype=np.float64)
     return where_PD
 
 
@@ -226,12 +231,12 @@ def scores_stage(run: Run, name: str, heads: Artifact, features: Artifact, sampl
     """What the heads believe of every response's score."""
 
     def make(folder: Folder) -> Mapping[str, Any]:
-        ensemble, known = Heads.load(heads.path / "heads.npz"), load_features([features])
-        speech = {r["response_id"]: r["speech_id"] for r in samples.rows()}
-        belief = ensemble.belief(np.stack(list(known.values())))
+        ensemble = Heads.load(heads.path / "heads.npz")
+        speech = {r["response_id"]: r["speech_id"] for r in samples.each(["response_id", "speech_id"])}
         rows = [
             {"response_id": key, "speech_id": speech[key], "mean": float(mean), "spread": float(spread)}
-            for key, mean, spread in zip(known, *belief, strict=True)
+            for ids, features_ND in feature_batches([features])
+            for key, mean, spread in zip(ids, *ensemble.belief(features_ND), strict=True)
         ]
         folder.keep(SCORES, "response_id", rows)
         return {name: float(np.mean([row[name] for row in rows])) for name in ("mean", "spread")}

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from psyray.arrays import FloatArray
+from psyray.arrays import Features
 from psyray.models import model_identity
 from psyray.records import content_id
 from psyray.reward.body import Body, Chat, Reading
@@ -56,10 +56,10 @@ class FeatureCache:
             for reading, features in part.items():
                 _write(self._place(reading), features)
 
-    def features(self, chats: Iterable[str], reading: Reading) -> dict[str, FloatArray]:
+    def features(self, chats: Iterable[str], reading: Reading) -> Features:
         """[D] by id of what `fill` computed; KeyError for a chat that it did not."""
         found = _read(self._place(reading))
-        return {key: np.asarray(found[key], dtype=np.float64) for key in chats}
+        return {key: found[key] for key in chats}
 
     def _place(self, reading: Reading) -> Path:
         return self.folder / content_id(reading.pooling, model_identity(self.model), reading.layer, self.max_length)

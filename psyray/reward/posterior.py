@@ -31,21 +31,34 @@ class PosteriorHeads(Heads):
 
     def belief(self, features_ND: npt.ArrayLike) -> Belief:
         """Exact where `Heads` takes mean and spread of the draws."""
-        return Belief(self._means(features_ND).mean(axis=1), np.linalg.norm(self.doubts(features_ND), axis=1))
+        return Belief(self.means(features_ND).mean(axis=1), np.linalg.norm(self.doubts(features_ND), axis=1))
 
     def difference(self, first_ND: npt.ArrayLike, second_ND: npt.ArrayLike) -> Belief:
         """Exact where `Heads` takes mean and spread of the draws."""
-        mean_N = (self._means(first_ND) - self._means(second_ND)).mean(axis=1)
+        mean_N = (self.means(first_ND) - self.means(second_ND)).mean(axis=1)
         return Belief(mean_N, np.linalg.norm(self.doubts(first_ND) - self.doubts(second_ND), axis=1))
 
     def doubts(self, features_ND: npt.ArrayLike) -> FloatArray:
         """[N, D + M]: what each direction of the covariance adds, and how far the members' means lie apart."""
-        means_NM = self._means(features_ND)
+        means_NM = self.means(features_ND)
         apart_NM = (means_NM - means_NM.mean(axis=1, keepdims=True)) / np.sqrt(means_NM.shape[1])
         within = [x_Nd @ root_dd for x_Nd, root_dd in zip(self._parts(features_ND), self.root_Mdd, strict=True)]
         return np.concatenate([*(one / np.sqrt(len(within)) for one in within), apart_NM], axis=1)
 
-    def _means(self, features_ND: npt.ArrayLike) -> FloatArray:
+    @property
+    def width(self) -> int:
+        """How many directions of doubt there are."""
+        return sum(len(root_dd) + 1 for root_dd in self.root_Mdd)
+
+    def along(self, axes_EA: FloatArray) -> FloatArray:
+        """[D, A]: `standardised` features times this are their `doubts` along axes, without those being made."""
+        *within, apart_MA = np.split(axes_EA, np.cumsum([len(root_dd) for root_dd in self.root_Mdd]))
+        apart_MA = apart_MA - apart_MA.mean(axis=0)
+        moved = zip(self.root_Mdd, self.means_Md, within, apart_MA, strict=True)
+        parts = [root_dd @ axes_dA + np.outer(mean_d, apart_A) for root_dd, mean_d, axes_dA, apart_A in moved]
+        return np.asarray(np.concatenate(parts) / np.sqrt(len(parts)))
+
+    def means(self, features_ND: npt.ArrayLike) -> FloatArray:
         """[N, M] what each member's most likely head says."""
         found = [x_Nd @ mean_d for x_Nd, mean_d in zip(self._parts(features_ND), self.means_Md, strict=True)]
         return np.stack(found, axis=1)

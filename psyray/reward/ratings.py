@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import spearmanr
 
-from psyray.arrays import FloatArray
+from psyray.arrays import Features, FloatArray
 from psyray.records import Row
 from psyray.rubric import Rubric
 from psyray.run import draft
@@ -117,7 +117,7 @@ def _fit_of(predicted_N: FloatArray, truth_N: FloatArray) -> dict[str, float | N
     return {"r2": r2, "spearman": order}
 
 
-def rated(pairs: Iterable[Row], features: Mapping[str, FloatArray], keys: Sequence[str]) -> dict[str, Row]:
+def rated(pairs: Iterable[Row], features: Features, keys: Sequence[str]) -> dict[str, Row]:
     """By id {speech_id, split, ratings} of the pairs' responses that have features and a number for each key."""
     found: dict[str, Row] = {}
     for pair in pairs:
@@ -134,9 +134,7 @@ def _is_number(rating: float | None) -> bool:
     return rating is not None and isfinite(rating)
 
 
-def fit_rated(
-    pairs: Iterable[Row], features: Mapping[str, FloatArray], rubric: Rubric
-) -> tuple[RatingHeads | None, dict[str, Any]]:
+def fit_rated(pairs: Iterable[Row], features: Features, rubric: Rubric) -> tuple[RatingHeads | None, dict[str, Any]]:
     """Heads fitted on the training side's rated responses, and how well they do on the test side's.
 
     None where fewer than two training speeches have ratings, as with pairs that came without any.
@@ -152,7 +150,7 @@ def fit_rated(
     return heads, stats | ({"held_out": heads.held_out(*_arrays(test, found, features))} if test else {})
 
 
-def _arrays(
-    ids: Sequence[str], found: Mapping[str, Row], features: Mapping[str, FloatArray]
-) -> tuple[FloatArray, FloatArray]:
-    return np.stack([features[key] for key in ids]), np.array([found[key]["ratings"] for key in ids], dtype=np.float64)
+def _arrays(ids: Sequence[str], found: Mapping[str, Row], features: Features) -> tuple[FloatArray, FloatArray]:
+    return np.stack([features[key] for key in ids], dtype=np.float64), np.array(
+        [found[key]["ratings"] for key in ids], dtype=np.float64
+    )

@@ -28,7 +28,7 @@ from psyray.train import fit_and_save, freeze, prepare_worker, run_training, tra
 
 def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
     """The stage `reward`: a sequence-classification model trained on the training pairs."""
-    section = config.reward
+    section, least = config.reward, config.speeches.min_chars
     more = {"model": model_identity(section.model), "seed": config.run.seed}
     settings = section.model_dump(exclude={"adapters", "heads"}) | more
 
@@ -38,18 +38,18 @@ def reward_stage(run: Run, config: Config, pairs: Artifact) -> Artifact:
             raise PsyrayError("no training pair is left for the reward model; lower pairs.gap or give more speeches")
         if told := without_margin(train[False], train.total()):
             run.say(told)
-        measured = dev_pairs(section, pairs, section.train.dev)
+        measured = dev_pairs(section, pairs, section.train.dev, least)
         check_parts("reward.train.dev", section.train.dev, measured, train[True])
         steps = run_training(
             folder,
             train_loop,
-            examples(folder, section, pairs, keep=lambda speech: not aside(speech, section.train.dev)),
+            examples(folder, section, pairs, keep=lambda row: not aside(row, section.train.dev, least)),
             {"model": resolve_model(section.model), **losses(section), "seed": config.run.seed},
             section.train,
             config.engine,
             config.cluster,
             title="reward model",
-            dev=examples(folder, section, pairs, keep=lambda speech: aside(speech, section.train.dev)),
+            dev=examples(folder, section, pairs, keep=lambda row: aside(row, section.train.dev, least)),
         )
         return {"train_pairs": train[True] - measured, "steps": steps, **read_choice(folder.path)}
 
@@ -61,10 +61,10 @@ def usable(pair: Row, section: RewardSection) -> bool:
     return not (section.use_margin and pair["margin"] is None)
 
 
-def dev_pairs(section: RewardSection, pairs: Artifact, dev: DevSection | None) -> int:
+def dev_pairs(section: RewardSection, pairs: Artifact, dev: DevSection | None, least: int) -> int:
     """How many of the pairs that the loss can take are put aside."""
-    found = pairs.each(["speech_id", "split", "margin"]) if dev else ()
-    return sum(row["split"] == "train" and usable(row, section) and aside(row["speech_id"], dev) for row in found)
+    found = pairs.each(["speech_id", "messages", "split", "margin"]) if dev else ()
+    return sum(row["split"] == "train" and usable(row, section) and aside(row, dev, least) for row in found)
 
 
 def without_margin(left_out: int, of: int) -> str:
@@ -82,7 +82,7 @@ def losses(section: RewardSection) -> dict[str, float]:
     return {"smoothing": section.label_smoothing, "center": section.center}
 
 
-Keep = Callable[[str], bool]  # whether a speech, by its id, is of the part
+Keep = Callable[[Row], bool]  # whether a pair's speech is of the part
 
 
 def examples(
@@ -90,14 +90,14 @@ def examples(
     section: RewardSection,
     pairs: Artifact,
     times: Mapping[str, int] | None = None,
-    keep: Keep = lambda speech: True,
+    keep: Keep = lambda row: True,
 ) -> Iterator[Row]:
     """The training pairs of the speeches in `keep` as groups: each alone, or those of a speech together.
 
     `times`: how often those of each speech come; none: once.
     """
     for group in grouped(folder, section, pairs):
-        if not keep(group[0]["speech_id"]):
+        if not keep(group[0]):
             continue
         once = group_example(group, section.use_margin)
         yield from repeat(once, 1 if times is None else times[group[0]["speech_id"]])

@@ -412,3 +412,9 @@ def test_a_rule_that_asks_about_pairs_puts_the_higher_mean_first(
     scores = rng(seed).normal(size=shape)
     mean = scores.mean(axis=2)
     assert all(mean[p.prompt, p.first] >= mean[p.prompt, p.second] for p in acquire(name, featured(scores), 9, rng()))
+
+
+def test_v_optimal_chooses_among_many_prompts_by_few_heads():
+    scores_PKH = 100 * np.random.default_rng(0).normal(size=(500, 4, 6))
+    picks = acquire("v_optimal", scores_PKH, 8, np.random.default_rng(0))
+    assert len({pick.prompt for pick in picks}) == 8 and all(pick.value > 0 for pick in picks)

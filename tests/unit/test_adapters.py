@@ -182,8 +182,8 @@ def pairs_artifact(path: Path) -> Artifact:
 
 def test_each_member_learns_from_its_own_draw_of_the_training_speeches(tmp_path: Path) -> None:
     pairs = pairs_artifact(tmp_path / "run")
-    first, second = (drawn(pairs, 0, number) for number in range(2))
-    assert drawn(pairs, 0, 0) == first != second and drawn(pairs, 1, 0) != first
+    first, second = (drawn(pairs, 0, number, None, 1) for number in range(2))
+    assert drawn(pairs, 0, 0, None, 1) == first != second and drawn(pairs, 1, 0, None, 1) != first
     for times in (first, second):
         assert set(times) == {f"train-{n:02d}" for n in range(20)} and sum(times.values()) == 20
         assert 0 in times.values() and max(times.values()) > 1
@@ -197,13 +197,13 @@ def test_each_member_learns_from_its_own_draw_of_the_training_speeches(tmp_path:
 
 def test_speeches_put_aside_are_drawn_for_no_member_and_measured_once_by_each(tmp_path: Path) -> None:
     pairs, dev = pairs_artifact(tmp_path / "run"), DevSection(share=0.3)
-    out = {speech for speech in drawn(pairs, 0, 0) if aside(speech, dev)}
-    times = drawn(pairs, 0, 0, dev)
+    out = {row["speech_id"] for row in pairs.each() if row["split"] == "train" and aside(row, dev, 1)}
+    times = drawn(pairs, 0, 0, dev, 1)
     assert out and not out & times.keys() and sum(times.values()) == len(times) == 20 - len(out)
     section = RewardSection()
-    learnt = list(examples(Folder(tmp_path), section, pairs, times, lambda speech: speech not in out))
-    measured = list(examples(Folder(tmp_path), section, pairs, keep=lambda speech: speech in out))
-    assert len(learnt) == 2 * len(times) and len(measured) == 2 * len(out) == dev_pairs(section, pairs, dev)
+    learnt = list(examples(Folder(tmp_path), section, pairs, times, lambda row: row["speech_id"] not in out))
+    measured = list(examples(Folder(tmp_path), section, pairs, keep=lambda row: row["speech_id"] in out))
+    assert len(learnt) == 2 * len(times) and len(measured) == 2 * len(out) == dev_pairs(section, pairs, dev, 1)
     config = load_config(None, ["reward.adapters={count: 2, train: {dev: {share: 0.0001}}}"])
     with pytest.raises(PsyrayError, match=r"reward\.adapters\.train\.dev\.share 0\.0001 puts 0 of 40"):
         adapters.check_dev(config, pairs)

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from made_ear import MadeEar, made_ear
 
+from psyray.addresses import refuse_secrets
+from psyray.config import load_config
 from psyray.errors import PsyrayError
 from serve.champion import Args
 from serve.ear import AT_ONCE, CHARS, LAST, Ask, Ear, question
@@ -130,7 +132,10 @@ def test_the_key_is_sent_and_told_to_nobody(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"ask": "http://user:pass@ear/v1", "ask_model": "m"}, "a password or a key: .*ask_key_env"),
+        (
+            {"ask": "http://user:pass@ear/v1", "ask_model": "m"},
+            "set an environment variable.*ask_key_env names the variable",
+        ),
         ({"ask": "https://ear/v1?api_key=secret", "ask_model": "m"}, "a password or a key"),
         ({"ask": "ear:8000/v1", "ask_model": "m"}, "ask is a URL"),
         ({"ask": "http://ear/v1"}, "ask_model the name of a model"),
@@ -142,6 +147,16 @@ def test_what_cannot_be_asked_is_refused_at_the_start(words: dict[str, str], mes
     with pytest.raises(PsyrayError, match=message) as refused:
         _ = Args.read(words).ear
     assert "pass@" not in str(refused.value) and "=secret" not in str(refused.value)
+
+
+def test_a_secret_in_a_url_is_refused_in_one_way_wherever_the_url_is_given() -> None:
+    url = "https://me:hunter2@ear/v1"
+    with pytest.raises(PsyrayError) as served:
+        _ = Args.read({"ask": url, "ask_model": "m", "ask_key_env": "EAR_KEY"}).ear
+    with pytest.raises(PsyrayError) as run:
+        refuse_secrets(load_config(None, [f"judge.url={url}", "judge.api_key_env=EAR_KEY"]))
+    told = str(served.value).replace("ask_key_env", "judge.api_key_env").replace("ask holds", "judge.url holds")
+    assert str(run.value) == told and "set $EAR_KEY" in told and "hunter2" not in told
 
 
 def test_nobody_is_asked_unless_that_is_said() -> None:

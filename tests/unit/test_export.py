@@ -107,6 +107,12 @@ def test_large_exports_are_cut_into_files_that_hold_every_row_once(home, tmp_pat
     assert datasets.load_dataset(str(tmp_path / "out"))["train"].num_rows == train
 
 
+def test_an_export_written_again_keeps_its_licence_until_another_is_named(home, tmp_path):
+    said = [export_run(home, tmp_path / "out", licence=given)["licence"] for given in (None, "cc-by-4.0", None, "mit")]
+    assert said == ["unknown", "cc-by-4.0", "cc-by-4.0", "mit"]
+    assert card_of(tmp_path / "out")[0]["license"] == "mit"
+
+
 def test_the_card_tells_what_the_data_hold(home, tmp_path):
     made = finished_run(home)
     known = export_run(home, tmp_path / "out", rounds=True, licence="cc-by-4.0")

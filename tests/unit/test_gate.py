@@ -9,8 +9,8 @@ from psyray.data.judge import Desk
 from psyray.engines.judges import RuleJudge
 from psyray.errors import PsyrayError
 from psyray.evaluate.duels import Duel, by_scores, by_speech, check_invalid, grade, side_by_side, verdict_rows
-from psyray.evaluate.gate import by_part, decides, failures, reward_opinion, second_grade
-from psyray.records import Verdict
+from psyray.evaluate.gate import by_part, failures, reward_opinion, second_grade
+from psyray.records import Verdict, in_share, speech_id
 from psyray.rubric import load_rubric
 from psyray.run import Folder
 from psyray.sections.data import JudgeSection
@@ -161,15 +161,20 @@ def test_a_second_judge_decides_only_where_it_is_told_to():
 
 
 def test_a_share_of_the_speeches_decides_and_the_others_only_report():
-    answers = [{"speech_id": f"s{i}"} for i in range(400)]
+    talks = [[{"role": "user", "content": f"{i}"}] for i in range(200)]
+    talks += [[*talk, {"role": "assistant", "content": "Yes?"}, *talk] for talk in talks]
+    answers = [{"speech_id": speech_id(talk), "messages": talk} for talk in talks]
 
     def measure(keep) -> dict:
         return {"speeches": [a["speech_id"] for a in answers if keep(a["speech_id"])]}
 
-    assert by_part(measure, answers, 0.0) == {"speeches": [a["speech_id"] for a in answers]}
-    parts = by_part(measure, answers, 0.3)
+    ids = [a["speech_id"] for a in answers]
+    assert by_part(measure, answers, 0.0, 1) == {"speeches": ids}
+    parts = by_part(measure, answers, 0.3, 1)
     dev, test = parts["speeches"], parts["test"]["speeches"]
-    assert set(dev) | set(test) == {a["speech_id"] for a in answers} and not set(dev) & set(test)
-    assert 0.22 < len(dev) / 400 < 0.38 and {s for s in dev if decides(s, 0.6)} == set(dev)
+    assert set(dev) | set(test) == set(ids) and not set(dev) & set(test)
+    assert 0.22 < len(dev) / 400 < 0.38 and set(dev) < set(by_part(measure, answers, 0.6, 1)["speeches"])
+    alone = [key for key in ids[:200] if in_share(0.3, "dev", key)]  # a conversation's other length is with it
+    assert dev == alone + [longer for key, longer in zip(ids[:200], ids[200:], strict=True) if key in alone]
     with pytest.raises(PsyrayError, match=r"evaluate.dev_share 0\.3"):
-        by_part(measure, [a for a in answers if a["speech_id"] in set(test)], 0.3)
+        by_part(measure, [a for a in answers if a["speech_id"] in set(test)], 0.3, 1)

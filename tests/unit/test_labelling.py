@@ -8,7 +8,7 @@ from scipy.special import expit
 
 from psyray.active.acquisition import ACQUISITIONS, Candidates, acquire
 from psyray.active.labelling import Gap, alike_ends, beyond_budget, different, oracle_pairs, penalised, reward_pairs
-from psyray.active.pool import Pool
+from psyray.active.pool import Pool, pool_of
 from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.records import Verdict
@@ -28,10 +28,7 @@ def responses(*texts: str, speech: str = "s") -> list[dict]:
 
 def pool(scores: list) -> Pool:
     """What heads with these scores [P, K, H] believe."""
-    scores_PKH = np.asarray(scores)
-    mean_PK = scores_PKH.mean(axis=2)
-    doubt_PKE = (scores_PKH - mean_PK[:, :, None]) / np.sqrt(scores_PKH.shape[2])
-    return Pool(mean_PK, doubt_PKE, Candidates(scores_PKH))
+    return pool_of(np.asarray(scores, dtype=float))
 
 
 def alike(mean_PK: list[list[float]]) -> Pool:

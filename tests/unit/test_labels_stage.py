@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from psyray.active.database import CHARGE, QUESTION
 from psyray.active.labelled_set import UNKNOWN
 from psyray.active.labelling import check_usable, labels_stage
 from psyray.active.ledger import Ledger
-from psyray.active.pool import Pool, main_axes, matched_draws
+from psyray.active.pool import believed, main_axes, matched_draws
 from psyray.config import load_config
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
 from psyray.records import RESPONSES, Verdict
-from psyray.reward.ensemble import FEATURES, fitted, prompt_matrix
+from psyray.reward import ensemble
+from psyray.reward.ensemble import FEATURES, fitted, load_features, prompt_matrix
 from psyray.reward.heads import Heads
+from psyray.reward.posterior import PosteriorHeads
 from psyray.rubric import load_rubric
 from psyray.run import Artifact, Folder, Run
 from psyray.sections.data import JudgeSection
@@ -206,8 +209,9 @@ def test_a_wide_doubt_is_seen_along_its_main_axes():
     rng = np.random.default_rng(2)
     doubt_PKE = rng.normal(size=(5, 2, 3)) @ rng.normal(size=(3, 40))  # of rank three
     doubt_PKE[0, 1] = np.nan
-    main_PKA = main_axes(doubt_PKE, most=3)
-    assert main_PKA.shape == (5, 2, 3) and np.isnan(main_PKA[0, 1]).all() and main_axes(doubt_PKE) is doubt_PKE
+    flat_NE = doubt_PKE.reshape(-1, 40)[np.r_[0, 2:10]]
+    main_PKA = doubt_PKE @ main_axes(flat_NE.T @ flat_NE, most=3)
+    assert main_PKA.shape == (5, 2, 3) and (main_axes(np.ones((4, 4))) == np.eye(4)).all()
     apart, shown = doubt_PKE[1:, 0] - doubt_PKE[1:, 1], main_PKA[1:, 0] - main_PKA[1:, 1]
     assert np.linalg.norm(shown, axis=1) == pytest.approx(np.linalg.norm(apart, axis=1))
     drawn_PKH = matched_draws(np.ones((5, 2)), main_PKA, rng)
@@ -215,11 +219,80 @@ def test_a_wide_doubt_is_seen_along_its_main_axes():
     assert drawn_PKH[1:].std(axis=2) == pytest.approx(np.linalg.norm(main_PKA[1:], axis=2))
 
 
+def test_every_response_is_scored_as_the_heads_believe_some_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(ensemble, "AT_ONCE", 5)
+    made = Round(tmp_path, posterior_heads())
+    heads = made.run.stage("heads", {}, [], lambda folder: made.heads.save(folder.path / "heads.npz") or {})
+    samples = made_stage(made.run, "round-0/samples", RESPONSES, "response_id", made.rows)
+    found = ensemble.scores_stage(made.run, "round-0/scores", heads, made.features_of(), samples).rows()
+    assert [row["response_id"] for row in found] == sorted(made.features)
+    belief = made.heads.belief(np.stack([made.features[row["response_id"]] for row in found]))
+    assert [row["mean"] for row in found] == pytest.approx(belief.mean_N)
+    assert [row["spread"] for row in found] == pytest.approx(belief.spread_N)
+    assert all(row["response_id"].startswith(row["speech_id"]) for row in found)
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_doubts_along_some_axes_are_what_the_turned_doubts_would_be(members):
+    rng = np.random.default_rng(0)
+    roots = np.tril(rng.normal(size=(members, D, D)))
+    wide = members * D
+    heads = PosteriorHeads(np.ones((2, wide)), rng.normal(size=wide), np.full(wide, 2.0), rng.normal(size=(members, D)),
+                           roots)  # fmt: skip
+    features_ND, axes_EA = rng.normal(size=(5, wide)), rng.normal(size=(heads.width, 4))
+    assert heads.standardised(features_ND) @ heads.along(axes_EA) == pytest.approx(heads.doubts(features_ND) @ axes_EA)
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "mlp", "laplace"])
+def test_a_block_of_responses_at_a_time_believes_what_all_at_once_do(kind, monkeypatch):
+    rng = np.random.default_rng(3)
+    made = {f"s{s}r{k}": rng.normal(size=D).astype(np.float32) for s in range(7) for k in range(K) if s * k != 2}
+    rows = {f"s{s}": [{"response_id": f"s{s}r{k}"} for k in range(K)] for s in range(7)}
+    chosen, rejected = rng.normal(size=(2, 30, D))
+    section = HeadsSection.model_validate({"kind": kind, "count": 4})
+    heads = fitted(section, chosen, rejected, [str(n) for n in range(30)], None, seed=0)
+    whole, seen = believed(heads, made, rows, K, np.random.default_rng(0))
+    monkeypatch.setattr("psyray.active.pool.ROWS", 2 * K)
+    parts, seen_in_parts = believed(heads, made, rows, K, np.random.default_rng(0))
+    for name in ("mean_PK", "spread_PK", "spread_PKK"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), nan_ok=True)
+    assert seen_in_parts.scores_PKH == pytest.approx(seen.scores_PKH, nan_ok=True)
+    assert np.argwhere(np.isnan(whole.mean_PK)).tolist() == [[1, 2], [2, 1]]
+    rows_ND = np.stack([made[key] for key in ("s0r0", "s0r1")])
+    belief, apart = heads.belief(rows_ND), heads.difference(rows_ND[:1], rows_ND[1:])
+    assert (whole.mean_PK[0, :2], whole.spread_PK[0, :2]) == (
+        pytest.approx(belief.mean_N),
+        pytest.approx(belief.spread_N),
+    )
+    assert whole.spread_PKK[0, 0, 1] == whole.spread_PKK[0, 1, 0] == pytest.approx(apart.spread_N[0])
+
+
+def test_what_a_large_models_features_take_is_not_taken_again_to_choose(monkeypatch):
+    monkeypatch.setattr("psyray.active.pool.ROWS", 64)
+    rng = np.random.default_rng(0)
+    made = {f"s{s}r{k}": rng.normal(size=512).astype(np.float32) for s in range(500) for k in range(4)}
+    rows = {f"s{s}": [{"response_id": f"s{s}r{k}"} for k in range(4)] for s in range(500)}
+    tracemalloc.start()
+    believed(Heads(np.ones((4, 512)), np.zeros(512), np.ones(512)), made, rows, 4, rng)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < sum(feature.nbytes for feature in made.values()) / 2
+
+
+def test_features_are_kept_as_they_lie_on_disk_and_only_those_wanted(tmp_path):
+    made = Round(tmp_path)
+    features, some = made.features_of(), {"s1r2", "s7r0", "unknown"}
+    found = load_features([features], some)
+    assert set(found) == some - {"unknown"} and found["s1r2"].dtype == np.float32
+    assert (found["s1r2"] == made.features["s1r2"]).all()
+    assert len(load_features([features])) == len(made.rows)
+
+
 def test_the_reward_models_confidence_is_the_posteriors_own():
     heads = posterior_heads()
     features = {name: np.full(D, place) for name, place in (("a", 1.0), ("b", -1.0))}
     rows = {"s": [{"response_id": "a"}, {"response_id": "b"}]}
-    pool = Pool.of(heads, features, rows, 2, np.random.default_rng(0))
+    pool, _ = believed(heads, features, rows, 2, np.random.default_rng(0))
     gap = labelling.Gap.of(pool, 0, 0, 1)
     exact = heads.difference(features["a"][None], features["b"][None])
     assert (gap.mean, gap.spread) == (pytest.approx(exact.mean_N[0]), pytest.approx(exact.spread_N[0]))

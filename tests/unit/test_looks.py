@@ -31,7 +31,7 @@ from psyray.looks import (
 )
 from psyray.policy import dpo
 from psyray.records import PAIRS as RECORDS
-from psyray.records import pair_row
+from psyray.records import Row, in_share, pair_row, speech_id
 from psyray.reward import train as reward
 from psyray.reward.groups import group_example
 from psyray.run import Artifact, Folder, Run
@@ -59,11 +59,20 @@ def test_every_pair_is_counted_once_and_all_workers_read_batches_of_the_same_siz
     assert max(len(places) for places, _ in read[0]) <= 2
 
 
-def test_whole_speeches_are_put_aside_the_same_ones_in_every_job() -> None:
-    ids = [f"speech-{n}" for n in range(400)]
-    some, more = ({i for i in ids if aside(i, DevSection(share=share))} for share in (0.2, 0.4))
+def lengths(n: int) -> list[Row]:
+    """A conversation as a set of speeches: after the client's first words and after the second."""
+    first, more = ({"role": "user", "content": f"{words} {n}"} for words in ("It began with", "And then came"))
+    talks = [[first], [first, {"role": "assistant", "content": "Go on."}, more]]
+    return [{"speech_id": speech_id(talk), "messages": talk} for talk in talks]
+
+
+def test_whole_conversations_are_put_aside_the_same_ones_in_every_job() -> None:
+    talks = [lengths(n) for n in range(400)]
+    some, more = ({n for n, (row, _) in enumerate(talks) if aside(row, DevSection(share=s), 10)} for s in (0.2, 0.4))
     assert 50 < len(some) < 110 and some < more
-    assert not any(aside(i, None) for i in ids)
+    assert some == {n for n, (_, longer) in enumerate(talks) if aside(longer, DevSection(share=0.2), 10)}
+    assert some == {n for n, (row, _) in enumerate(talks) if in_share(0.2, "training dev", row["speech_id"])}
+    assert not any(aside(row, None, 10) for row, _ in talks)
 
 
 def test_a_share_that_leaves_no_dev_or_no_training_names_the_setting() -> None:
@@ -104,7 +113,7 @@ def test_a_look_at_a_reward_model_is_its_log_loss_over_all_pairs(tmp_path: Path,
 def test_a_look_at_a_policy_is_the_mean_of_each_pairs_loss_and_leaves_its_training_as_it_was(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    examples = with_dev(tmp_path, [dpo.example(pair | {"rejected_truncated": True}, "") for pair in DEV])
+    examples = with_dev(tmp_path, [dpo.example(pair | {"rejected_truncated": True}, "", {}) for pair in DEV])
     trainer = dpo_trainer(
         tmp_path, tiny_model, tiny_model, LORA, examples, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1]
     )
@@ -260,8 +269,8 @@ def test_a_policys_dev_pairs_are_whole_speeches_and_are_not_trained_on(
     config = load_config(None, ["dpo.train.dev.share=0.3"])
     dpo.train_policy(Folder(tmp_path), config, pairs, "p", "r", title="policy")
     wanted = DevSection(share=0.3)
-    split = {part: [dpo.example(p, config.policy.system) for p in pairs if aside(p["speech_id"], wanted) == part]
-             for part in (True, False)}  # fmt: skip
+    given = config.policy.system, config.engine.template
+    split = {part: [dpo.example(p, *given) for p in pairs if aside(p, wanted, 100) == part] for part in (True, False)}
     assert got == {"train": split[False], "dev": split[True]} and got["train"] and got["dev"]
     with pytest.raises(PsyrayError, match=r"dpo\.train\.dev\.share 0\.3 puts"):
         dpo.train_policy(Folder(tmp_path), config, pairs[:1], "p", "r", title="policy")
@@ -297,7 +306,7 @@ def test_the_reward_models_dev_pairs_are_not_trained_on_and_are_counted_apart(
         made = reward.reward_stage(run, load_config(None, [*words, "reward.train.dev.share=0.3"]), pairs)
         with pytest.raises(PsyrayError, match=r"reward\.train\.dev\.share 0\.001 puts 0 of 39"):
             reward.reward_stage(run, load_config(None, [*words, "reward.train.dev.share=0.001"]), pairs)
-    measured = sum(aside(row["speech_id"], DevSection(share=0.3)) for row in rows[1:])
+    measured = sum(aside(row, DevSection(share=0.3), 100) for row in rows[1:])
     assert (len(got["train"]), len(got["dev"])) == (39 - measured, measured) and measured
     assert not {row["responses"][0] for row in got["train"]} & {row["responses"][0] for row in got["dev"]}
     assert made.stats == {"train_pairs": 39 - measured, "steps": [], "dev": {"kept": 4}}

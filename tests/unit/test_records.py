@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyray.engines.chat import _read_reply
-from psyray.records import JUDGEMENTS, Verdict, compare, normalise, rows, speech_id, table, well_formed
+from psyray.records import JUDGEMENTS, Verdict, compare, conversation_id, normalise, rows, speech_id, table, well_formed
 
 SCORES = st.none() | st.floats(1, 5)
 
@@ -55,3 +55,14 @@ def test_rows_come_back_from_arrow_as_they_went_in():
     back = rows(table([row, failed], JUDGEMENTS))
     assert back[0]["ratings"] == {"empathy": 3.5} and math.isclose(back[0]["score"], 3.5)
     assert back[1]["ratings"] is None and back[1]["score"] is None and back[1]["error"] == "no JSON"
+
+
+def test_all_lengths_of_a_conversation_have_one_id_and_a_single_speech_has_its_own():
+    said = [("system", "Be kind."), ("user", "Hi."), ("assistant", "Hello."), ("user", "I cannot sleep any more."),
+            ("assistant", "Since when?"), ("user", "Since the spring, when he left.")]  # fmt: skip
+    talk = [{"role": role, "content": content} for role, content in said]
+    short, long = talk[:4], talk
+    ids = [conversation_id(speech_id(length), length, 10) for length in (short, long)]
+    assert ids == [speech_id(short)] * 2
+    assert conversation_id(speech_id(long), long, 3) == speech_id(talk[:2])
+    assert conversation_id("its own", talk[1:2], 10) == "its own"

@@ -35,7 +35,9 @@ from psyray.active.acquisition.thompson import drts, dts
 from psyray.arrays import BoolArray, FloatArray, IntArray
 from psyray.errors import hint
 
-__all__ = ["ACQUISITIONS", "Acquire", "BoolArray", "Candidates", "FloatArray", "IntArray", "Pick", "acquire"]
+__all__ = [
+    "ACQUISITIONS", "PLACED", "Acquire", "BoolArray", "Candidates", "FloatArray", "IntArray", "Pick", "acquire",
+]  # fmt: skip
 
 ACQUISITIONS: dict[str, Acquire] = {
     "random": random,
@@ -51,6 +53,7 @@ ACQUISITIONS: dict[str, Acquire] = {
     "v_optimal": v_optimal,
     "bal_pm": bal_pm,
 }
+PLACED = {"bal_pm"}  # those that read `Candidates.prompts_PE`
 SHORTLISTS: Mapping[str, Callable[[Candidates, int], Candidates]] = {"apl": most_uncertain}
 
 

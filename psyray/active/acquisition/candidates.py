@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.special import expit
 
 from psyray.arrays import BoolArray, FloatArray, IntArray
 
@@ -100,11 +99,6 @@ class Candidates:
 
 
 Acquire = Callable[[Candidates, int, np.random.Generator], list[Pick]]
-
-
-def win_probabilities(c: Candidates, i: int) -> FloatArray:
-    """[P, K, H]: what each head thinks of "response i beats response j"; a slice, for P*K*K*H would not fit."""
-    return np.asarray(expit(c.filled_PKH[:, i, None] - c.filled_PKH))
 
 
 def best_pair(value_PKK: FloatArray, allowed_PKK: BoolArray) -> tuple[IntArray, IntArray, FloatArray]:

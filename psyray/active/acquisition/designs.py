@@ -46,7 +46,8 @@ def v_optimal(c: Candidates, n: int, rng: np.random.Generator, share: float = 0.
     strong_PKK = strong_PK[:, :, None] & strong_PK[:, None, :]
     moment_EE = pair_moment(z_PKE, c.present_PK)
     variance_PKK = squared_distances(z_PKE)
-    told_PKK = squared_distances(z_PKE @ np.linalg.cholesky(moment_EE + 1e-12 * np.eye(len(moment_EE))))
+    square_E, axes_EE = np.linalg.eigh(moment_EE)  # of heads' deviations it has no full rank, for they sum to 0
+    told_PKK = squared_distances(z_PKE @ (axes_EE * np.sqrt(np.maximum(square_E, 0.0))))
     falls_TE = np.zeros((min(n, len(z_PKE)), len(moment_EE)))  # S = I - falls' falls
     picks: list[Pick] = []
     while len(picks) < n and open_PKK.any():

@@ -31,7 +31,7 @@ def bal_pm(c: Candidates, n: int, rng: np.random.Generator, weight: float = 1.0)
     first_P, second_P = leader_first(c, first_P, second_P)
     typical, widest = extent(prompt_PE[np.isfinite(told_P)])
     nearest_P = np.full(len(told_P), widest)
-    square_P = (prompt_PE**2).sum(axis=1)
+    square_P = np.einsum("pe,pe->p", prompt_PE, prompt_PE)
     asked_NE = prompt_PE[:0] if c.asked_NE is None else c.asked_NE
     for start in range(0, len(asked_NE), BLOCK):
         nearest_P = np.minimum(nearest_P, _nearest(prompt_PE, square_P, asked_NE[start : start + BLOCK]))
@@ -49,7 +49,8 @@ def extent(prompt_PE: FloatArray) -> tuple[float, float]:
     """(root mean square distance from the mean, a bound on the distance of two); 1 where all are the same."""
     if not len(prompt_PE):
         return 1.0, 1.0
-    square_P = ((prompt_PE - prompt_PE.mean(axis=0)) ** 2).sum(axis=1)
+    apart_PE = prompt_PE - prompt_PE.mean(axis=0)
+    square_P = np.einsum("pe,pe->p", apart_PE, apart_PE)
     return float(np.sqrt(square_P.mean())) or 1.0, 2 * float(np.sqrt(square_P.max())) or 1.0
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from scipy.special import entr, softmax
+from scipy.special import entr, expit, softmax
 
-from psyray.active.acquisition.candidates import Candidates, Pick, best_pair, leader_first, ranked, win_probabilities
+from psyray.active.acquisition.candidates import Candidates, Pick, best_pair, leader_first, ranked
 from psyray.arrays import FloatArray
 
+BLOCK = 256  # prompts whose differences are taken at once
 SHORTLIST = 4  # apl: n * SHORTLIST prompts are kept by entropy, of which n are asked by margin
 
 
@@ -110,17 +112,28 @@ def most_uncertain(c: Candidates, n: int) -> Candidates:
 
 def spreads(c: Candidates) -> FloatArray:
     """[P, K, K]: standard deviation over heads of every score difference."""
-    K = c.present_PK.shape[1]
-    return np.stack([np.asarray((c.filled_PKH[:, i, None] - c.filled_PKH).std(axis=2)) for i in range(K)], axis=1)
+    return _of_gaps(c, lambda gap_PKH: np.asarray(gap_PKH.std(axis=2)))
 
 
 def mutual_information(c: Candidates) -> FloatArray:
     """[P, K, K]: between the answer and the head, in nats; never below 0, which rounding would allow."""
-    slices = []
-    for i in range(c.present_PK.shape[1]):
-        p_PKH = win_probabilities(c, i)
-        slices.append(_entropy(p_PKH.mean(axis=2)) - _entropy(p_PKH).mean(axis=2))
-    return np.asarray(np.maximum(np.stack(slices, axis=1), 0.0))
+
+    def told(gap_PKH: FloatArray) -> FloatArray:
+        p_PKH = expit(gap_PKH)  # what each head thinks of "the one beats the other"
+        return np.asarray(np.maximum(_entropy(p_PKH.mean(axis=2)) - _entropy(p_PKH).mean(axis=2), 0.0))
+
+    return _of_gaps(c, told)
+
+
+def _of_gaps(c: Candidates, of: Callable[[FloatArray], FloatArray]) -> FloatArray:
+    """[P, K, K]: `of` each pair's score differences over heads; P*K*K*H at once would not fit."""
+    P, K, _ = c.filled_PKH.shape
+    found_PKK = np.empty((P, K, K))
+    for start in range(0, P, BLOCK):
+        some_PKH = c.filled_PKH[start : start + BLOCK]
+        for i in range(K):
+            found_PKK[start : start + BLOCK, i] = of(some_PKH[:, i, None] - some_PKH)
+    return found_PKK
 
 
 def best_entropy(c: Candidates) -> FloatArray:
