@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-# Before ray, vLLM or DeepSpeed are imported anywhere.
-os.environ.update({"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"})
+# Before ray, vLLM or DeepSpeed are imported anywhere. A second thread is no help with matrices this small, and at every
+# product it waits for its turn on a core that is taken.
+os.environ.update({"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+# A training job of seconds is not left waiting for Ray's next look at it.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
