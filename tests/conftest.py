@@ -1,17 +1,25 @@
-"""Shared fixtures: one Ray session, and a tiny random model that every real engine loads."""
+"""Shared fixtures: one Ray session, a tiny random model that every real engine loads, the runs of the whole path."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-# Before ray, vLLM or DeepSpeed are imported anywhere.
-os.environ.update({"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"})
+HERE = Path(__file__).parent
+
+# Before ray, vLLM or DeepSpeed are imported anywhere. A second thread is no help with matrices this small, and at every
+# product it waits for its turn on a core that is taken.
+os.environ.update({"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+# A training job of seconds is not left waiting for Ray's next look at it.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -49,6 +57,34 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_path(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Path]]:
+    """Waits for a run of whole_path.py, which its tests name as a fixture, and gives its folder.
+
+    The runs begin before the first test of any kind and end while others pass: most of their time goes into imports
+    on one core, and the unit tests, which come first, need the other.
+    """
+    runs: dict[str, tuple[Path, subprocess.Popen[str]]] = {}
+    named = {name for item in request.session.items for name in item.fixturenames}
+    for name in sorted(named & {"undisturbed", "killed"}):
+        home, model = tmp_path_factory.mktemp(name), request.getfixturevalue("tiny_model")
+        words = map(str, (sys.executable, HERE / "whole_path.py", name, model, home))
+        runs[name] = home, subprocess.Popen([*words], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def ended(name: str) -> Path:
+        home, process = runs[name]
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+        return home
+
+    yield ended
+    for _, process in runs.values():
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import krippendorff
 import numpy as np
-from sklearn.metrics import cohen_kappa_score
 
 from psyray.arrays import FloatArray
 from psyray.evaluate.labelled import Labelled, consensus
@@ -148,6 +147,8 @@ def people(pairs: Sequence[Pair]) -> Figures:
 
 def kappa(codes_N2: FloatArray) -> float:
     """Cohen's kappa of two raters' codes over the rows that both rated; NaN where it is not defined."""
+    from sklearn.metrics import cohen_kappa_score  # takes a second, and every run comes by here
+
     both_N2 = codes_N2[~np.isnan(codes_N2).any(axis=1)].astype(int)
     if len(both_N2) == 0 or len(np.unique(both_N2)) == 1:  # chance alone explains full agreement
         return float("nan")

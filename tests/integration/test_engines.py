@@ -141,6 +141,7 @@ PAIRS = [
     for i in range(16)
 ]
 TRAIN = {"learning_rate": 5e-3, "batch_size": 8, "epochs": 4, "max_length": 128, "save_every": 3}
+SLOWER = TRAIN | {"learning_rate": 2e-3}
 
 
 def trained(path: Path, model: Path, loop=train_loop, **train) -> list[dict[str, float]]:
@@ -177,27 +178,39 @@ def reward_start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
+Trained = tuple[Path, list[dict[str, float]]]  # the job's folder, and its steps
+
+
+@pytest.fixture(scope="module")
+def whole(reward_start: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Trained:
+    """Trained by one worker, each step's 8 pairs in one go."""
+    path = tmp_path_factory.mktemp("trained") / "whole"
+    return path, trained(path, reward_start, **SLOWER, micro_batch=8, workers=1, zero_stage=2)
+
+
 def test_two_workers_learn_what_one_learns_under_each_zero_stage_however_the_batch_is_split(
-    tmp_path, reward_start, ray_cluster
+    tmp_path, reward_start, whole, ray_cluster
 ):
-    train = {"learning_rate": 2e-3, "epochs": 4}
-    runs = {
+    def run(name: str, **train: int) -> Trained:
+        return tmp_path / name, trained(tmp_path / name, reward_start, **SLOWER, **train)
+
+    runs = [
         # A step's 8 pairs in one go, in two halves, and by two workers in halves or four quarters of their share.
-        "whole": trained(tmp_path / "whole", reward_start, **train, micro_batch=8, workers=1, zero_stage=2),
-        "one": trained(tmp_path / "one", reward_start, **train, micro_batch=4, workers=1, zero_stage=2),
-        "shared": trained(tmp_path / "shared", reward_start, **train, micro_batch=1, workers=2, zero_stage=1),
-        "two": trained(tmp_path / "two", reward_start, **train, micro_batch=2, workers=2, zero_stage=2),
-        "three": trained(tmp_path / "three", reward_start, **train, micro_batch=2, workers=2, zero_stage=3),
-    }
-    losses = np.array([[s["loss"] for s in steps] for steps in runs.values()])
+        whole,
+        run("one", micro_batch=4, workers=1, zero_stage=2),
+        run("shared", micro_batch=1, workers=2, zero_stage=1),
+        run("two", micro_batch=2, workers=2, zero_stage=2),
+        run("three", micro_batch=2, workers=2, zero_stage=3),
+    ]
+    losses = np.array([[s["loss"] for s in steps] for _, steps in runs])
     assert losses.shape == (5, 8) and losses[:, -1].max() < 0.3 < losses[:, 0].min()
     assert np.ptp(losses, axis=0).max() < 0.01
-    gaps = np.stack([margins(tmp_path / name / "model") for name in runs])
+    gaps = np.stack([margins(path / "model") for path, _ in runs])
     assert gaps.min() > 0 and np.ptp(gaps, axis=0).max() < 0.05
-    for name in runs:
-        assert not (tmp_path / name / "checkpoints").exists()
+    for path, _ in runs:
+        assert not (path / "checkpoints").exists()
         # What ZeRO-3 spread is gathered whole, in 16 bits.
-        with safe_open(tmp_path / name / "model/model.safetensors", framework="pt") as weights:
+        with safe_open(path / "model/model.safetensors", framework="pt") as weights:
             shapes = {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118 (no dict)
             assert {weights.get_slice(key).get_dtype() for key in shapes} == {"BF16"}
         assert shapes["score.weight"] == [1, 128] and shapes["model.embed_tokens.weight"][1] == 128
@@ -246,11 +259,10 @@ if __name__ == "__main__":
 """
 
 
-def test_vllm_loads_the_reward_model_and_scores_as_we_do(tmp_path, tiny_model, ray_cluster):
+def test_vllm_loads_the_reward_model_and_scores_as_we_do(tmp_path, whole):
     from transformers import AutoTokenizer
 
-    model = tmp_path / "reward/model"
-    trained(tmp_path / "reward", tiny_model, micro_batch=4, workers=1, zero_stage=2, epochs=1)
+    model = whole[0] / "model"
     scorer, tokenizer = RewardScorer(model), AutoTokenizer.from_pretrained(model)
     chats, texts = [p["messages"] for p in PAIRS[:4]], [p["chosen"] for p in PAIRS[:4]]
     ours = scorer.scores(chats, texts)[:, 0]

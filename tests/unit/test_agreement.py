@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,3 +159,9 @@ def test_table_and_picture_show_what_there_is(pairs, tmp_path):
     assert all(name in (text := narrow.export_text(clear=False)) for name in found["strata"]) and "…" not in text
     plot(found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_scikit_learn_is_not_loaded_before_it_is_asked() -> None:
+    code = "import sys, psyray.evaluate.agreement; print('sklearn' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False"]
