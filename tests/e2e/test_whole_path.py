@@ -14,8 +14,11 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from doc_lines import commands
+from typer.testing import CliRunner
 
 from psyray.active.ledger import Ledger
+from psyray.cli import app
 from psyray.run import read_stages
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +31,7 @@ def settings(model: Path, home: Path) -> list[str]:
     ]
     train = {"learning_rate": 1e-3, "batch_size": 2, "micro_batch": 2, "max_length": 512, "save_every": 2, "epochs": 2}
     return [
-        f"run.path={home}/run", "speeches.limit=24", "speeches.test_share=0.4",
+        f"run.path={home}/demo", "speeches.limit=24", "speeches.test_share=0.4",
         "engine.max_num_seqs=8", "engine.kv_cache_gib=1", "engine.max_model_len=768",
         "responses.k=2", f"responses.responders={json.dumps(responders)}", "pairs.gap=0.01",
         f"reward.model={model}", f"reward.train={json.dumps(train)}", f"policy.model={model}", "policy.max_tokens=16",
@@ -66,7 +69,7 @@ def wait(process: subprocess.Popen[bytes], log: Path, until: Callable[[], bool] 
 
 
 def stage_file(home: Path, pattern: str) -> bool:
-    return bool(list((home / "run" / "stages").glob(pattern)))
+    return bool(list((home / "demo" / "stages").glob(pattern)))
 
 
 def contents(home: Path) -> dict[str, list[str]]:
@@ -74,21 +77,21 @@ def contents(home: Path) -> dict[str, list[str]]:
     keys = {"speeches": "speech_id", "pairs": "pair_id", "labels": "pair_id", "probe": "key"}
     return {
         stage.name: [row[keys.get(stage.name.split("/")[-1], "response_id")] for row in stage.rows()]
-        for stage in read_stages(home / "run")
+        for stage in read_stages(home / "demo")
         if stage.manifest["files"]
     }
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("undisturbed")
+    home = tmp_path_factory.mktemp("undisturbed") / "runs"
     process = start(tiny_model, home, home / "log")
     wait(process, home / "log")
     return home
 
 
 def test_every_stage_leaves_what_the_next_ones_and_a_user_need(undisturbed):
-    stages = {stage.name: stage for stage in read_stages(undisturbed / "run")}
+    stages = {stage.name: stage for stage in read_stages(undisturbed / "demo")}
     rows = {name: stage.manifest["rows"] for name, stage in stages.items()}
     held_out = stages["speeches"].stats["test"]
     assert rows["speeches"] == 24 and rows["responses"] == 48
@@ -103,28 +106,44 @@ def test_every_stage_leaves_what_the_next_ones_and_a_user_need(undisturbed):
     assert stages["round-1/gate"].stats["passed"] and stages["export"].stats["champion_round"] == 1
     layout = pq.read_table(stages["pairs"].path / "psychocounsel.parquet")
     assert layout.num_rows == rows["pairs"]
-    champion = json.loads((undisturbed / "run/champion.json").read_text())
+    champion = json.loads((undisturbed / "demo/champion.json").read_text())
     assert (Path(champion["policy"]["path"]) / "model.safetensors").exists() and Path(
         champion["reward"]["heads"]
     ).exists()
-    report = (undisturbed / "run/report.html").read_text()
+    report = (undisturbed / "demo/report.html").read_text()
     assert "no substitute" in report and "https://" not in report
     assert (undisturbed / "mlflow.db").exists() and (undisturbed / "labels.db").exists()
 
 
 def test_the_same_command_again_does_nothing_and_a_changed_setting_re_runs_what_depends_on_it(undisturbed, tiny_model):
-    before = Ledger(f"sqlite:///{undisturbed}/labels.db").summary(str(undisturbed / "run"))
+    before = Ledger(f"sqlite:///{undisturbed}/labels.db").summary(str(undisturbed / "demo"))
     log = undisturbed / "again"
     wait(start(tiny_model, undisturbed, log), log)
     text = log.read_text()
-    assert "starts" not in text and text.count("done before") == len(read_stages(undisturbed / "run"))
-    assert Ledger(f"sqlite:///{undisturbed}/labels.db").summary(str(undisturbed / "run")) == before
+    assert "starts" not in text and text.count("done before") == len(read_stages(undisturbed / "demo"))
+    assert Ledger(f"sqlite:///{undisturbed}/labels.db").summary(str(undisturbed / "demo")) == before
+
+
+READERS = ("status", "report", "lineage", "export", "compare", "promote")
+NOT_THERE = {"s3://bucket/demo", "pairs-before", "psyray-policy/3"}  # a bucket, an older export, a third version
+
+
+def test_every_command_of_the_docs_that_reads_a_finished_run_runs_as_it_stands(undisturbed, monkeypatch):
+    told = [words for words in commands() if words[0] in READERS and not NOT_THERE & {*words}]
+    assert {words[0] for words in told} == {*READERS}
+    (undisturbed / "mine").symlink_to("demo")
+    monkeypatch.chdir(undisturbed.parent)
+    monkeypatch.delenv("PSYRAY_HOME", raising=False)
+    for words in told:
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (words, done.output, done.exception)
+    subprocess.run([sys.executable, ROOT / "jobs/report.py", "runs/demo"], check=True)  # and as a job's entry point
 
 
 @pytest.fixture(scope="module")
 def killed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose driver is killed twice and whose engine once, each with SIGKILL."""
-    home = tmp_path_factory.mktemp("killed")
+    home = tmp_path_factory.mktemp("killed") / "runs"
     log = home / "log"
 
     def driver_dies_when(pattern: str) -> None:
@@ -175,12 +194,12 @@ def test_a_killed_run_ends_with_the_ids_of_an_undisturbed_one(killed, undisturbe
 
 def usable(home: Path, name: str, split: str = "") -> list[str]:
     """The responses of a stage that have a text."""
-    [stage] = [stage for stage in read_stages(home / "run") if stage.name == name]
+    [stage] = [stage for stage in read_stages(home / "demo") if stage.name == name]
     return [r["response_id"] for r in stage.rows() if r["status"] == "ok" and split in ("", r["split"])]
 
 
 def test_no_label_was_spent_twice(killed):
-    spent = Ledger(f"sqlite:///{killed}/labels.db").summary(str(killed / "run"))
+    spent = Ledger(f"sqlite:///{killed}/labels.db").summary(str(killed / "demo"))
     bought = {row["purpose"]: row["bought"] for row in spent}
     assert bought["round-1"] == 4 and bought["judgements"] <= 48
     assert all(row["open"] == 0 for row in spent)
