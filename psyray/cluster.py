@@ -109,6 +109,26 @@ def _knock(address: str) -> None:
         ) from error
 
 
+def knock() -> None:
+    """PsyrayError where `ray.init()` would go to the Ray of the last `ray start` here, and nobody listens there.
+
+    A Ray that was killed leaves its address behind, and Ray alone asks there without an end.
+    """
+    import ray
+    from ray._private.services import find_bootstrap_address
+
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS", "auto") not in ("", "auto"):
+        return
+    if address := find_bootstrap_address(None):
+        try:
+            _knock(address)
+        except PsyrayError as error:
+            raise PsyrayError(
+                f"{str(error).partition(';')[0]}; the last `ray start` on this machine left that address. "
+                "RAY_ADDRESS=local starts a Ray of its own, RAY_ADDRESS=HOST:6379 names another"
+            ) from error
+
+
 def _lock() -> None:
     """Let none into the private session but its own processes: Ray's ports listen beyond loopback, and take code."""
     if "RAY_AUTH_MODE" in os.environ:

@@ -8,6 +8,7 @@ from typing import ParamSpec, TypeVar
 
 import click
 
+from psyray.cluster import knock
 from psyray.errors import PsyrayError
 
 P = ParamSpec("P")
@@ -24,7 +25,9 @@ def in_one_line(build: Callable[P, R]) -> Callable[P, R]:
     @wraps(build)
     def built(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return build(*args, **kwargs)
+            application = build(*args, **kwargs)
+            knock()  # `serve run` goes to Ray next
+            return application
         except PsyrayError as error:
             raise Mistake(str(error)) from error
 

@@ -71,7 +71,8 @@ def whole_path(
     runs: dict[str, tuple[Path, subprocess.Popen[str]]] = {}
     named = {name for item in request.session.items for name in item.fixturenames}
     for name in sorted(named & {"undisturbed", "killed"}):
-        home, model = tmp_path_factory.mktemp(name), request.getfixturevalue("tiny_model")
+        home, model = tmp_path_factory.mktemp(name) / "runs", request.getfixturevalue("tiny_model")
+        home.mkdir()
         words = map(str, (sys.executable, HERE / "whole_path.py", name, model, home))
         runs[name] = home, subprocess.Popen([*words], stderr=subprocess.PIPE, text=True, start_new_session=True)
 

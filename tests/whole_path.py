@@ -2,7 +2,7 @@
 
 A program of its own, so that both are under way while other tests run:
 
-    whole_path.py (undisturbed | killed) MODEL HOME    leaves the run in HOME/run, or fails with what the command said
+    whole_path.py (undisturbed | killed) MODEL HOME    leaves the run in HOME/demo, or fails with what the command said
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def settings(model: Path, home: Path) -> list[str]:
     ]
     train = {"learning_rate": 1e-3, "batch_size": 2, "micro_batch": 2, "max_length": 512, "save_every": 2, "epochs": 2}
     return [
-        f"run.path={home}/run", "speeches.limit=24", "speeches.test_share=0.4",
+        f"run.path={home}/demo", "speeches.limit=24", "speeches.test_share=0.4",
         "engine.max_num_seqs=8", "engine.kv_cache_gib=1", "engine.max_model_len=768",
         "responses.k=2", f"responses.responders={json.dumps(responders)}", "pairs.gap=0.01",
         f"reward.model={model}", f"reward.train={json.dumps(train)}", f"policy.model={model}", "policy.max_tokens=16",
@@ -72,7 +72,7 @@ class Driver:
         self.process.wait()
 
     def stage_file(self, pattern: str) -> bool:
-        return bool(list((self.home / "run" / "stages").glob(pattern)))
+        return bool(list((self.home / "demo" / "stages").glob(pattern)))
 
     def engine(self) -> psutil.Process | None:
         """The Ray worker that holds its vLLM engine."""

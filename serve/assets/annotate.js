@@ -1,11 +1,12 @@
 // The experts' page: one question at a time from this server, and from nowhere else.
-import { alone, at, call, make, signedIn, signOut, singleKeys, start, turn } from "./page.js";
+import { alone, announce, at, call, make, signedIn, signOut, singleKeys, start, turn } from "./page.js";
 
 const LOOK_AGAIN_MS = 10000;
 const KEYS = { 1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right", t: "tie", s: "skip", h: "harmful" };
 const WORDS = { left: "left is better", right: "right is better", tie: "tie", skip: "skipped", harmful: "harmful" };
 let question = null;
 let rubric = null;
+let asked = 0; // how often for the counts
 
 async function begin() {
   rubric = await call("GET", "experts/rubric");
@@ -38,16 +39,22 @@ function ratingCell(principle, side) {
 
 async function following() {
   show(await call("GET", "experts/next"));
-  await counts();
+  counts();
 }
 
+// Nobody waits for them: keys and buttons work as soon as there is a question. What keeps them from coming is told by
+// the next thing that somebody does, and where they are overtaken the later ones hold.
 async function counts() {
-  const now = await call("GET", "experts/progress");
-  at("progress").textContent = `${now.answered} answered by you, ${now.left} left for you; ` +
-    `${now.given} of ${now.wanted} answers are in`;
+  const mine = ++asked;
+  const got = await Promise.all(["progress", "agreement"].map((what) => call("GET", `experts/${what}`))).catch(() => null);
+  if (got && mine === asked) tally(...got);
+}
+
+function tally(now, { all, last }) {
+  announce("progress", `${now.answered} answered by you, ${now.left} left for you; ` +
+    `${now.given} of ${now.wanted} answers are in`);
   fill(at("bar"), now.answered, now.answered + now.left);
   at("undo").hidden = now.answered + now.skipped === 0;
-  const { all, last } = await call("GET", "experts/agreement");
   at("agreement").textContent = all.compared
     ? `Others said the same as you in ${percent(last.agree)} of your last answers that they gave too, ` +
       `${percent(all.agree)} of all ${all.compared}.`
@@ -67,7 +74,7 @@ function percent(share) {
 function show(next) {
   question = next;
   at("question").hidden = !next;
-  at("nothing").textContent = next ? "" : "There is no question for you just now. This page looks again by itself.";
+  announce("nothing", next ? "" : "There is no question for you just now. This page looks again by itself.");
   if (!next) return;
   const { said } = next;
   const names = { user: rubric.speaker, assistant: rubric.answerer };
@@ -91,12 +98,13 @@ async function answer(choice) {
   }
   const given = { question_id: question.question_id, choice, ratings, note: at("note").value };
   await call("POST", "experts/answer", given);
+  at("undo").hidden = false;
   await following();
 }
 
 async function undo() {
   show(await call("POST", "experts/undo"));
-  await counts();
+  counts();
 }
 
 async function stop() {

@@ -41,6 +41,11 @@ export function tell(text) {
   at("message").hidden = !text;
 }
 
+// Live regions are read out when they are written to, though it be the same words.
+export function announce(id, text) {
+  if (at(id).textContent !== text) at(id).textContent = text;
+}
+
 // One thing at a time: a key that is held down must not answer the next question as well. Buttons are marked, not
 // disabled, which would take the focus away from whoever works by keyboard.
 export async function alone(work, failed = async () => {}) {

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from doc_lines import commands
+from typer.testing import CliRunner
 
 from psyray.active.ledger import Ledger
+from psyray.cli import app
 from psyray.run import read_stages
+
+ROOT = Path(__file__).parents[2]
+READERS = ("status", "report", "lineage", "export", "compare", "promote")
+NOT_THERE = {"s3://bucket/demo", "pairs-before", "psyray-policy/3"}  # a bucket, an older export, a third version
 
 
 def contents(home: Path) -> dict[str, list[str]]:
@@ -18,7 +27,7 @@ def contents(home: Path) -> dict[str, list[str]]:
     keys = {"speeches": "speech_id", "pairs": "pair_id", "labels": "pair_id", "probe": "key"}
     return {
         stage.name: [row[keys.get(stage.name.split("/")[-1], "response_id")] for row in stage.rows()]
-        for stage in read_stages(home / "run")
+        for stage in read_stages(home / "demo")
         if stage.manifest["files"]
     }
 
@@ -29,7 +38,7 @@ def undisturbed(whole_path: Callable[[str], Path]) -> Path:
 
 
 def test_every_stage_leaves_what_the_next_ones_and_a_user_need(undisturbed):
-    stages = {stage.name: stage for stage in read_stages(undisturbed / "run")}
+    stages = {stage.name: stage for stage in read_stages(undisturbed / "demo")}
     rows = {name: stage.manifest["rows"] for name, stage in stages.items()}
     held_out = stages["speeches"].stats["test"]
     assert rows["speeches"] == 24 and rows["responses"] == 48
@@ -55,12 +64,24 @@ def test_every_stage_leaves_what_the_next_ones_and_a_user_need(undisturbed):
 
 def test_the_same_command_again_does_nothing(undisturbed):
     text = (undisturbed / "again").read_text()
-    assert "starts" not in text and text.count("done before") == len(read_stages(undisturbed / "run"))
+    assert "starts" not in text and text.count("done before") == len(read_stages(undisturbed / "demo"))
     before, after = (
-        Ledger(f"sqlite:///{undisturbed}/{name}.db").summary(str(undisturbed / "run"))
+        Ledger(f"sqlite:///{undisturbed}/{name}.db").summary(str(undisturbed / "demo"))
         for name in ("labels-before", "labels")
     )
     assert after == before != []
+
+
+def test_every_command_of_the_docs_that_reads_a_finished_run_runs_as_it_stands(undisturbed, monkeypatch):
+    told = [words for words in commands() if words[0] in READERS and not NOT_THERE & {*words}]
+    assert {words[0] for words in told} == {*READERS}
+    (undisturbed / "mine").symlink_to("demo")
+    monkeypatch.chdir(undisturbed.parent)
+    monkeypatch.delenv("PSYRAY_HOME", raising=False)
+    for words in told:
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (words, done.output, done.exception)
+    subprocess.run([sys.executable, ROOT / "jobs/report.py", "runs/demo"], check=True)  # and as a job's entry point
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +107,12 @@ def test_a_killed_run_ends_with_the_ids_of_an_undisturbed_one(killed, undisturbe
 
 def usable(home: Path, name: str, split: str = "") -> list[str]:
     """The responses of a stage that have a text."""
-    [stage] = [stage for stage in read_stages(home / "run") if stage.name == name]
+    [stage] = [stage for stage in read_stages(home / "demo") if stage.name == name]
     return [r["response_id"] for r in stage.rows() if r["status"] == "ok" and split in ("", r["split"])]
 
 
 def test_no_label_was_spent_twice(killed):
-    spent = Ledger(f"sqlite:///{killed}/labels.db").summary(str(killed / "run"))
+    spent = Ledger(f"sqlite:///{killed}/labels.db").summary(str(killed / "demo"))
     bought = {row["purpose"]: row["bought"] for row in spent}
     assert bought["round-1"] == 4 and bought["judgements"] <= 48
     assert all(row["open"] == 0 for row in spent)

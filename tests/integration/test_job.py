@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from endpoint import Endpoint, served
+from held_ray import held_ray
 
 from psyray.run import read_stages
 from psyray.status import driver, ended, stage_lines
@@ -24,41 +22,17 @@ ROOT = Path(__file__).parents[2]
 SPEECHES, K, LIMIT_S = 30, 2, 180
 
 
-HOLD = """
-import socket
-import sys
-from ray.cluster_utils import Cluster
-
-with socket.socket() as free:  # the agent's usual port is taken where another Ray runs on the machine
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-head = {"num_cpus": 4, "include_dashboard": True, "object_store_memory": 100 * 2**20}
-head["dashboard_agent_listen_port"] = port
-cluster = Cluster(initialize_head=True, head_node_args=head)
-print("dashboard", cluster.head_node.webui_url, flush=True)
-sys.stdin.read()  # until the test is over
-cluster.shutdown()
-"""
-
-
 @pytest.fixture
 def ray_with_token() -> Iterator[tuple[str, str]]:
-    """(dashboard, token) of a Ray of its own, which gives a stopped job the time that configs/kuberay gives it."""
-    token = secrets.token_hex(32)
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": "60",
-    }  # fmt: skip
-    command = [sys.executable, "-c", HOLD]
-    holder = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout
-    try:
-        address = next(line for line in holder.stdout if line.startswith("dashboard ")).split()[1]
-        yield f"http://{address}", token
-    finally:
-        holder.communicate(timeout=60)
+    """(dashboard, token) of a Ray that gives a stopped job the time that configs/kuberay gives it."""
+    with held_ray({"RAY_JOB_STOP_WAIT_TIME_S": "60"}) as found:
+        yield found
 
 
-def submit(client: Any, home: Path, model: Path, endpoint: Endpoint) -> str:
+RUN, PIPELINE = "-m psyray run", "jobs/pipeline.py"  # the two ways in, which are one
+
+
+def submit(client: Any, way: str, home: Path, model: Path, endpoint: Endpoint) -> str:
     """Hand the stages up to `responses` to the cluster, with jobs/runtime-env.yaml."""
     responders = [
         {"name": name, "model": "any", "endpoint": {"url": endpoint.url, "concurrency": 4}} for name in ("a", "b")
@@ -67,7 +41,7 @@ def submit(client: Any, home: Path, model: Path, endpoint: Endpoint) -> str:
         f"speeches.limit={SPEECHES}", f"responses.k={K}", f"responses.responders={json.dumps(responders)}",
         f"reward.model={model}", f"policy.model={model}", "run.path=job",
     ]  # fmt: skip
-    words = [sys.executable, "-m", "psyray", "run", "configs/demo.yaml", *settings, "--until", "responses"]
+    words = [sys.executable, *way.split(), "configs/demo.yaml", *settings, "--until", "responses"]
     environment = yaml.safe_load((ROOT / "jobs/runtime-env.yaml").read_text())
     environment |= {"working_dir": str(ROOT), "env_vars": {"PSYRAY_HOME": str(home)}}
     deadline = time.monotonic() + LIMIT_S
@@ -100,7 +74,7 @@ def test_a_stopped_job_says_so_and_the_next_one_goes_on(
     client = JobSubmissionClient(dashboard, headers={"Authorization": f"Bearer {token}"})
     run = tmp_path / "job"
     with served(lambda model, prompt: "I hear you.", latency=0.5) as endpoint:
-        job = submit(client, tmp_path, tiny_model, endpoint)
+        job = submit(client, RUN, tmp_path, tiny_model, endpoint)
         wait(client, job, lambda: endpoint.calls["any"].total() >= 12 and any(run.rglob("responses/*/part-*.parquet")))
         client.stop_job(job)
         wait(client, job, lambda: client.get_job_status(job).is_terminal() and not driver(run)[1])
@@ -109,7 +83,7 @@ def test_a_stopped_job_says_so_and_the_next_one_goes_on(
         assert "stopped; nothing is lost" in logs and "Traceback" not in logs
         assert ended(run, "stopped") and stage_lines(run)[1].state == "stopped"
 
-        again = submit(client, tmp_path, tiny_model, endpoint)
+        again = submit(client, PIPELINE, tmp_path, tiny_model, endpoint)
         wait(client, again, lambda: client.get_job_status(again).is_terminal())
         assert client.get_job_status(again) == "SUCCEEDED", client.get_job_logs(again)[-3000:]
         assert "speeches: done before" in client.get_job_logs(again)

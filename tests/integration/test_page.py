@@ -100,7 +100,6 @@ class Expert:
 
     def says_which_is_good(self) -> None:
         """Press the key of the side that shows the good response, and wait for the next question or the end."""
-        until(lambda: self.page.is_enabled("#stop"))  # until the counts are there keys do nothing
         left, _ = before = self.sees()
         self.page.keyboard.press("1" if left.startswith("good") else "2")
         until(lambda: self.page.is_hidden("#question") or self.sees() != before)
@@ -176,6 +175,40 @@ def test_it_works_by_keyboard_for_screen_readers_and_on_phones(browser, server):
     page.keyboard.press("Enter")
     page.get_by_role("alert").wait_for()  # the trouble is told, and the focus is not lost
     assert page.evaluate("() => document.activeElement.dataset.choice") == "tie"
+
+
+def test_keys_work_as_soon_as_a_question_is_shown(browser, server, ledger):
+    anna, queue, held = Expert(browser, "anna", server.port), ExpertQueue(ledger.database), []
+    for counts in ("progress", "agreement"):
+        anna.page.route(f"**/experts/{counts}", lambda route: held.append(route))  # on their way for good
+    anna.page.reload()
+    anna.page.wait_for_selector("#question:not([hidden])")
+    first = anna.sees()
+    anna.says_which_is_good()
+    anna.page.keyboard.press("u")
+    until(lambda: anna.sees() == first)
+    anna.says_which_is_good()
+    assert held and queue.progress("anna")["answered"] == 1
+    anna.page.unroute_all()
+    anna.presses("t", 2)
+
+
+def test_who_waits_for_a_question_is_told_once(browser, server, ledger):
+    anna = Expert(browser, "anna", server.port)
+    ExpertQueue(ledger.database).withdraw([f"q{i}" for i in range(PAIRS)], "the time is over")
+    page = anna.page
+    page.clock.install()
+    page.reload()
+    until(lambda: "no question for you" in page.inner_text("#nothing") and page.inner_text("#progress"))
+    page.evaluate(
+        "() => { window.told = 0; const watch = new MutationObserver(() => window.told++);"
+        " for (const region of document.querySelectorAll('[role=status]'))"
+        " watch.observe(region, { childList: true, characterData: true, subtree: true }); }"
+    )
+    for _ in range(3):  # it looks again
+        with page.expect_event("requestfinished", lambda request: request.url.endswith("/agreement")):
+            page.clock.run_for(11_000)
+    assert page.evaluate("() => window.told") == 0
 
 
 def test_it_wears_the_librarys_stylesheet_from_its_own_server(browser, server):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from doc_lines import JOB, PAGES, commands, lines
 from typer.testing import CliRunner
 
 from psyray import docs
@@ -18,7 +19,6 @@ from psyray.stopping import last_stage
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name != "serve.yaml")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_help_teaches():
@@ -138,23 +138,6 @@ def test_a_broken_file_in_a_run_is_one_clear_line_that_names_it(command, file, t
 
 def test_the_settings_page_is_what_the_code_says():
     assert (ROOT / "docs/configuration.md").read_text() == docs.page()
-
-
-JOB = re.compile(r"ray job submit .*? -- python (?:-m psyray|jobs/(pipeline|report)\.py) (.*)")
-JOBS = {"pipeline": "run ", "report": "report ", None: ""}
-
-
-def lines(program: str) -> list[str]:
-    """The command lines of the docs that call a program, without what the shell does with them."""
-    calls = re.compile(rf"^\s*(?:\$ )?(?:\w+=\S* )*({program} [^`\n]*)$", re.MULTILINE)
-    found = (line for page in PAGES for line in calls.findall(page.read_text().replace("\\\n", " ")))
-    return list(dict.fromkeys(line.partition(" > ")[0] for line in found))
-
-
-def commands() -> list[list[str]]:
-    """What the docs give to `psyray`, also in the jobs that they submit."""
-    jobs = (JOBS[job[1]] + job[2] for line in lines("ray") if (job := JOB.match(line)))
-    return [shlex.split(line, comments=True) for line in (*(line[7:] for line in lines("psyray")), *jobs)]
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

@@ -6,15 +6,19 @@ import argparse
 import json
 import re
 import shlex
+import subprocess
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import click
 import jsonschema
 import pytest
 import yaml
 
+from serve.access import read_keys
 from serve.ingress import description
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +137,68 @@ def test_every_mlflow_command_in_the_docs_is_one(words):
     assert given["backend_store_uri"].startswith("postgresql+psycopg://") and ":" in given["allowed_hosts"]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_lines_of_keys_that_the_docs_write_are_read(page, tmp_path):
+    lines = [line for block in FENCED.findall(page.read_text()) for line in block.splitlines() if ">> keys" in line]
+    script = "\n".join(lines).replace("$(openssl rand -hex 24)", "$RANDOM-a-token-long-enough-$RANDOM")
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True)
+    if lines:
+        assert len(read_keys(tmp_path / "keys")) >= len(lines)
+
+
+def test_the_secrets_that_the_docs_make_are_those_that_the_manifests_name():
+    made = {words[4] for words in commands("kubectl create secret ")}
+    texts = [path.read_text() for path in (ROOT / "configs/kuberay").glob("ray*.yaml")]
+    assert made == {name for text in texts for name in re.findall(r"secret(?:Name|Ref: {name): ([\w-]+)", text)}
+
+
+def test_the_services_that_the_docs_reach_are_those_that_the_operator_makes():
+    """KubeRay names them by the object."""
+    paths = sorted((ROOT / "configs/kuberay").glob("ray*.yaml"))
+    names = {one["kind"]: one["metadata"]["name"] for path in paths for one in objects(f"configs/kuberay/{path.name}")}
+    there = {f"{names['RayCluster']}-head-svc", f"{names['RayService']}-serve-svc"}
+    assert {name for page in PAGES for name in re.findall(r"[\w-]+-svc", page.read_text())} == there
+
+
+def test_the_image_that_the_docs_build_and_push_is_the_one_that_the_pods_get():
+    [build], [push] = commands("docker build "), commands("docker push ")
+    image = build[build.index("-t") + 1]
+    assert (ROOT / build[build.index("-f") + 1]).is_file() and push[2] == image
+    assert {words[1].split(",")[2] for words in commands("sed ")} == {image}
+
+
+@pytest.mark.parametrize("words", commands("pip install "), ids=shown)
+def test_every_extra_in_the_docs_is_one(words):
+    name, extra = re.fullmatch(r"(\w+)\[(\w+)\]", words[2]).groups()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == name and extra in project["optional-dependencies"]
+
+
+@pytest.mark.parametrize("words", commands("ray ", "serve "), ids=shown)
+def test_every_command_of_rays_own_is_one(words):
+    """Its flags are read in test_cli.py where it stands in a block of code."""
+    module = import_module({"ray": "ray.scripts.scripts", "serve": "ray.serve.scripts"}[words[0]])
+    command: click.Command = module.cli
+    for word in words[1:]:
+        if not isinstance(command, click.Group):
+            break
+        assert word in command.commands
+        command = command.commands[word]
+
+
+READ = ("psyray", "ray", "serve", "make", "curl", "mlflow", "kubectl", "sed", "docker", "pip", "python", "echo")
+OTHERS = ("export", "umask", "for", "helm", ".")  # the shell's own; a chart of somebody else's
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_command_in_the_docs_is_read_by_nobody(page):
+    text = page.read_text().replace("\\\n", " ")
+    for language, block in re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in filter(None, () if language else block.splitlines()):
+            program = WORDS_BEFORE.sub("", line.strip()).split()[0]
+            assert program in READ or program in OTHERS or WORDS_BEFORE.fullmatch(f"{line} "), line
+
+
 def test_the_docs_have_commands_of_each_kind():
-    kinds = ("kubectl apply ", "sed ", "make ", "curl ", "mlflow ")
+    kinds = ("kubectl apply ", "sed ", "make ", "curl ", "mlflow ", "pip install ", "ray ", "serve ")
     assert SERVED_FILES and all(commands(kind) for kind in kinds)

@@ -22,6 +22,7 @@ from psyray.sections.data import EngineSection
 from serve.access import Limits
 from serve.champion import Args, Policy, Replicas, read_champion, read_engine
 from serve.guard import crisis_hits
+from serve.mistakes import in_one_line
 from serve.policy import engine_settings, with_defaults
 from serve.request import serving
 from serve.reward import MAX_ITEMS, ScoreRequest, features_together, judged
@@ -261,3 +262,15 @@ def test_a_mistake_in_the_words_of_serve_run_is_no_traceback(application: str) -
     with pytest.raises(PsyrayError, match="unknown argument 'rnu'; did you mean 'run'") as told:
         build({"rnu": "runs/demo"})
     assert isinstance(told.value, click.ClickException)  # which the command line of Serve prints
+
+
+def test_a_ray_that_is_gone_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a killed `ray start` leaves it: its address in /tmp/ray, and nobody there."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: "127.0.0.1:9")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    build = in_one_line(lambda args: "an application")
+    with pytest.raises(click.ClickException, match=r"no Ray at 127\.0\.0\.1:9: .*refused; .*RAY_ADDRESS=local starts"):
+        build({})
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert build({}) == "an application"
