@@ -57,7 +57,7 @@ def test_every_stage_leaves_what_the_next_ones_and_a_user_need(undisturbed):
     assert (Path(champion["policy"]["path"]) / "model.safetensors").exists() and Path(
         champion["reward"]["heads"]
     ).exists()
-    report = (undisturbed / "run/report.html").read_text()
+    report = (undisturbed / "demo/report.html").read_text()
     assert "no substitute" in report and "https://" not in report
     assert (undisturbed / "mlflow.db").exists() and (undisturbed / "labels.db").exists()
 
@@ -75,7 +75,8 @@ def test_the_same_command_again_does_nothing(undisturbed):
 def test_every_command_of_the_docs_that_reads_a_finished_run_runs_as_it_stands(undisturbed, monkeypatch):
     told = [words for words in commands() if words[0] in READERS and not NOT_THERE & {*words}]
     assert {words[0] for words in told} == {*READERS}
-    (undisturbed / "mine").symlink_to("demo")
+    for name in ("mine", "law"):
+        (undisturbed / name).symlink_to("demo")
     monkeypatch.chdir(undisturbed.parent)
     monkeypatch.delenv("PSYRAY_HOME", raising=False)
     for words in told:
