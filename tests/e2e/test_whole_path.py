@@ -53,7 +53,7 @@ def test_every_stage_leaves_what_the_next_ones_and_a_user_need(undisturbed):
     assert stages["round-1/gate"].stats["passed"] and stages["export"].stats["champion_round"] == 1
     layout = pq.read_table(stages["pairs"].path / "psychocounsel.parquet")
     assert layout.num_rows == rows["pairs"]
-    champion = json.loads((undisturbed / "run/champion.json").read_text())
+    champion = json.loads((undisturbed / "demo/champion.json").read_text())
     assert (Path(champion["policy"]["path"]) / "model.safetensors").exists() and Path(
         champion["reward"]["heads"]
     ).exists()
