@@ -32,7 +32,7 @@ def unseen_models(config: Config) -> list[str]:
     reasons: dict[str, None] = {}
     for setting, model, system in spoken_to(config):
         try:
-            resolve_model(model)
+            _found(model)
         except PsyrayError as error:
             reasons[str(error)] = None
         else:
@@ -56,7 +56,7 @@ def spoken_to(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def check_model(model: str, system: str, setting: str) -> None:
     """PsyrayError where the model is not there, or its template takes no conversation under the system message."""
-    path = resolve_model(model)
+    path = _found(model)
     if model == EMBEDDED:
         return
     if setting == "reward":
@@ -88,6 +88,9 @@ def check_scores(path: str, model: str) -> None:
             f"reward.model {model}: transformers has no sequence classification for models of the kind "
             f"{config.model_type!r}, so none can be trained to score; take one of another kind, such as llama or qwen3"
         )
+
+
+_found = cache(resolve_model)  # several settings may name one model, and each look may ask the hub
 
 
 @cache

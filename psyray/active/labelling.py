@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from psyray.active.acquisition import PLACED, Candidates, Pick, acquire
+from psyray.active.acquisition import PLACED, Pick, acquire
 from psyray.active.oracle_kinds import make_oracle
 from psyray.active.oracles import Label, Pair
 from psyray.active.pool import Pool, asked_before, believed, keep_asked, why
@@ -85,31 +85,17 @@ def choose(
     earlier: Sequence[tuple[Artifact, Artifact]],
 ) -> tuple[Pool, list[Pick]]:
     """What the heads believe of the responses, and what the round's rule asks about."""
-    loop, seed = config.loop, config.run.seed
-    pool, seen = _seen(config, number, heads, features, groups, earlier)
-    listed = list(groups.values())
+    loop, seed, listed = config.loop, config.run.seed, list(groups.values())
+    ensemble, known = Heads.load(heads.path / "heads.npz"), load_features([features])
+    pool, seen = believed(ensemble, known, groups, loop.k, np.random.default_rng([seed, number, DRAWS]))
+    if loop.acquisition in PLACED:
+        asked_NE = asked_before(earlier, len(ensemble.mean_D))
+        seen = replace(seen, prompts_PE=prompt_matrix(known, groups), asked_NE=asked_NE)
+    del known  # far larger than what the rule sees of it
     scores_PKH = seen.scores_PKH if loop.mixed_ends else alike_ends(seen.scores_PKH, listed)
     candidates = replace(seen, scores_PKH=scores_PKH, open_PKK=different(listed, loop.k))
     rng = np.random.default_rng([seed, number])
     return pool, acquire(loop.acquisition, candidates, loop.budget_of(number), rng, loop.apart)
-
-
-def _seen(
-    config: Config,
-    number: int,
-    heads: Artifact,
-    features: Artifact,
-    groups: Mapping[str, Sequence[Row]],
-    earlier: Sequence[tuple[Artifact, Artifact]],
-) -> tuple[Pool, Candidates]:
-    """What is believed, and what of it the rule sees; the features themselves are let go, they are far larger."""
-    ensemble, known = Heads.load(heads.path / "heads.npz"), load_features([features])
-    rng = np.random.default_rng([config.run.seed, number, DRAWS])
-    pool, seen = believed(ensemble, known, groups, config.loop.k, rng)
-    if config.loop.acquisition in PLACED:
-        asked_NE = asked_before(earlier, len(ensemble.mean_D))
-        seen = replace(seen, prompts_PE=prompt_matrix(known, groups), asked_NE=asked_NE)
-    return pool, seen
 
 
 def beyond_budget(purpose: str, budget: int, counts: Mapping[str, Any], labels: Sequence[Label | None]) -> str:
