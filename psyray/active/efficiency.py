@@ -5,19 +5,20 @@
 
 Seeds differ in which prompts are the pool and which are held out, in the draws of the posterior and in every random
 choice; all strategies of one seed share them, so differences from random are taken seed by seed. Intervals are 95 %
-percentile bootstraps over seeds: they say how far another draw of the same study would differ, on these prompts.
+percentiles over resamples in which seeds and held-out prompts are each drawn anew (the bootstrap of crossed factors
+of Owen 2007, which errs on the wide side): seeds alone would say nothing of other prompts.
 
-Shapes: G seeds, B budgets, S strata.
+Shapes: R resamples, G seeds, B budgets, S strata.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from psyray.active.replay import Bank, Curve, Learner, replay
 from psyray.arrays import FloatArray
@@ -67,6 +68,16 @@ def study(
     return curves
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a strategy's replays say of its accuracy, over seeds and over resamples of seeds and prompts."""
+
+    macro_B: FloatArray  # means over seeds
+    strata_BS: FloatArray
+    macro_RB: FloatArray
+    asked: dict[str, float]  # the share of the questions by stratum
+
+
 def figures(curves: Curves, strata: Sequence[str], *, aim: int) -> dict[str, Any]:
     """Every figure of the study as a tree of plain numbers: one entry a strategy, one row a budget.
 
@@ -76,9 +87,8 @@ def figures(curves: Curves, strata: Sequence[str], *, aim: int) -> dict[str, Any
     budgets = shared_budgets(curves)
     if aim not in budgets:
         raise ValueError(f"the aim of {aim} labels is not among the budgets that all replays reached: {budgets[-1]}")
-    base_GB = macro(curves[BASELINE], budgets)
-    draws_RG = np.random.default_rng(0).integers(len(base_GB), size=(RESAMPLES, len(base_GB)))
-    return {strategy: _strategy(found, base_GB, budgets, strata, draws_RG, aim) for strategy, found in curves.items()}
+    told = {strategy: _told(found, budgets, strata) for strategy, found in curves.items()}
+    return {strategy: _figures(one, told[BASELINE], budgets, strata, aim) for strategy, one in told.items()}
 
 
 def shared_budgets(curves: Curves) -> list[int]:
@@ -87,57 +97,58 @@ def shared_budgets(curves: Curves) -> list[int]:
     return sorted(set.intersection(*sets))
 
 
-def macro(found: Sequence[Curve], budgets: Sequence[int]) -> FloatArray:
-    """[G, B] mean over strata."""
-    return np.stack([curve.macro_B[[curve.budgets.index(b) for b in budgets]] for curve in found])
-
-
-def _strategy(
-    found: Sequence[Curve],
-    base_GB: FloatArray,
-    budgets: Sequence[int],
-    strata: Sequence[str],
-    draws_RG: npt.NDArray[np.intp],
-    aim: int,
-) -> dict[str, Any]:
-    own_GB = macro(found, budgets)
-    by_stratum_BS = np.nanmean(
-        [curve.accuracy_BS[[curve.budgets.index(b) for b in budgets]] for curve in found], axis=0
+def _told(found: Sequence[Curve], budgets: Sequence[int], strata: Sequence[str]) -> Told:
+    B, asked = len(budgets), np.concatenate([np.asarray(curve.strata) for curve in found])
+    return Told(
+        np.mean([curve.macro_B[:B] for curve in found], axis=0),
+        np.nanmean([curve.accuracy_BS[:B] for curve in found], axis=0),
+        _redrawn(found, B),
+        {name: float((asked == s).mean()) for s, name in enumerate(strata)},
     )
-    mean_RB, ahead_RB = own_GB[draws_RG].mean(axis=1), (own_GB - base_GB)[draws_RG].mean(axis=1)
-    rows = list(_rows(own_GB, base_GB, mean_RB, ahead_RB, by_stratum_BS, budgets, strata))
-    at_aim = list(budgets).index(aim)
-    # Summed as the strategies' own means are, or rounding could hide that random reaches its own level.
-    goal_R = base_GB[draws_RG].mean(axis=1)[:, at_aim]
-    needed = reach(own_GB.mean(axis=0), float(base_GB.mean(axis=0)[at_aim]), budgets)
-    needed_R = [reach(mean_B, goal, budgets) for mean_B, goal in zip(mean_RB, goal_R, strict=True)]
-    quarter = aim // 4
-    at_quarter_G = own_GB[:, list(budgets).index(quarter)] - base_GB[:, at_aim]
+
+
+def _redrawn(found: Sequence[Curve], B: int) -> FloatArray:
+    """[R, B] mean over the seeds drawn, of those that hold out a prompt drawn; the same draws for every strategy."""
+    prompts, rng = sorted({row for curve in found for row in curve.held_out}), np.random.default_rng(0)
+    times_RP, times_RG = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for n in (len(prompts), len(found)))
+    total_RB, weight_RB = np.zeros((RESAMPLES, B)), np.zeros((RESAMPLES, B))
+    for curve, times_R in zip(found, times_RG.T, strict=True):
+        macro_RB = curve.redrawn_RB(times_RP[:, np.searchsorted(prompts, curve.held_out)])[:, :B]
+        total_RB += times_R[:, None] * np.nan_to_num(macro_RB)
+        weight_RB += times_R[:, None] * np.isfinite(macro_RB)
+    return np.where(weight_RB > 0, total_RB / np.maximum(weight_RB, 1), np.nan)
+
+
+def _figures(own: Told, base: Told, budgets: Sequence[int], strata: Sequence[str], aim: int) -> dict[str, Any]:
+    rows = list(_rows(own, base, budgets, strata))
+    at_aim, at_quarter = budgets.index(aim), budgets.index(aim // 4)
+    needed_R = [
+        reach(mean_B, goal, budgets) for mean_B, goal in zip(own.macro_RB, base.macro_RB[:, at_aim], strict=True)
+    ]
     return {
         "budgets": rows,
-        "labels_to_reach": needed,
+        "labels_to_reach": reach(own.macro_B, float(base.macro_B[at_aim]), budgets),
         "labels_to_reach_interval": _whole_interval(needed_R),
-        "quarter": {"labels": quarter, "ahead_of_aim": _interval(at_quarter_G, draws_RG)},
+        "quarter": {
+            "labels": budgets[at_quarter],
+            "ahead_of_aim": _around(
+                float(own.macro_B[at_quarter] - base.macro_B[at_aim]),
+                own.macro_RB[:, at_quarter] - base.macro_RB[:, at_aim],
+            ),
+        },
         "below": [row["labels"] for row in rows if row["labels"] >= 32 and row["ahead"][2] < 0],
-        "asked": _asked(found, strata),
+        "asked": own.asked,
     }
 
 
-def _rows(
-    own_GB: FloatArray,
-    base_GB: FloatArray,
-    mean_RB: FloatArray,
-    ahead_RB: FloatArray,
-    by_stratum_BS: FloatArray,
-    budgets: Sequence[int],
-    strata: Sequence[str],
-) -> Iterator[dict[str, Any]]:
+def _rows(own: Told, base: Told, budgets: Sequence[int], strata: Sequence[str]) -> Iterator[dict[str, Any]]:
+    ahead_B, ahead_RB = own.macro_B - base.macro_B, own.macro_RB - base.macro_RB
     for b, budget in enumerate(budgets):
         yield {
             "labels": budget,
-            "accuracy": _around(float(own_GB[:, b].mean()), mean_RB[:, b]),
-            "ahead": _around(float((own_GB - base_GB)[:, b].mean()), ahead_RB[:, b]),
-            "strata": {name: float(by_stratum_BS[b, s]) for s, name in enumerate(strata)},
+            "accuracy": _around(float(own.macro_B[b]), own.macro_RB[:, b]),
+            "ahead": _around(float(ahead_B[b]), ahead_RB[:, b]),
+            "strata": {name: float(own.strata_BS[b, s]) for s, name in enumerate(strata)},
         }
 
 
@@ -149,21 +160,11 @@ def reach(mean_B: FloatArray, goal: float, budgets: Sequence[int]) -> int | None
 
 def _around(value: float, values_R: FloatArray) -> list[float]:
     """[low, value, high]."""
-    low, high = np.percentile(values_R, [2.5, 97.5])
+    low, high = np.nanpercentile(values_R, [2.5, 97.5])
     return [float(low), value, float(high)]
-
-
-def _interval(values_G: FloatArray, draws_RG: npt.NDArray[np.intp]) -> list[float]:
-    return _around(float(values_G.mean()), values_G[draws_RG].mean(axis=1))
 
 
 def _whole_interval(needed_R: Sequence[int | None]) -> list[int | None]:
     """Percentiles of budgets, where "never" lies above every budget."""
     ordered = sorted(needed_R, key=lambda n: (n is None, n))
     return [ordered[round(q * (len(ordered) - 1))] for q in (0.025, 0.975)]
-
-
-def _asked(found: Sequence[Curve], strata: Sequence[str]) -> dict[str, float]:
-    """The share of the questions by stratum."""
-    all_asked = np.concatenate([np.asarray(curve.strata) for curve in found])
-    return {name: float((all_asked == s).mean()) for s, name in enumerate(strata)}

@@ -4,7 +4,8 @@
     curve = replay(bank, pool, held_out, "d_optimal", learner, budgets=(8, 64, 512), batch=8, seed=0)
     curve.accuracy_BS  # held-out accuracy by budget and stratum
 
-Pure: no model, no file, no clock. Shapes: P prompts, K responses a prompt, D features, R axes, B budgets, S strata.
+Pure: no model, no file, no clock. Shapes: P prompts, K responses a prompt, D features, R axes or resamples, B budgets,
+Q held-out prompts, S strata.
 """
 
 from __future__ import annotations
@@ -79,14 +80,28 @@ class Curve:
     """What one strategy reached with one seed."""
 
     budgets: tuple[int, ...]  # those the pool had labels for
-    accuracy_BS: FloatArray  # held-out accuracy by stratum
+    held_out: tuple[int, ...]  # rows of the bank
+    right_BQS: FloatArray  # how many of a held-out prompt's pairs the mean ranks right, a tie half
+    pairs_QS: IntArray  # how many there are
     asked: tuple[tuple[int, int, int], ...]  # (prompt of the pool, first, second) in the order of asking
     strata: tuple[int, ...]  # of each question asked
+
+    @property
+    def accuracy_BS(self) -> FloatArray:
+        """Held-out accuracy by stratum; NaN for one without pairs."""
+        return _shares(self.right_BQS.sum(axis=1), self.pairs_QS.sum(axis=0))
 
     @property
     def macro_B(self) -> FloatArray:
         """The mean over strata, each counting alike."""
         return np.asarray(np.nanmean(self.accuracy_BS, axis=1))
+
+    def redrawn_RB(self, times_RQ: IntArray) -> FloatArray:
+        """`macro_B` had each held-out prompt been there so many times; NaN where none of them has been."""
+        B, Q, S = self.right_BQS.shape
+        right_RBS = (times_RQ @ self.right_BQS.transpose(1, 0, 2).reshape(Q, B * S)).reshape(-1, B, S)
+        share_RBS = _shares(right_RBS, (times_RQ @ self.pairs_QS)[:, None])
+        return _shares(np.nan_to_num(share_RBS).sum(axis=2), np.isfinite(share_RBS).sum(axis=2))
 
 
 def replay(
@@ -120,7 +135,7 @@ def replay(
     x_NR = np.zeros((0, z_PKR.shape[2]))
     belief = learner.believe(x_NR, None, z_PKR.shape[2], seed)
     asked: list[tuple[int, int, int]] = []
-    reached, rows = [], []
+    reached, right = [], []
     for budget in sorted(set(budgets)):
         while len(asked) < budget:
             found = candidates(belief, z_PKR, open_PKK, asked)
@@ -136,9 +151,15 @@ def replay(
         if len(asked) < budget:
             break
         reached.append(budget)
-        rows.append(accuracies(belief, test_PKR, there))
-    strata = tuple(int(here.strata_PKK[question]) for question in asked)
-    return Curve(tuple(reached), np.asarray(rows).reshape(len(rows), len(bank.strata)), tuple(asked), strata)
+        right.append(ranked_right(belief, test_PKR, there))
+    return Curve(
+        tuple(reached),
+        tuple(map(int, held_out)),
+        np.asarray(right).reshape(len(right), len(held_out), len(bank.strata)),
+        pairs_by_stratum(there),
+        tuple(asked),
+        tuple(int(here.strata_PKK[question]) for question in asked),
+    )
 
 
 def candidates(
@@ -166,10 +187,27 @@ def _answers(z_PKR: FloatArray, asked: Sequence[tuple[int, int, int]], oracle: O
 
 def accuracies(belief: Laplace, z_PKR: FloatArray, bank: Bank) -> FloatArray:
     """[S]: the share of labelled pairs ranked right by the mean, a tie half; NaN for a stratum without pairs."""
+    return _shares(ranked_right(belief, z_PKR, bank).sum(axis=0), pairs_by_stratum(bank).sum(axis=0))
+
+
+def ranked_right(belief: Laplace, z_PKR: FloatArray, bank: Bank) -> FloatArray:
+    """[P, S]: how many labelled pairs the mean ranks right, a tie half."""
     prompt_N, better_N, worse_N = bank.pairs()
     mean_N = belief.difference(z_PKR[prompt_N, better_N], z_PKR[prompt_N, worse_N]).mean_N
-    right_N = (mean_N > 0) + 0.5 * (mean_N == 0)
-    stratum_N = bank.strata_PKK[prompt_N, better_N, worse_N]
-    count_S = np.bincount(stratum_N, minlength=len(bank.strata))
-    sums_S = np.bincount(stratum_N, weights=right_N, minlength=len(bank.strata))
-    return np.where(count_S > 0, sums_S / np.maximum(count_S, 1), np.nan)
+    return _counts(bank, (mean_N > 0) + 0.5 * (mean_N == 0))
+
+
+def pairs_by_stratum(bank: Bank) -> IntArray:
+    """[P, S]: how many labelled pairs there are."""
+    return _counts(bank, np.ones(len(bank.pairs()[0]))).astype(np.intp)
+
+
+def _counts(bank: Bank, values_N: FloatArray) -> FloatArray:
+    prompt_N, better_N, worse_N = bank.pairs()
+    sums_PS = np.zeros((len(bank.labels_PKK), len(bank.strata)))
+    np.add.at(sums_PS, (prompt_N, bank.strata_PKK[prompt_N, better_N, worse_N]), values_N)
+    return sums_PS
+
+
+def _shares(right: FloatArray, pairs: IntArray) -> FloatArray:
+    return np.where(pairs > 0, right / np.maximum(pairs, 1), np.nan)

@@ -119,7 +119,14 @@ def test_parts_and_splits_keep_prompts_apart() -> None:
 
 
 def made_curve(*accuracy: float) -> Curve:
-    return Curve((32, 64, 128, 256), np.array([[a, a] for a in accuracy]), ((0, 0, 1), (1, 0, 1)), (0, 1))
+    """One held-out prompt with ten pairs a stratum, so that only seeds can be drawn anew."""
+    return held_out_curve([[a] for a in accuracy])
+
+
+def held_out_curve(accuracy_BQ: list[list[float]]) -> Curve:
+    right_BQS = np.repeat(10 * np.array(accuracy_BQ)[:, :, None], 2, axis=2)
+    Q = right_BQS.shape[1]
+    return Curve((32, 64, 128, 256), tuple(range(Q)), right_BQS, np.full((Q, 2), 10), ((0, 0, 1), (1, 0, 1)), (0, 1))
 
 
 def test_labels_to_random_s_level_by_hand() -> None:
@@ -156,3 +163,21 @@ def test_a_study_runs_every_strategy_on_every_seed() -> None:
     )  # fmt: skip
     assert {name: len(found) for name, found in curves.items()} == {"random": 2, "max_min": 2}
     assert len(done) == 4
+
+
+def test_intervals_draw_the_held_out_prompts_anew() -> None:
+    flat = held_out_curve([[0.5, 0.5]] * 4)
+    uneven = held_out_curve([[1.0, 0.4]] * 4)  # one prompt ahead of random, one behind
+    told = figures({"random": [flat] * 4, "uneven": [uneven] * 4}, ["a", "b"], aim=256)["uneven"]
+    assert told["budgets"][0]["accuracy"] == pytest.approx([0.4, 0.7, 1.0])
+    assert told["quarter"]["ahead_of_aim"] == pytest.approx([-0.1, 0.2, 0.5])
+    assert told["labels_to_reach_interval"] == [32, None]
+
+
+def test_prompts_redrawn_by_hand() -> None:
+    counts_QS = np.array([[2, 1], [4, 0]])
+    curve = Curve((8,), (3, 7), np.array([[[2.0, 0.0], [1.0, 0.0]]]), counts_QS, (), ())
+    assert curve.accuracy_BS.tolist() == [[0.5, 0.0]]
+    found_RB = curve.redrawn_RB(np.array([[1, 1], [2, 0], [0, 1], [0, 0]]))
+    assert found_RB[:3, 0].tolist() == [0.25, 0.5, 0.25]  # without the first prompt there is one stratum
+    assert np.isnan(found_RB[3, 0])
