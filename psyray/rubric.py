@@ -178,7 +178,7 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
 
 
 def rubric_file(name: str) -> Path:
-    """The file of the rubric that ships under the name, or the YAML file that it is; PsyrayError where there is none."""
+    """The file of the rubric that ships under the name, or the YAML file that it is; else PsyrayError."""
     shipped = SHIPPED / f"{name}.yaml"
     path = shipped if shipped.exists() else Path(name).expanduser()
     if not path.is_file():

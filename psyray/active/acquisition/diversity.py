@@ -27,7 +27,7 @@ def bal_pm(c: Candidates, n: int, rng: np.random.Generator, weight: float = 1.0)
     """
     if c.prompts_PE is None:
         raise ValueError("bal_pm needs prompts_PE: say where the prompts lie, beside the scores")
-    placed_P = np.isfinite(c.prompts_PE).all(axis=1)
+    placed_P = np.asarray(np.isfinite(c.prompts_PE).all(axis=1))
     prompt_PE = np.where(placed_P[:, None], c.prompts_PE, 0.0)
     first_P, second_P, told_P = best_pair(mutual_information(c), c.allowed_PKK & placed_P[:, None, None])
     first_P, second_P = leader_first(c, first_P, second_P)

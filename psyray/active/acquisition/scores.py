@@ -79,7 +79,8 @@ def maxmin_lcb(c: Candidates, n: int, rng: np.random.Generator, beta: float = 1.
     mean_PKK = c.mean_PK[:, :, None] - c.mean_PK[:, None, :]
     width_PKK = beta * spreads(c)
     # Of all present ones: what was asked before is closed, and says most of who cannot be best.
-    contender_PK = (np.where(c.present_PK[:, None, :], mean_PKK + width_PKK, np.inf) >= 0).all(axis=2)
+    high_PKK = np.where(c.present_PK[:, None, :], mean_PKK + width_PKK, np.inf)
+    contender_PK = high_PKK.min(axis=2) >= 0
     playing_PKK = c.allowed_PKK
     for side_PKK in (contender_PK[:, :, None], contender_PK[:, None, :]):
         some_PKK = playing_PKK & side_PKK
