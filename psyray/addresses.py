@@ -32,12 +32,18 @@ def refuse_secrets(settings: BaseModel, at: str = "") -> None:
     for name, section in _sections(settings, at):
         if isinstance(section, EndpointSection) and section.url:
             refuse_secret(f"{name}.url", section.url, f"{name}.api_key_env", section.api_key_env)
-        if isinstance(section, TrackSection) and section.uri and holds_secret(section.uri):
-            raise PsyrayError(
-                f"{name}.uri holds a user name, a password or a key, which the run folder would keep: leave it out of "
-                "the URI and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, for "
-                f"a server, PGPASSWORD for PostgreSQL; or leave {name}.uri out and set MLFLOW_TRACKING_URI"
-            )
+        if isinstance(section, TrackSection) and section.uri:
+            refuse_registry_secret(f"{name}.uri", section.uri)
+
+
+def refuse_registry_secret(setting: str, uri: str) -> None:
+    """PsyrayError where the URI of an MLflow holds a secret."""
+    if holds_secret(uri):
+        raise PsyrayError(
+            f"{setting} holds a user name, a password or a key, which would be kept with the settings: leave it out of "
+            "the URI and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, for a "
+            f"server, PGPASSWORD for PostgreSQL; or leave {setting} out and set MLFLOW_TRACKING_URI"
+        )
 
 
 def refuse_secret(setting: str, url: str, names_variable: str, variable: str) -> None:

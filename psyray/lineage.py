@@ -20,7 +20,7 @@ from rich.text import Text
 from psyray.errors import PsyrayError
 from psyray.origin import ORIGIN, origin
 from psyray.run import Artifact, find_run, read_json, read_stages, stage_folders
-from psyray.status import key_numbers, number, round_numbers
+from psyray.status import key_numbers, number, people, round_numbers
 from psyray.times import round_of
 from psyray.track import registered
 
@@ -163,7 +163,8 @@ def oracle_words(told: dict[str, Any]) -> str:
     """The same for people."""
     words = f"noisy {told['kind']}" if told["noisy"] else str(told["kind"])
     if told["kind"] == "experts":
-        words += f" ({told['people']} people" + (f", {told['by_judge']} by the judge" if told["by_judge"] else "") + ")"
+        by_judge = f", {told['by_judge']} by the judge" if told["by_judge"] else ""
+        words += f" ({people(told['people'])}{by_judge})"
     return f"{words} in round {told['round']}"
 
 

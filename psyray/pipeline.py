@@ -39,7 +39,7 @@ from psyray.reward.body import reading_of
 from psyray.reward.by_topic import by_topic_stage
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
-from psyray.rubric import Rubric, load_rubric
+from psyray.rubric import Rubric, load_rubric, rubric_file
 from psyray.run import Artifact, Folder, Run, followed, write_atomic
 from psyray.sections.data import JudgeSection, Sampling
 from psyray.status import expected_stages
@@ -69,6 +69,7 @@ def run_pipeline(
     ):
         run.on_stage = tracker.stage
         desk = open_desk(config, run)
+        keep_rubric(config, run, desk.rubric)
         with ray_session(config):
             require([TASK], config.cluster.wait_s, "the tasks of a run")
             with suppress(Reached):
@@ -190,6 +191,13 @@ def open_desk(config: Config, run: Run) -> Desk:
     panel = make_panel([member.judge for member in members], config.panel, rubric)
     section = config.judge.model_copy(update={"form": config.panel.judges[0].form})
     return Desk(panel, rubric, ledger, run_id, section, members, config.panel)
+
+
+def keep_rubric(config: Config, run: Run, rubric: Rubric) -> None:
+    """Leave in RUN/rubric-ID.yaml what was asked, by the ids that manifests name: the rubric's own file may change."""
+    for key in (rubric.id, rubric.pairwise_id):
+        if not (kept := run.path / f"rubric-{key}.yaml").exists():
+            write_atomic(kept, rubric_file(config.rubric).read_text())
 
 
 def second_desk(config: Config, desk: Desk) -> Desk | None:

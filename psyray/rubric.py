@@ -17,6 +17,7 @@ from psyray.errors import PsyrayError
 from psyray.records import Message, content_id
 from psyray.sections.data import ASSETS
 
+SHIPPED = ASSETS / "rubrics"
 ASSISTANT = "assistant"
 PREFERENCE = {"A": 1.0, "B": -1.0, "tie": 0.0}  # what a comparison may be answered with
 
@@ -176,13 +177,19 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
     return re.sub("|".join(map(re.escape, fields)), lambda m: fields[m.group()], template)
 
 
-def load_rubric(name: str) -> Rubric:
-    """The rubric that ships under the name, or the one in a YAML file; PsyrayError names the file and the key."""
-    shipped = ASSETS / "rubrics" / f"{name}.yaml"
+def rubric_file(name: str) -> Path:
+    """The file of the rubric that ships under the name, or the YAML file that it is; else PsyrayError."""
+    shipped = SHIPPED / f"{name}.yaml"
     path = shipped if shipped.exists() else Path(name).expanduser()
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
+        known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
         raise PsyrayError(f"no rubric {name!r}: neither one that ships ({known}) nor a file at {path.absolute()}")
+    return path
+
+
+def load_rubric(name: str) -> Rubric:
+    """The rubric of that name or file; PsyrayError names the file and the key."""
+    path = rubric_file(name)
     tree = yaml.safe_load(path.read_text())
     try:
         low, high = tree["scale"]
@@ -194,7 +201,7 @@ def load_rubric(name: str) -> Rubric:
             tree["json_instruction"], tree.get("pairwise_prompt", ""), tree.get("answerer", ASSISTANT),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PsyrayError(f"{path} is no rubric: {type(error).__name__} {error}; compare {shipped.parent}") from error
+        raise PsyrayError(f"{path} is no rubric: {type(error).__name__} {error}; compare {SHIPPED}") from error
     if not principles or not 0 <= low < high <= 9 or sum(p.weight for p in principles) <= 0:
         raise PsyrayError(f"{path}: a rubric needs principles, weights above 0 and a scale of digits from low to high")
     if missing := [

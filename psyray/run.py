@@ -2,6 +2,7 @@
 
     RUN/run.json                      the stages of the latest pass, in order, and what ended it before the last
     RUN/config.yaml                   the resolved configuration of the latest pass
+    RUN/rubric-0b7f93d2.yaml          the rubric of that id as it was; two ids, alone and side by side
     RUN/stages/pairs/3fa9c1e2/        one result of the stage `pairs`
         part-00000.parquet ...        rows as they come in
         data-00000.parquet            all rows, once the stage is done

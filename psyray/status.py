@@ -47,6 +47,11 @@ def share(value: Any) -> str:
     return number(100.0 * value, 1, " %") if isinstance(value, int | float) else DASH
 
 
+def people(count: int) -> str:
+    """`1 person`, or how many people."""
+    return f"{count} {'person' if count == 1 else 'people'}"
+
+
 def change(value: Any) -> str:
     """A relative change as a percentage with its sign; a dash where there is none."""
     return f"{100 * value:+.1f} %" if isinstance(value, int | float) and value == value else DASH
@@ -283,9 +288,9 @@ def win_rates(stats: Mapping[str, Any]) -> str:
 def labels_note(stats: Mapping[str, Any]) -> str:
     """One line on a round's labels, and on how far people agreed where they gave them."""
     note = _counts(stats, "bought", "reused", "reward_labelled", "ties", "invalid")
-    people = stats.get("experts") or {}
-    if people.get("compared"):
-        note += f"; {people['people']} experts agree {share(people['agree'])} (alpha {number(people['alpha'])})"
+    among = stats.get("experts") or {}
+    if among.get("compared"):
+        note += f"; {among['people']} experts agree {share(among['agree'])} (alpha {number(among['alpha'])})"
     return note
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from psyray.addresses import holds_secret
+from psyray.addresses import refuse_registry_secret
 from psyray.errors import PsyrayError, hint
 from psyray.homes import no_run
 from psyray.models import resolve_model
@@ -123,10 +123,8 @@ class Args(Words, Bounds):
     @field_validator("tracking")
     @classmethod
     def _no_secret(cls, uri: str | None) -> str | None:
-        if uri and holds_secret(uri):
-            raise ValueError(
-                "it holds a user name, a password or a key: Serve keeps the words; set MLFLOW_TRACKING_URI"
-            )
+        if uri:
+            refuse_registry_secret("tracking", uri)
         return uri
 
     @field_validator("beside", mode="before")

@@ -26,6 +26,7 @@ from psyray.active.votes import Choice, Vote, consensus
 from psyray.errors import PsyrayError
 from psyray.records import Message, Verdict, content_id
 from psyray.run import draft
+from psyray.status import people
 
 KIND, ORACLE, PURPOSE = "conversation", "people in conversation", "conversations"
 
@@ -94,15 +95,15 @@ def kept(ledger: Ledger, runs: Collection[str]) -> Iterator[dict[str, Any]]:
 def tally(ledger: Ledger, runs: Collection[str]) -> list[dict[str, Any]]:
     """For each two policies: {policies, people, first, second, ties, harmful, scores_seen}; most choices first."""
     counts: dict[tuple[str, str], Counter[str]] = {}
-    people: dict[tuple[str, str], set[str]] = {}
+    who: dict[tuple[str, str], set[str]] = {}
     for row in kept(ledger, runs):
         both = row["a_policy"], row["b_policy"]
         counts.setdefault(both, Counter()).update([row["vote"], "all", *(["seen"] if row["scores_seen"] else [])])
-        people.setdefault(both, set()).add(row["who"])
+        who.setdefault(both, set()).add(row["who"])
     found = [
         {
             "policies": list(both),
-            "people": len(people[both]),
+            "people": len(who[both]),
             "first": said["A"],
             "second": said["B"],
             "ties": said["tie"],
@@ -142,7 +143,7 @@ def show(place: Place, to: Path | None, say: Callable[[str], None]) -> None:
         first, second = row["policies"]
         say(
             f"{first} {row['first']}, {second} {row['second']}, ties {row['ties']}, harmful {row['harmful']}; "
-            f"by {row['people']} people, {row['scores_seen']} after a look at the reward model's scores"
+            f"by {people(row['people'])}, {row['scores_seen']} after a look at the reward model's scores"
         )
     if to:
         say(f"{to}: {write_pairs(ledger, place.runs, to)} pairs")

@@ -83,10 +83,10 @@ class Experts:
     def put(self, folder: Folder, purpose: str, questions: Sequence[Question]) -> None:
         """Have the ledger hold the experts' answers, or failures where time ran out; PsyrayError to stop."""
         queue, ids = ExpertQueue(self.desk.ledger.database), [q.question_id for q in questions]
-        if not ids:
-            return
         if dropped := queue.drop(self.desk.run_id, purpose, ids):
             self.say(f"{purpose}: {dropped} questions of before the settings changed are no longer put to experts")
+        if not ids:
+            return
         queue.open(questions, self.section.overlap)
         self._say_how(len(ids))
         if self._wait(folder, queue, ids, purpose):

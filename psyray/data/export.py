@@ -109,9 +109,10 @@ def read_source(run: Path) -> Source:
     stages = {stage.name: stage for stage in read_stages(run)}
     if "pairs" not in stages:
         raise PsyrayError(f"{run} has no finished stage `pairs` yet; see `psyray status {run}`")
-    config = read_config(run)
-    rubric = load_rubric(config["rubric"])
-    if rubric.id != stages["pairs"].manifest["config"]["rubric"]:
+    config, made_by = read_config(run), stages["pairs"].manifest["config"]["rubric"]
+    kept = run / f"rubric-{made_by}.yaml"  # none in a run that is older
+    rubric = load_rubric(str(kept) if kept.exists() else config["rubric"])
+    if rubric.id != made_by:
         raise PsyrayError(
             f"the rubric {config['rubric']} has changed since the pairs of {run} were made; "
             "bring the old one back, or run the same command again to rate by the new one"

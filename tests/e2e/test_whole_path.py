@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from psyray.active.ledger import Ledger
 from psyray.cli import app
+from psyray.rubric import load_rubric
 from psyray.run import read_stages
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,8 @@ def test_every_stage_leaves_what_the_next_ones_and_a_user_need(undisturbed):
     by_topic = stages["reward-topics"].stats["strata"]["topic"]
     assert sum(part["pairs"] for part in by_topic.values()) == stages["round-1/heads"].stats["test_pairs"] > 0
     probe = stages["round-1/gate"].stats["probe"]
+    rubric = load_rubric(str(undisturbed / f"demo/rubric-{stages['judgements'].manifest['config']['rubric']}.yaml"))
+    assert rubric == load_rubric("counselling")
     assert probe["kl"] > 0 and probe["perplexity"] > 1 and (probe["questions"], probe["answers"]) == (40, 4)
     assert stages["round-1/gate"].stats["passed"] and stages["export"].stats["champion_round"] == 1
     layout = pq.read_table(stages["pairs"].path / "psychocounsel.parquet")

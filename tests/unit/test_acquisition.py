@@ -100,6 +100,22 @@ def test_maxmin_lcb_leads_with_the_least_threatened_and_asks_about_its_worst_riv
     assert acquire("maxmin_lcb", SCORES, 5, rng()) == [Pick(0, 2, 0, 1.0), Pick(1, 0, 2, -1.0)]
 
 
+def test_maxmin_lcb_does_not_forget_who_lost_a_pair_that_was_asked() -> None:
+    def pick(scores: list[list[float]], *still_open: tuple[int, int]) -> list[Pick]:
+        opened = np.zeros((1, 4, 4), dtype=bool)
+        for i, j in still_open:
+            opened[0, i, j] = opened[0, j, i] = True
+        return acquire("maxmin_lcb", Candidates(np.array([scores]), open_PKK=opened), 1, rng())
+
+    # No spread: 3 is the best. What is open says of 1 only that it is better than 0.
+    assert pick([[0, 0], [1, 1], [2, 2], [3, 3]], (0, 1), (2, 3)) == [Pick(0, 3, 2, -1.0)]
+    # Spread 2 for 2 alone: it and 3 may be best (UCB 2>3 is 1), and play with each other as long as they may.
+    scores = [[0.0, 0.0], [1.0, 1.0], [0.0, 4.0], [3.0, 3.0]]
+    assert pick(scores, (0, 1), (0, 3), (1, 2), (2, 3)) == [Pick(0, 3, 2, 1.0)]
+    assert pick(scores, (0, 1), (0, 3), (1, 2)) == [Pick(0, 3, 0, -3.0)]
+    assert pick(scores, (0, 1)) == [Pick(0, 1, 0, -1.0)]
+
+
 def test_apl_keeps_the_most_uncertain_prompts_and_asks_the_widest_margin() -> None:
     gaps = np.array([0.0, 10.0, 1.0, 2.0, 3.0])  # the closer the two, the higher the entropy: prompt 1 is left out
     scores = np.stack([gaps, np.zeros(5)], axis=1)[:, :, None]
@@ -217,6 +233,16 @@ def test_bal_pm_goes_where_nothing_was_asked() -> None:
 def test_bal_pm_says_that_it_needs_to_know_where_prompts_lie() -> None:
     with pytest.raises(ValueError, match="bal_pm needs prompts_PE"):
         acquire("bal_pm", SCORES, 1, rng())
+
+
+def test_bal_pm_never_asks_about_a_prompt_that_lies_nowhere() -> None:
+    scores = rng(1).normal(size=(3, 2, 3))
+    scores[1] = NAN
+    for lost in ([1], [1, 2]):  # the one without responses, and one more
+        where = rng(2).normal(size=(3, 2))
+        where[lost] = NAN
+        picks = acquire("bal_pm", Candidates(scores, prompts_PE=where), 3, rng())
+        assert {p.prompt for p in picks} == {0, 1, 2} - {1, *lost} and all(np.isfinite(p.value) for p in picks)
 
 
 def test_near_duplicates_are_left_out_of_a_batch() -> None:

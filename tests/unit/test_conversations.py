@@ -323,7 +323,7 @@ def test_the_server_reads_the_runs_configuration(tmp_path, monkeypatch):
     keep(ledger, room.run, chosen)
     show(place_of(run), tmp_path / "p.jsonl", said.append)
     assert said == [
-        "a 1, b 0, ties 0, harmful 0; by 1 people, 0 after a look at the reward model's scores",
+        "a 1, b 0, ties 0, harmful 0; by 1 person, 0 after a look at the reward model's scores",
         f"{tmp_path}/p.jsonl: 1 pairs",
     ]
     ledger.close()

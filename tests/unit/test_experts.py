@@ -126,6 +126,15 @@ def test_what_changed_settings_no_longer_ask_is_taken_from_the_experts_and_count
         assert verdicts(ask(people(desk, overlap=1), folder, 2)[0]) == GOOD[:2]
 
 
+def test_nobody_is_asked_for_settings_that_are_no_more_where_all_answers_are_there(desk, folder):
+    with Crowd(desk, 2, ben=prefers_good):
+        labels, _ = ask(people(desk), folder, 2)
+    with pytest.raises(PsyrayError, match="2 of 2 questions have no answer"):
+        ask(people(desk, overlap=2, wait_s=0), folder, 2)
+    assert ask(people(desk), folder, 2)[0] == labels  # and back again
+    assert ExpertQueue(desk.ledger.database).lease("anna") is None
+
+
 def test_what_the_judge_was_asked_in_the_experts_place_is_counted(desk, folder, monkeypatch):
     counted = {"asked": 2, "bought": 1, "reused": 1, "answered": 2, "refused": 0}
     monkeypatch.setattr(oracles, "label", lambda *_, **given: ([(Verdict.A, 1.0, {})] * given["budget"], counted))

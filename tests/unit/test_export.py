@@ -19,6 +19,7 @@ from psyray.data import export
 from psyray.data.export import export_run, other_content
 from psyray.data.layout import from_layout, rating_columns
 from psyray.errors import PsyrayError
+from psyray.rubric import load_rubric
 from psyray.run import read_stages
 
 PAGE = Path(__file__).parents[2] / "docs/export.md"
@@ -239,6 +240,8 @@ def test_a_file_in_the_way_or_a_run_without_pairs_is_an_error(home, tmp_path):
     (young / "config.yaml").write_text(yaml.safe_dump(config | {"rubric": str(other)}))
     with pytest.raises(PsyrayError, match=r"the rubric .*other.yaml has changed since"):
         export_run(young, tmp_path / "out")
+    shutil.copy(shipped, young / f"rubric-{load_rubric('counselling').id}.yaml")  # as a run keeps it
+    assert export_run(young, tmp_path / "out")["rubric"]["principles"][0]["weight"] == 1
 
 
 def test_what_the_page_shows_works(home, tmp_path, monkeypatch):

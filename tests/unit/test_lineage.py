@@ -118,6 +118,7 @@ def test_who_labelled_each_round_is_told_by_kind_and_of_people_how_many(tmp_path
         (1, {"rubric": "r", "experts": {"overlap": 2, "fall_back": "judge"}, "judge": "rule"}, people),
         (2, {"rubric": "r", "replay": "0f2e", "noise": {"flip": 0.1}}, {}),
         (3, {"rubric": "r", "judge": "rule"}, {}),
+        (4, {"rubric": "r", "experts": {"overlap": 1}}, {"experts": {"people": 1}}),
     ):
         made += [run.stage(f"round-{number}/labels", settings, made[-1:], lambda folder, stats=stats: stats)]
     known = found(made[-1].fingerprint, tmp_path / "runs")
@@ -125,7 +126,9 @@ def test_who_labelled_each_round_is_told_by_kind_and_of_people_how_many(tmp_path
         {"round": 1, "kind": "experts", "noisy": False, "people": 3, "by_judge": 4},
         {"round": 2, "kind": "replay", "noisy": True},
         {"round": 3, "kind": "judge", "noisy": False},
+        {"round": 4, "kind": "experts", "noisy": False, "people": 1, "by_judge": 0},
     ]
     shown = CliRunner().invoke(app, ["lineage", made[-1].fingerprint, "--runs", str(tmp_path / "runs")])
-    told = "experts (3 people, 4 by the judge) in round 1, noisy replay in round 2, judge in round 3"
+    told = "experts (3 people, 4 by the judge) in round 1, noisy replay in round 2, judge in round 3, "
+    told += "experts (1 person) in round 4"
     assert told in " ".join(shown.output.split()) and "anna" not in shown.output

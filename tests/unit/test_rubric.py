@@ -7,9 +7,12 @@ from functools import partial
 import pytest
 import yaml
 
+from psyray.config import load_config
 from psyray.engines.judges import soft_ratings
 from psyray.errors import PsyrayError
+from psyray.pipeline import keep_rubric
 from psyray.rubric import PairwiseRubric, UnusableAnswer, load_rubric, side_by_side
+from psyray.run import Run
 from psyray.sections.data import ASSETS
 
 RUBRIC = load_rubric("counselling")
@@ -87,6 +90,20 @@ def test_another_fields_rubric_is_a_file(tmp_path):
     assert rubric.score({"correct": 9.0, "kind": 1.0}) == 7.0
     assert rubric.question([{"role": "user", "content": "x"}], "y")[0]["content"].count("Author:") == 1
     assert rubric.id != RUBRIC.id
+
+
+def test_a_run_keeps_the_rubric_that_it_asked_by_when_its_file_changes(tmp_path):
+    tree, path = yaml.safe_load((ASSETS / "rubrics/counselling.yaml").read_text()), tmp_path / "own.yaml"
+    config, run = load_config(None, [f"rubric={path}"]), Run(tmp_path)
+    asked = []
+    for change in ({}, {"pairwise_prompt": tree["pairwise_prompt"] + " Say one word."}, {"speaker": "caller"}):
+        path.write_text(yaml.safe_dump(tree | change))
+        asked.append(load_rubric(str(path)))
+        keep_rubric(config, run, asked[-1])
+    path.unlink()
+    for rubric, rates in zip(asked, (asked[0], asked[0], asked[2]), strict=True):
+        assert load_rubric(str(tmp_path / f"rubric-{rubric.pairwise_id}.yaml")) == rubric
+        assert load_rubric(str(tmp_path / f"rubric-{rubric.id}.yaml")) == rates
 
 
 @pytest.mark.parametrize("change", [{"scale": [1]}, {"principles": {}}, {"scale": [1, 12]}, {"prompt": None}])

@@ -22,12 +22,14 @@ def bal_pm(c: Candidates, n: int, rng: np.random.Generator, weight: float = 1.0)
     apart), over the root mean square distance of the prompts from their mean. The logarithm is what one more prompt
     adds to the nearest-neighbour (Kozachenko-Leonenko) estimate of the entropy of the prompts asked about, up to a
     constant. The paper searches neighbours in the whole pool, in its base model's features; here they lie where
-    `prompts_PE` says, which is needed. `first` has the higher mean; `rng` is not used. O(P K^2 H + P E (n + N)).
+    `prompts_PE` says, which is needed; a prompt that lies at NaN is never asked about. `first` has the higher mean;
+    `rng` is not used. O(P K^2 H + P E (n + N)).
     """
     if c.prompts_PE is None:
         raise ValueError("bal_pm needs prompts_PE: say where the prompts lie, beside the scores")
-    prompt_PE = c.prompts_PE
-    first_P, second_P, told_P = best_pair(mutual_information(c), c.allowed_PKK)
+    placed_P = np.asarray(np.isfinite(c.prompts_PE).all(axis=1))
+    prompt_PE = np.where(placed_P[:, None], c.prompts_PE, 0.0)
+    first_P, second_P, told_P = best_pair(mutual_information(c), c.allowed_PKK & placed_P[:, None, None])
     first_P, second_P = leader_first(c, first_P, second_P)
     typical, widest = extent(prompt_PE[np.isfinite(told_P)])
     nearest_P = np.full(len(told_P), widest)

@@ -69,20 +69,24 @@ def delta_ucb(c: Candidates, n: int, rng: np.random.Generator, beta: float = 1.0
 def maxmin_lcb(c: Candidates, n: int, rng: np.random.Generator, beta: float = 1.0) -> list[Pick]:
     """A Stackelberg game on lower bounds (MaxMinLCB, 2406.16745): the leader whose worst rival troubles it least.
 
-    LCB_ij and UCB_ij = mean_h -+ beta * std_h of s_ih - s_jh. The leader is argmax_i min_j LCB_ij among the
-    responses that may still be best (UCB_ij >= 0 for all j; all, if none may), its rival argmin_j LCB_ij.
+    LCB_ij and UCB_ij = mean_h -+ beta * std_h of s_ih - s_jh. Both play among the responses that may still be best
+    (UCB_ij >= 0 for all j present): the leader is argmax_i min_j LCB_ij over the open pairs, its rival argmin_j LCB_ij.
+    Where no open pair is of two such responses the rival may be any, then the leader too.
     value = -LCB of that pair, in units of the scores: how far the rival may yet be ahead. The paper plays one
     game; this order of prompts is ours. The bounds are the ensemble's, not the paper's confidence sequence;
     `rng` is not used.
     """
     mean_PKK = c.mean_PK[:, :, None] - c.mean_PK[:, None, :]
     width_PKK = beta * spreads(c)
-    low_PKK = np.where(c.allowed_PKK, mean_PKK - width_PKK, np.inf)
-    contender_PK = np.where(c.allowed_PKK, mean_PKK + width_PKK, np.inf).min(axis=2) >= 0
-    playing_PK = c.allowed_PKK.any(axis=2)
-    contender_PK &= playing_PK
-    contender_PK = np.where(contender_PK.any(axis=1, keepdims=True), contender_PK, playing_PK)
-    first_P = np.where(contender_PK, low_PKK.min(axis=2), -np.inf).argmax(axis=1)
+    # Of all present ones: what was asked before is closed, and says most of who cannot be best.
+    high_PKK = np.where(c.present_PK[:, None, :], mean_PKK + width_PKK, np.inf)
+    contender_PK = high_PKK.min(axis=2) >= 0
+    playing_PKK = c.allowed_PKK
+    for side_PKK in (contender_PK[:, :, None], contender_PK[:, None, :]):
+        some_PKK = playing_PKK & side_PKK
+        playing_PKK = np.where(some_PKK.any(axis=(1, 2), keepdims=True), some_PKK, playing_PKK)
+    low_PKK = np.where(playing_PKK, mean_PKK - width_PKK, np.inf)
+    first_P = np.where(playing_PKK.any(axis=2), low_PKK.min(axis=2), -np.inf).argmax(axis=1)
     low_PK = low_PKK[np.arange(len(first_P)), first_P]
     return ranked(first_P, low_PK.argmin(axis=1), -low_PK.min(axis=1), n)
 
