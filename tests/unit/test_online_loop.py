@@ -11,6 +11,8 @@ from made_stage import made_stage
 
 from psyray import loop
 from psyray.config import Config, load_config
+from psyray.data import generate
+from psyray.errors import PsyrayError
 from psyray.records import PAIRS, RESPONSES, SPEECHES, Row, pair_row
 from psyray.run import Artifact, Folder, Run
 
@@ -45,7 +47,7 @@ class StandIns:
         made = [line.partition(":")[0] for line in self.said if ": done, " in line]
         return outcome, [name for name in made if name not in MADE]
 
-    def made_answer_all(self, folder: Folder, draws: Any, count: int, config: Config, *, title: str, model: str) -> Any:
+    def made_answer_all(self, folder: Folder, draws: Any, count: int, config: Config, **_: Any) -> Any:
         rows = [row | {"status": "ok", "text": row["response_id"]} for row in draws()]
         self.drawn[str(folder.path.relative_to(self.path / "run/stages").parent)] = [r["response_id"] for r in rows]
         folder.keep(RESPONSES, "response_id", rows)
@@ -130,6 +132,26 @@ def test_a_failed_round_is_kept_and_the_next_starts_from_the_last_good_policy(tm
     [again] = (tmp_path / "run/stages/round-2/samples-again").glob("*/data-*.parquet")
     assert set(pq.read_table(again)["responder"].to_pylist()) == {"policy-1"}
     assert [p.round for p in outcome.policies] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("silent", ["policy", "model"])  # what a round trained, the start
+def test_a_trained_policy_that_says_nothing_is_refused_by_its_gate_and_stops_no_run(tmp_path, monkeypatch, silent):
+    def made_stream(folder: Folder, todo: Any, pipeline: Any, sink: Any, **_: Any) -> None:
+        mute = f"/{silent}" in pipeline.keywords["model"].removeprefix(str(tmp_path))
+        sink([row | {"text": "" if mute else row["key"], "tokens": 1} for row in todo])
+
+    made = StandIns(tmp_path, monkeypatch, [0, -0.1, -0.1])
+    monkeypatch.setattr(loop, "answer_all", generate.answer_all)
+    monkeypatch.setattr(generate, "stream", made_stream)
+    if silent == "model":
+        with pytest.raises(PsyrayError, match=r"samples of round 0: 15 of 15 responses failed .*: empty answer"):
+            made.run("loop.rounds=2")
+        return
+    outcome, stages = made.run("loop.rounds=2")
+    assert stages == of_start() + of_round(1) + of_round(2, again=True)
+    [samples] = (tmp_path / "run/stages/round-1/samples").glob("*/data-*.parquet")
+    assert set(pq.read_table(samples)["status"].to_pylist()) == {"invalid"}
+    assert outcome.champion(load_config(None, []).loop).round == 0
 
 
 def test_more_budget_from_the_third_round_on_leaves_the_first_two_alone(tmp_path, monkeypatch):
