@@ -29,6 +29,7 @@ class StandIns:
             monkeypatch.setattr(loop, name, getattr(self, f"made_{name}"))
         monkeypatch.setattr(loop, "gate_stage", self.made_gate_stage)
         monkeypatch.setattr(loop, "probe_stage", lambda *_: None)
+        monkeypatch.setattr(loop, "that_fit", lambda pairs, *_: pairs)
 
     def run(self, *settings: str) -> tuple[loop.Outcome, list[str]]:
         """The outcome, and the stages that were made in this pass."""
