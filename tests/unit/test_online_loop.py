@@ -25,6 +25,7 @@ class StandIns:
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, rates: list[float]) -> None:
         self.path, self.rates, self.said = path, rates, list[str]()
         self.drawn: dict[str, list[str]] = {}
+        self.trained: list[tuple[str, ...]] = []  # (from, reference) of each round, as round-N or start
         for name in ("answer_all", "train_policy", "features_stage", "heads_stage", "scores_stage", "labels_stage"):
             monkeypatch.setattr(loop, name, getattr(self, f"made_{name}"))
         monkeypatch.setattr(loop, "gate_stage", self.made_gate_stage)
@@ -54,7 +55,8 @@ class StandIns:
         folder.keep(RESPONSES, "response_id", rows)
         return {"asked": len(rows), "of": count}
 
-    def made_train_policy(self, folder: Folder, config: Config, pairs: list[Row], *_: str, title: str) -> Any:
+    def made_train_policy(self, folder: Folder, config: Config, pairs: list[Row], *paths: str, title: str) -> Any:
+        self.trained.append(tuple(next((part for part in Path(p).parts if "round-" in part), "start") for p in paths))
         return [{"step": 1, "loss": float(len(pairs))}]
 
     def made_features_stage(self, run: Run, name: str, config: Config, reward: Any, rows: Any, source: Any) -> Artifact:
@@ -133,6 +135,21 @@ def test_a_failed_round_is_kept_and_the_next_starts_from_the_last_good_policy(tm
     [again] = (tmp_path / "run/stages/round-2/samples-again").glob("*/data-*.parquet")
     assert set(pq.read_table(again)["responder"].to_pylist()) == {"policy-1"}
     assert [p.round for p in outcome.policies] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("reference", "later"), [("initial", "start"), ("previous", "round-1")])
+def test_a_round_is_held_to_the_start_or_to_the_policy_that_it_goes_on_from(tmp_path, monkeypatch, reference, later):
+    made = StandIns(tmp_path, monkeypatch, [0, 0.6, -0.4, 0.7])
+    made.run("loop.rounds=3", f"loop.reference={reference}")
+    assert made.trained == [("start", "start"), ("round-1", later), ("round-1", later)]  # the second round failed
+
+
+def test_more_rounds_and_more_budget_after_a_failed_last_round_go_on_from_the_last_good_policy(tmp_path, monkeypatch):
+    made = StandIns(tmp_path, monkeypatch, [0, 0.6, -0.4, 0.7])
+    made.run("loop.rounds=2", "loop.budget=16")
+    outcome, stages = made.run("loop.rounds=3", "loop.budget=[16, 16, 40]")
+    assert stages == of_round(3, again=True) and made.trained[-1] == ("round-1", "start")
+    assert outcome.champion(load_config(None, []).loop).round == 3
 
 
 @pytest.mark.parametrize("silent", ["policy", "model"])  # what a round trained, the start
