@@ -30,7 +30,7 @@ from psyray.evaluate.probe import load_probe
 from psyray.homes import run_path
 from psyray.loop import Outcome, Seen, online_loop
 from psyray.mirror import Mirror, address
-from psyray.models import resolve_model
+from psyray.models import layer_count, resolve_model
 from psyray.needs import TASK, serving
 from psyray.records import Row
 from psyray.report import page, write_report
@@ -209,6 +209,15 @@ def check(config: Config) -> None:
             existing(source)
     check_models(config)
     reading_of(config.reward, resolve_model(config.reward.model))
+    check_frozen(config)
+
+
+def check_frozen(config: Config) -> None:
+    """PsyrayError where a job is to freeze more layers than its model has."""
+    jobs = {"reward": (config.reward.train, config.reward.model), "dpo": (config.dpo.train, config.policy.model)}
+    for setting, (train, model) in jobs.items():
+        if train.freeze_layers and train.freeze_layers > (total := layer_count(resolve_model(model))):
+            raise PsyrayError(f"{setting}.train.freeze_layers is {train.freeze_layers}; its model has {total} layers")
 
 
 def check_settings(config: Config) -> None:
