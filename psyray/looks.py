@@ -100,8 +100,6 @@ class Watch:
     def __init__(
         self, trainer: Any, measure: Measure, dev: Mapping[str, Any], folder: Path, start: Path | None
     ) -> None:
-        if not len(trainer.eval_dataset):
-            raise PsyrayError("no dev pair is left: the prompts of all are longer than max_length")
         self.trainer, self.measure, self.folder = trainer, measure, folder
         self.every, self.patience = dev["every"], dev["patience"]
         self.looks = [Look(**look) for look in json.loads(start.read_text())] if start else []

@@ -22,7 +22,7 @@ from psyray.evaluate.gate import Start, gate_stage
 from psyray.evaluate.probe import probe_stage
 from psyray.looks import read_choice
 from psyray.models import model_identity, resolve_model
-from psyray.policy.dpo import train_policy
+from psyray.policy.dpo import left_out, that_fit, train_policy
 from psyray.records import Row, content_id
 from psyray.reward.ensemble import features_stage, heads_stage, scores_stage
 from psyray.run import Artifact, Folder, Run
@@ -205,8 +205,11 @@ class Draws:
         seeds = [(speech[key], k) for key, k in times.items()]
         base, by = config.run.seed * 1_000_003 + 10_007 * self.round, f"policy-{self.policy.round}"
         draws = [draw_row(s, config.policy, self.identity, base + i, by) for s, k in seeds for i in range(k)]
-        title = f"samples of round {self.round}"
-        return answer_all(folder, lambda: draws, len(draws), config, title=title, model=self.policy.path)
+        # A trained policy that says nothing is for the gate to refuse; the start's silence is a wrong setting.
+        return answer_all(
+            folder, lambda: draws, len(draws), config, title=f"samples of round {self.round}",
+            model=self.policy.path, may_be_silent=self.policy.round > 0,
+        )  # fmt: skip
 
 
 def policy_stage(
@@ -235,9 +238,14 @@ def policy_stage(
                 f"model labelled none above loop.reward_margin {loop.reward_margin} (loop.reward_confidence "
                 f"{loop.reward_confidence}); raise the one or lower the others"
             )
-        random.Random(config.run.seed).shuffle(pairs)
-        steps = train_policy(folder, config, pairs, policy.path, reference.path, title=f"policy of round {number}")
-        return {"pairs": len(pairs), "fresh": len(fresh), "steps": steps, **read_choice(folder.path)}
+        kept = that_fit(pairs, config, policy.path)
+        too_long = len(pairs) - len(kept)
+        if told := left_out(too_long, len(pairs), config.dpo.train.max_length):
+            run.say(f"round {number}: {told}")
+        random.Random(config.run.seed).shuffle(kept)
+        steps = train_policy(folder, config, kept, policy.path, reference.path, title=f"policy of round {number}")
+        counts = {"pairs": len(kept), "fresh": len(fresh), "too_long": too_long}
+        return {**counts, "steps": steps, **read_choice(folder.path)}
 
     trained = run.stage(f"round-{number}/policy", settings, [labels, *seen.pairs[:-1]], make)
     return Policy(number, str(trained.model), trained.fingerprint)

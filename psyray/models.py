@@ -63,7 +63,7 @@ def layer_count(model: str) -> int:
     """The blocks of a model that `resolve_model` found."""
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(model).num_hidden_layers)
+    return int(AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
 
 
 def embedded_model() -> Path:

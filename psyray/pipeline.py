@@ -30,7 +30,7 @@ from psyray.evaluate.probe import load_probe
 from psyray.homes import run_path
 from psyray.loop import Outcome, Seen, online_loop
 from psyray.mirror import Mirror, address
-from psyray.models import resolve_model
+from psyray.models import layer_count, resolve_model
 from psyray.needs import TASK, serving
 from psyray.records import Row
 from psyray.report import page, write_report
@@ -42,6 +42,7 @@ from psyray.reward.train import reward_stage
 from psyray.rubric import Rubric, load_rubric, rubric_file
 from psyray.run import Artifact, Folder, Run, followed, write_atomic
 from psyray.sections.data import JudgeSection, Sampling
+from psyray.sections.learning import LoopSection
 from psyray.status import expected_stages
 from psyray.stopping import Reached, last_stage
 from psyray.track import Tracker
@@ -216,6 +217,15 @@ def check(config: Config) -> None:
             existing(source)
     check_models(config)
     reading_of(config.reward, resolve_model(config.reward.model))
+    check_frozen(config)
+
+
+def check_frozen(config: Config) -> None:
+    """PsyrayError where a job is to freeze more layers than its model has."""
+    jobs = {"reward": (config.reward.train, config.reward.model), "dpo": (config.dpo.train, config.policy.model)}
+    for setting, (train, model) in jobs.items():
+        if train.freeze_layers and train.freeze_layers > (total := layer_count(resolve_model(model))):
+            raise PsyrayError(f"{setting}.train.freeze_layers is {train.freeze_layers}; its model has {total} layers")
 
 
 def check_settings(config: Config) -> None:
@@ -237,12 +247,29 @@ def check_settings(config: Config) -> None:
         raise PsyrayError("responses.k is 1: a pair needs two responses to one speech; set responses.k to 2 or more")
     if config.loop.rounds and config.loop.k < 2:
         raise PsyrayError("loop.k is 1: a pair needs two responses to one speech; set loop.k to 2 or more")
+    if config.loop.rounds and not config.policy.temperature:
+        raise PsyrayError(
+            "policy.temperature is 0: all loop.k answers to a speech would be the same one, and make no pair; set it "
+            "above 0"
+        )
     longest = max(r.max_tokens for r in (*config.responses.responders, config.policy))
     if longest >= (room := config.engine.max_model_len):
         raise PsyrayError(f"max_tokens {longest} leaves no room for a prompt in engine.max_model_len {room}")
-    bought = sum(config.loop.budget_of(number) for number in range(1, config.loop.rounds + 1))
-    if config.loop.rounds and not bought and not config.loop.reward_pairs:
+    check_pairs_of_rounds(config.loop)
+
+
+def check_pairs_of_rounds(loop: LoopSection) -> None:
+    """PsyrayError where a round could have no pair to train on."""
+    budgets = [loop.budget_of(number) for number in range(1, loop.rounds + 1)]
+    if loop.reward_pairs or not budgets:
+        return
+    if not any(budgets):
         raise PsyrayError("loop.budget and loop.reward_pairs are both 0: no round would have a pair to train on")
+    if 0 in budgets and not loop.replay:
+        raise PsyrayError(
+            f"loop.budget gives round {budgets.index(0) + 1} nothing, and loop.reward_pairs and loop.replay are 0: it "
+            "would have no pair to train on"
+        )
 
 
 def check_systems(config: Config, rubric: Rubric) -> None:

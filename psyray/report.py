@@ -237,17 +237,21 @@ def held_out_scores(stages: Stages) -> dict[int, list[float]]:
 
 
 def asked_pairs(stages: Stages) -> tuple[int, dict[str, list[tuple[float, float]]]]:
-    """The latest labelled round and its pairs' (score difference, larger spread) by who labelled them."""
-    latest = max((n for n in round_numbers(stages) if f"round-{n}/labels" in stages), default=0)
+    """The latest labelled round with scores, and its pairs' (score difference, larger spread) by who labelled them.
+
+    The answers that stand in for those of a refused policy are not scored.
+    """
     points: dict[str, list[tuple[float, float]]] = {}
-    if latest:
+    for latest in sorted((n for n in round_numbers(stages) if f"round-{n}/labels" in stages), reverse=True):
         scores = _scores(stages, latest - 1)  # pairs of a round are drawn from the answers of the round before
         for pair in stages[f"round-{latest}/labels"].rows():
             a, b = scores.get(pair["chosen_id"]), scores.get(pair["rejected_id"])
             if a and b and None not in (a["mean"], b["mean"], a["spread"], b["spread"]):
                 point = (abs(a["mean"] - b["mean"]), max(a["spread"], b["spread"]))
                 points.setdefault(pair["source"], []).append(point)
-    return latest, dict(sorted(points.items()))
+        if points:
+            return latest, dict(sorted(points.items()))
+    return 0, points
 
 
 def principle_table(stages: Stages) -> dict[str, Any]:

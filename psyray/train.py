@@ -262,8 +262,6 @@ def freeze(model: Any, layers: int) -> None:
     if not layers:
         return
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    if layers > len(decoder.layers):
-        raise PsyrayError(f"freeze_layers is {layers}, but the model has {len(decoder.layers)} layers")
     for part in (decoder.embed_tokens, *decoder.layers[:layers]):
         part.requires_grad_(False)
 

@@ -34,7 +34,7 @@ from serve.health import Health
 from serve.keeper import ASK_S, Keeper
 from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
 from serve.policy import with_defaults
-from serve.refusals import bound, invalid, openai_error
+from serve.refusals import bound, differing, invalid, openai_error
 from serve.reward import ScoreReply, ScoreRequest
 from serve.transcript import Transcript, said
 
@@ -154,11 +154,13 @@ class Ingress:
         else:
             tokens = body.tokens(served.policy.max_tokens)
             bound(tokens, self.limits.tokens, "new tokens over all answers", "max_tokens")
+            tree = with_defaults(tree, served.policy)
+            differing(body.answers, tree["temperature"])
             request.scope["psyray.more"](body.answers - 1)  # each answer is a request's work
             tree |= {"model": served.called, "request_id": uuid4().hex}  # an id of the client's may be another's too
             if key := request.scope.get("psyray.key"):
                 tree["cache_salt"] = key  # or the time of an answer told what another key has asked
-            response = await self._in_time(self._ask(served, with_defaults(tree, served.policy)))
+            response = await self._in_time(self._ask(served, tree))
         response.headers[ID] = served.export
         if by:
             response.headers[CRISIS], response.headers[FLAGGED_BY] = "true", by

@@ -30,6 +30,13 @@ def bound(what: int, most: int, unit: str, *place: int | str) -> None:
         raise RequestValidationError([{"loc": ("body", *place), "msg": f"{what} {unit}; at most {most}"}])
 
 
+def differing(answers: int, temperature: float) -> None:
+    """RequestValidationError where several answers are asked for at a temperature at which all are the same."""
+    if answers > 1 and not temperature:
+        said = f"at 0 all {answers} answers are the same one; ask for one, or give a temperature above 0"
+        raise RequestValidationError([{"loc": ("body", "temperature"), "msg": said}])
+
+
 async def invalid(request: Request, error: Exception) -> JSONResponse:
     """422 for a request that is not as a route takes it; in OpenAI's format where the route is one of theirs."""
     assert isinstance(error, RequestValidationError)

@@ -115,12 +115,20 @@ TOO_LONG = ("maximum model length", "maximum context length", "longer than the m
 
 
 def answer_all(
-    folder: Folder, draws: Callable[[], Iterable[Row]], count: int, config: Config, *, title: str, model: str = ""
+    folder: Folder,
+    draws: Callable[[], Iterable[Row]],
+    count: int,
+    config: Config,
+    *,
+    title: str,
+    model: str = "",
+    may_be_silent: bool = False,
 ) -> Mapping[str, Any]:
     """Answer the draws that have no row yet, one engine start for each model, and return the numbers of all.
 
     `draws()` gives the same `count` rows each time; `model` is where the one model of all draws lies, if it is not
-    to be looked up. PsyrayError where more than `responses.max_invalid_share` failed.
+    to be looked up. PsyrayError where more than `responses.max_invalid_share` failed; an empty answer is a failure
+    unless the model `may_be_silent`.
     """
     parts = folder.parts(RESPONSES, "response_id")
     tries, begun = config.responses.retries + 1, list[EngineStart]()
@@ -137,7 +145,7 @@ def answer_all(
                 total=count,
                 done=len(parts.ids),
             )
-    check_share(parts, config.responses.max_invalid_share, title)
+    check_share(parts, config.responses.max_invalid_share, title, may_be_silent)
     parts.finish()
     started = {"engine_start_s": round(sum(one.seconds for one in begun), 1)}
     return summary(parts.each(SUMMED)) | started | journal.stats(folder.path / CALLS)
@@ -219,10 +227,11 @@ def hopeless(failed: Row) -> bool:
     return "endpoint" in failed["engine"] or any(words in failed["error"] for words in TOO_LONG)
 
 
-def check_share(parts: Parts, share: float, title: str) -> None:
+def check_share(parts: Parts, share: float, title: str, may_be_silent: bool = False) -> None:
     """PsyrayError where too large a share of the draws has no usable answer; those are set aside, to be made anew."""
+    good = {Status.OK, Status.INVALID} if may_be_silent else {Status.OK}
     bad = {row["response_id"]: row["error"] for row in parts.each(["response_id", "status", "error"])
-           if row["status"] != Status.OK}  # fmt: skip
+           if row["status"] not in good}  # fmt: skip
 
     def mend() -> str:
         return (

@@ -35,7 +35,7 @@ from psyray.evaluate.duels import (
 from psyray.records import Row, Verdict, conversation_id, in_share, table
 from psyray.reward.metrics import accuracy
 from psyray.run import Artifact, Folder, Run, write_parquet
-from psyray.sections.learning import EvaluateSection
+from psyray.sections.learning import LEAST_SPEECHES, EvaluateSection
 
 TEST = "test"  # under this key the numbers of the speeches that decide nothing
 
@@ -181,8 +181,6 @@ def failures(stats: Mapping[str, Any], start: Mapping[str, Any], section: Evalua
 
 
 Check = tuple[bool, str]
-# Of so few that all come out alike, the bootstrap's interval has no width: a coin wins 6 of 6 once in 64 times.
-LEAST_SPEECHES = 6
 
 
 def _surely_better(name: str, stats: Mapping[str, Any], least: float) -> Check:

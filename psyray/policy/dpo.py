@@ -9,6 +9,8 @@ from typing import Any
 from psyray.config import Config
 from psyray.data.generate import with_system
 from psyray.data.layout import SIDES
+from psyray.engines.thinking import prompt_tokens
+from psyray.errors import PsyrayError
 from psyray.looks import aside, check_parts
 from psyray.lora import adapter_config
 from psyray.records import Row
@@ -35,6 +37,27 @@ def train_policy(folder: Folder, config: Config, pairs: list[Row], policy: str, 
         folder, train_loop, parts[False], settings, config.dpo.train, config.engine, config.cluster, title=title,
         dev=parts[True],
     )  # fmt: skip
+
+
+def that_fit(pairs: Sequence[Row], config: Config, policy: str) -> list[Row]:
+    """The pairs whose prompt leaves room for an answer in `dpo.train.max_length`; TRL would drop the others unsaid."""
+    from transformers import AutoTokenizer
+
+    tokenizer, most = AutoTokenizer.from_pretrained(policy), config.dpo.train.max_length
+
+    def prompt(pair: Row) -> list[int]:
+        told = with_system(pair["messages"], config.policy.system)
+        return prompt_tokens(tokenizer, told, config.engine.template)
+
+    return [pair for pair in pairs if len(prompt(pair)) < most]
+
+
+def left_out(count: int, of: int, max_length: int) -> str:
+    """What to say of pairs whose prompts are too long, empty where none is; PsyrayError where all are."""
+    told = f"{count} of {of} pairs have prompts that fill dpo.train.max_length {max_length} and are left out"
+    if count == of:
+        raise PsyrayError(f"{told}: raise it, or drop long speeches (speeches.max_chars)")
+    return told * bool(count)
 
 
 def example(pair: Row, system: str, template: Mapping[str, Any]) -> Row:

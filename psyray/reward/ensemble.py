@@ -239,6 +239,6 @@ def scores_stage(run: Run, name: str, heads: Artifact, features: Artifact, sampl
             for key, mean, spread in zip(ids, *ensemble.belief(features_ND), strict=True)
         ]
         folder.keep(SCORES, "response_id", rows)
-        return {name: float(np.mean([row[name] for row in rows])) for name in ("mean", "spread")}
+        return {name: float(np.mean([row[name] for row in rows])) for name in ("mean", "spread") if rows}
 
     return run.stage(name, {}, [heads, features, samples], make)

@@ -152,6 +152,7 @@ DPO_LOSSES = (
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}  # those that read label_smoothing
+F_ALPHA = 0.5
 DIVERGENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 
 
@@ -172,7 +173,7 @@ class DpoSection(Section):
         None, ge=0, le=1, description="weight of a side's tokens past the shorter side's length (LD-DPO); none: 1"
     )
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    f_alpha: float = Field(0.5, description="of f_divergence alpha_divergence")
+    f_alpha: float = Field(F_ALPHA, description="of f_divergence alpha_divergence")
     weighting: bool = Field(False, description="pairs count by how likely the policy is to say them (WPO)")
     train: DpoTrainSection = DpoTrainSection()
 
@@ -188,6 +189,10 @@ class DpoSection(Section):
     def weights_match(self) -> Self:
         if len(self.loss_type) != len(self.loss_weights):
             raise ValueError("dpo.loss_weights needs one number for each entry of dpo.loss_type")
+        if min(self.loss_weights) < 0 or not any(self.loss_weights):
+            raise ValueError(
+                "dpo.loss_weights are numbers from 0, one at least above it: less would teach the opposite"
+            )
         return self
 
     @model_validator(mode="after")
@@ -199,6 +204,10 @@ class DpoSection(Section):
             raise ValueError("loss exo_pair needs label_smoothing above 0; its paper takes 0.001")
         if self.f_divergence != "reverse_kl" and losses - DIVERGENCE_LOSSES:
             raise ValueError(f"f_divergence {self.f_divergence} fits only {', '.join(sorted(DIVERGENCE_LOSSES))}")
+        if self.f_alpha != F_ALPHA and self.f_divergence != "alpha_divergence":
+            raise ValueError(f"f_alpha does nothing with f_divergence {self.f_divergence}; set it to alpha_divergence")
+        if self.ld_alpha is not None and losses == {"sft"}:
+            raise ValueError("ld_alpha does nothing for sft alone")
         if self.weighting and losses & {"aot", "aot_unpaired"}:
             raise ValueError("weighting is by pair, but aot and aot_unpaired sort what they compare; leave one out")
         if self.weighting and "sft" in losses and self.train.micro_batch > 1:
@@ -266,6 +275,12 @@ class LoopSection(Section):
             raise ValueError("budget is a number from 0, or a list of such numbers, one a round")
         return value
 
+    @model_validator(mode="after")
+    def what_is_balanced_is_there(self) -> Self:
+        if self.replay_balance and not self.replay:
+            raise ValueError("replay_balance does nothing without older pairs; set loop.replay to how many may join")
+        return self
+
     @field_validator("acquisition")
     @classmethod
     def acquisition_is_known(cls, value: str) -> str:
@@ -310,6 +325,10 @@ class OracleSection(Section):
         return self
 
 
+# Of so few that all come out alike, the bootstrap's interval has no width: a coin wins 6 of 6 once in 64 times.
+LEAST_SPEECHES = 6
+
+
 class EvaluateSection(Section):
     """The gate: a policy that fails it is kept, marked and not promoted."""
 
@@ -346,6 +365,11 @@ class EvaluateSection(Section):
             raise ValueError("evaluate.second_decides needs a judge in evaluate.second")
         if self.max_kl and not (self.probe and self.probe_answers):
             raise ValueError("evaluate.max_kl needs evaluate.probe and evaluate.probe_answers above 0")
+        if self.min_win_rate and self.speeches and self.speeches < LEAST_SPEECHES:
+            raise ValueError(
+                f"on {self.speeches} speeches no round could pass, {LEAST_SPEECHES} are the least: raise "
+                "evaluate.speeches, or set evaluate.min_win_rate to 0"
+            )
         return self
 
 

@@ -25,16 +25,16 @@ BEFORE = ["it is ++"] * 5 + ["gone ++"]
 AFTER = ["it is +++", "it was +++", "it is +", "it is ++", "it is ++++", "gone +"]  # won, won, lost, the same text
 
 
-def answers(run: Run, number: int, texts: list[str]) -> tuple[Artifact, Artifact]:
+def answers(run: Run, number: int, texts: list[str] | list[None]) -> tuple[Artifact, Artifact]:
     """Made-up held-out answers of a round, and their scores."""
     rows = [
         {"response_id": f"{number}-{i}", "speech_id": f"s{i}", "messages": [{"role": "user", "content": client}],
-         "split": "test", "status": "ok", "text": text, "truncated": False, "repeated": 0.0}
+         "split": "test", "status": "ok" if text else "invalid", "text": text, "truncated": False, "repeated": 0.0}
         for i, (client, text) in enumerate(zip(CLIENTS, texts, strict=True))
     ]  # fmt: skip
 
     samples = made_stage(run, f"round-{number}/samples", RESPONSES, "response_id", rows)
-    scores = [row | {"mean": 1.0 * number} for row in rows]
+    scores = [row | {"mean": 1.0 * number} for row in rows if row["text"]]
     return samples, made_stage(run, f"round-{number}/scores", SCORES, "response_id", scores, inputs=[samples])
 
 
@@ -43,8 +43,8 @@ def settings(tmp_path: Path, url: str, *more: str) -> Config:
     return load_config(None, [word.replace("URL", url) for word in there])
 
 
-def rounds(config: Config, count: int = 1) -> list[Artifact]:
-    """The gates of so many rounds with the same answers, the last one's twice."""
+def rounds(config: Config, count: int = 1, said: list[str] | list[None] = AFTER) -> list[Artifact]:
+    """The gates of the start and of so many rounds with the same answers."""
     run = Run(config.run.path, lambda line: None)
     desk = open_desk(config, run)
     second = second_desk(config, desk)
@@ -52,7 +52,7 @@ def rounds(config: Config, count: int = 1) -> list[Artifact]:
     start = Start(samples, scores, gate_stage(run, 0, config, desk, samples, scores, None))
     gates = [start.gate]
     for number in range(1, count + 1):
-        after = answers(run, number, AFTER)
+        after = answers(run, number, said)
         other = second_stage(run, number, second, after[0], samples) if second else None
         gates.append(gate_stage(run, number, config, desk, *after, start, None, other))
     return gates
@@ -112,6 +112,15 @@ def test_where_the_judge_compares_both_orders_decide_and_its_ratings_still_descr
     rows = {row["speech_id"]: row for row in pq.read_table(gate.path / "verdicts.parquet").to_pylist()}
     assert [rows[f"s{i}"]["verdict"] for i in range(6)] == ["A", "A", "B", "tie", "tie", "invalid"]
     assert rows["s0"]["policy_id"] == "1-0" and rows["s0"]["start_id"] == "0-0"
+
+
+def test_a_policy_that_says_nothing_loses_every_speech_by_both_judges(tmp_path, ray_cluster):
+    second = ["evaluate.second.engine=http", "evaluate.second.url=URL", "evaluate.second.model=m"]
+    with comparing_server(**MARKS) as server:
+        _, gate = rounds(settings(tmp_path, server.url, *second), said=[None] * len(CLIENTS))
+    for stats in (gate.stats, gate.stats["second"]):
+        assert (stats["win_rate"], stats["losses"], stats["invalid"]) == (0.0, 6, 0)
+    assert gate.stats["length_change"] == -1 and "reward_win_rate" not in gate.stats and not gate.stats["passed"]
 
 
 def test_a_dev_share_decides_and_the_rest_is_reported_beside_it(tmp_path, ray_cluster):

@@ -23,7 +23,7 @@ POOR = "Just stop thinking about it."
 
 
 def made_answers(
-    folder: Folder, draws: Callable[[], Iterable[Row]], count: int, config: Config, *, title: str, model: str = ""
+    folder: Folder, draws: Callable[[], Iterable[Row]], count: int, config: Config, *, title: str, **_: Any
 ) -> Any:
     """Made-up texts: by turns one that takes the client up and one that does not."""
     parts = folder.parts(RESPONSES, "response_id")

@@ -53,6 +53,18 @@ def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
         (["configs/demo.yaml", "responses.k=1"], "a pair needs two responses"),
         (["configs/demo.yaml", "loop.k=1"], "a pair needs two responses"),
         (["configs/demo.yaml", "loop.budget=0", "loop.reward_pairs=0"], "no round would have a pair"),
+        (
+            [
+                "configs/demo.yaml",
+                "loop.budget=[8, 0]",
+                "loop.reward_pairs=0",
+                "loop.replay=0",
+                "loop.replay_balance=0",
+            ],
+            "loop.budget gives round 2 nothing",
+        ),
+        (["configs/demo.yaml", "dpo.train.freeze_layers=31"], "dpo.train.freeze_layers is 31; its model has 30 layers"),
+        (["configs/demo.yaml", "policy.temperature=0"], "all loop.k answers to a speech would be the same one"),
         (["configs/demo.yaml", "policy.model=/no/such/model", "cluster.address="], "no model at /no/such/model"),
         (["configs/demo.yaml", "policy.max_tokens=2000"], "no room for a prompt"),
         (["configs/demo.yaml", "rubric=counseling"], "no rubric 'counseling'"),

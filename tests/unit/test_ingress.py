@@ -260,6 +260,8 @@ def test_what_is_refused_while_it_comes_is_told_in_openais_format(port: TestClie
         ("/v1/chat/completions", {"n": 5}, "480 new tokens"),  # of 96 each, the policy's own
         ("/v1/chat/best", {"of": 5, "max_tokens": 81}, "405 new tokens"),
         ("/v1/chat/best", {"of": 5, "n": 1}, "480 new tokens"),
+        ("/v1/chat/best", {"of": 2, "temperature": 0}, "temperature: at 0 all 2 answers are the same one; ask for one"),
+        ("/v1/chat/completions", {"n": 3, "temperature": 0.0}, "temperature: at 0 all 3 answers are the same one"),
     ],
 )
 def test_a_request_is_bounded_by_what_it_asks_for(
@@ -267,6 +269,16 @@ def test_a_request_is_bounded_by_what_it_asks_for(
 ) -> None:
     reply = port.post(path, json={"messages": [CLIENT], **more})
     assert reply.status_code == 422 and words in reply.json()["error"]["message"] and engine.asked == []
+
+
+def test_several_answers_of_a_policy_that_is_served_at_temperature_0_need_one_of_their_own(
+    port: TestClient, routes: Ingress
+) -> None:
+    cold = [replace(one, policy=one.policy.model_copy(update={"temperature": 0.0})) for one in routes.lineup.models]
+    routes.lineup = replace(routes.lineup, models=tuple(cold))
+    refused, best = ({"messages": [CLIENT], "of": 2, **more} for more in ({}, {"temperature": 0.8}))
+    assert port.post("/v1/chat/best", json=refused).status_code == 422
+    assert port.post("/v1/chat/best", json=best).status_code == chat(port).status_code == 200
 
 
 def test_the_bounds_themselves_are_taken(port: TestClient) -> None:

@@ -11,6 +11,8 @@ from made_stage import made_stage
 
 from psyray import loop
 from psyray.config import Config, load_config
+from psyray.data import generate
+from psyray.errors import PsyrayError
 from psyray.records import PAIRS, RESPONSES, SPEECHES, Row, pair_row
 from psyray.run import Artifact, Folder, Run
 
@@ -23,10 +25,12 @@ class StandIns:
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, rates: list[float]) -> None:
         self.path, self.rates, self.said = path, rates, list[str]()
         self.drawn: dict[str, list[str]] = {}
+        self.trained: list[tuple[str, ...]] = []  # (from, reference) of each round, as round-N or start
         for name in ("answer_all", "train_policy", "features_stage", "heads_stage", "scores_stage", "labels_stage"):
             monkeypatch.setattr(loop, name, getattr(self, f"made_{name}"))
         monkeypatch.setattr(loop, "gate_stage", self.made_gate_stage)
         monkeypatch.setattr(loop, "probe_stage", lambda *_: None)
+        monkeypatch.setattr(loop, "that_fit", lambda pairs, *_: pairs)
 
     def run(self, *settings: str) -> tuple[loop.Outcome, list[str]]:
         """The outcome, and the stages that were made in this pass."""
@@ -45,13 +49,14 @@ class StandIns:
         made = [line.partition(":")[0] for line in self.said if ": done, " in line]
         return outcome, [name for name in made if name not in MADE]
 
-    def made_answer_all(self, folder: Folder, draws: Any, count: int, config: Config, *, title: str, model: str) -> Any:
+    def made_answer_all(self, folder: Folder, draws: Any, count: int, config: Config, **_: Any) -> Any:
         rows = [row | {"status": "ok", "text": row["response_id"]} for row in draws()]
         self.drawn[str(folder.path.relative_to(self.path / "run/stages").parent)] = [r["response_id"] for r in rows]
         folder.keep(RESPONSES, "response_id", rows)
         return {"asked": len(rows), "of": count}
 
-    def made_train_policy(self, folder: Folder, config: Config, pairs: list[Row], *_: str, title: str) -> Any:
+    def made_train_policy(self, folder: Folder, config: Config, pairs: list[Row], *paths: str, title: str) -> Any:
+        self.trained.append(tuple(next((part for part in Path(p).parts if "round-" in part), "start") for p in paths))
         return [{"step": 1, "loss": float(len(pairs))}]
 
     def made_features_stage(self, run: Run, name: str, config: Config, reward: Any, rows: Any, source: Any) -> Artifact:
@@ -130,6 +135,41 @@ def test_a_failed_round_is_kept_and_the_next_starts_from_the_last_good_policy(tm
     [again] = (tmp_path / "run/stages/round-2/samples-again").glob("*/data-*.parquet")
     assert set(pq.read_table(again)["responder"].to_pylist()) == {"policy-1"}
     assert [p.round for p in outcome.policies] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("reference", "later"), [("initial", "start"), ("previous", "round-1")])
+def test_a_round_is_held_to_the_start_or_to_the_policy_that_it_goes_on_from(tmp_path, monkeypatch, reference, later):
+    made = StandIns(tmp_path, monkeypatch, [0, 0.6, -0.4, 0.7])
+    made.run("loop.rounds=3", f"loop.reference={reference}")
+    assert made.trained == [("start", "start"), ("round-1", later), ("round-1", later)]  # the second round failed
+
+
+def test_more_rounds_and_more_budget_after_a_failed_last_round_go_on_from_the_last_good_policy(tmp_path, monkeypatch):
+    made = StandIns(tmp_path, monkeypatch, [0, 0.6, -0.4, 0.7])
+    made.run("loop.rounds=2", "loop.budget=16")
+    outcome, stages = made.run("loop.rounds=3", "loop.budget=[16, 16, 40]")
+    assert stages == of_round(3, again=True) and made.trained[-1] == ("round-1", "start")
+    assert outcome.champion(load_config(None, []).loop).round == 3
+
+
+@pytest.mark.parametrize("silent", ["policy", "model"])  # what a round trained, the start
+def test_a_trained_policy_that_says_nothing_is_refused_by_its_gate_and_stops_no_run(tmp_path, monkeypatch, silent):
+    def made_stream(folder: Folder, todo: Any, pipeline: Any, sink: Any, **_: Any) -> None:
+        mute = f"/{silent}" in pipeline.keywords["model"].removeprefix(str(tmp_path))
+        sink([row | {"text": "" if mute else row["key"], "tokens": 1} for row in todo])
+
+    made = StandIns(tmp_path, monkeypatch, [0, -0.1, -0.1])
+    monkeypatch.setattr(loop, "answer_all", generate.answer_all)
+    monkeypatch.setattr(generate, "stream", made_stream)
+    if silent == "model":
+        with pytest.raises(PsyrayError, match=r"samples of round 0: 15 of 15 responses failed .*: empty answer"):
+            made.run("loop.rounds=2")
+        return
+    outcome, stages = made.run("loop.rounds=2")
+    assert stages == of_start() + of_round(1) + of_round(2, again=True)
+    [samples] = (tmp_path / "run/stages/round-1/samples").glob("*/data-*.parquet")
+    assert set(pq.read_table(samples)["status"].to_pylist()) == {"invalid"}
+    assert outcome.champion(load_config(None, []).loop).round == 0
 
 
 def test_more_budget_from_the_third_round_on_leaves_the_first_two_alone(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from made_run import CRISIS, SECRET_KEY, MadeRun
 
 from psyray import plots, report, status
 from psyray.errors import PsyrayError
+from psyray.run import read_stages
 
 
 class Page(HTMLParser):
@@ -196,3 +197,13 @@ def test_a_figure_is_the_same_twice_and_takes_the_page_s_colour() -> None:
 def test_a_figure_escapes_its_labels() -> None:
     svg = plots.acquisition({"<script>": [(0.1, 0.2)]})
     assert "<script>" not in svg and "&lt;script&gt;" in svg
+
+
+def test_what_was_asked_is_shown_of_the_latest_round_whose_answers_were_scored(full: Path) -> None:
+    stages = {stage.name: stage for stage in read_stages(full)}
+    latest, points = report.asked_pairs(stages)
+    assert latest == 2 and set(points) == {"oracle", "reward"}
+    # After a round that was refused the pairs are of answers that nothing scored.
+    of_refused = stages["round-0/scores"]
+    before, shown = report.asked_pairs(stages | {"round-1/scores": of_refused})
+    assert before == 1 and shown == report.asked_pairs({k: v for k, v in stages.items() if k < "round-2"})[1]

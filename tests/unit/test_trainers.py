@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import DPOConfig
 from trl.trainer import utils
 
+from psyray.config import load_config
+from psyray.errors import PsyrayError
 from psyray.lora import merge_adapter
 from psyray.policy import dpo
 from psyray.sections.learning import DPO_LOSSES, DpoSection, LoraSection
@@ -177,3 +179,21 @@ def test_a_side_that_was_cut_off_does_not_end_and_a_whole_one_does(tmp_path, tin
             text = tokenizer.decode(row[f"{side}_ids"])
             open_end = pair.get(f"{side}_truncated")
             assert text.strip() == pair[side] + ("" if open_end else tokenizer.eos_token)
+
+
+def test_pairs_that_trl_would_drop_for_their_prompts_are_left_out_and_told(tmp_path, tiny_model):
+    long = [
+        pair | {"messages": [{"role": "user", "content": "word " * n}]}
+        for pair, n in zip(PAIRS, (1, 20, 299), strict=False)
+    ]
+    chats = [dpo.example(pair, "Be kind.", {}) for pair in long]
+    config = settings(tmp_path, tiny_model, chats, None) | {"reference": str(tiny_model)}
+    trained = dpo.make_trainer(config | {"loss": dpo.loss_arguments(DpoSection())}, arguments(config)).train_dataset
+    lengths = [len(row["prompt_ids"]) for row in trained]
+    assert len(lengths) == 2
+    for most, count in ((128, 2), (max(lengths) + 1, 2), (max(lengths), 1), (min(lengths), 0)):
+        words = [f"dpo.train.max_length={most}", "policy.system=Be kind."]
+        assert dpo.that_fit(long, load_config(None, words), str(tiny_model)) == long[:count]
+    assert dpo.left_out(0, 3, 64) == "" and "1 of 3 pairs have prompts that fill" in dpo.left_out(1, 3, 64)
+    with pytest.raises(PsyrayError, match=r"3 of 3 pairs .* dpo\.train\.max_length 64 .* raise it"):
+        dpo.left_out(3, 3, 64)
