@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from psyray.looks import KEPT, Measure, Watch, read_choice
 from psyray.lora import merge_adapter
 from psyray.models import cache_folder
 from psyray.needs import training
-from psyray.records import Row
+from psyray.records import Row, content_id
 from psyray.run import ROWS_IN_MEMORY, Folder, draft, write_atomic
 from psyray.sections.data import EngineSection
 from psyray.sections.learning import TrainSection
@@ -131,7 +132,9 @@ def _fit(trainer: Any, title: str) -> None:
 
 def worker_environment(gpu: bool, threads: int = 1) -> dict[str, str]:
     """What a training worker's process needs before it imports anything."""
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
+    # Each environment compiles into a folder of its own: in a shared one they would undo each other's work by turns.
+    compiled = cache_folder() / "torch_extensions" / content_id(sys.prefix)
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR", str(compiled))
     # Ray gives each worker one thread unless told otherwise.
     common = QUIET | {"TORCH_EXTENSIONS_DIR": extensions, "OMP_NUM_THREADS": str(threads)}
     return common if gpu else common | CPU_MEMORY | {"DS_ACCELERATOR": "cpu"}

@@ -1,11 +1,20 @@
 """What a training job reads back after it was cut off, and what it freezes."""
 
 import json
+import sys
 
 import pytest
 
 from psyray.errors import PsyrayError
-from psyray.train import COMPLETE, deepspeed_config, freeze, last_checkpoint, log_step, read_steps
+from psyray.train import (
+    COMPLETE,
+    deepspeed_config,
+    freeze,
+    last_checkpoint,
+    log_step,
+    read_steps,
+    worker_environment,
+)
 
 
 def test_a_step_done_again_counts_once_and_a_half_written_line_not_at_all(tmp_path):
@@ -68,3 +77,13 @@ def test_the_lower_layers_stay_as_they_are(tiny_model):
     assert free == [False, True] and not model.get_input_embeddings().weight.requires_grad
     with pytest.raises(PsyrayError, match="has 2 layers"):
         freeze(model, 3)
+
+
+def test_environments_that_share_a_cache_compile_apart_and_a_given_folder_stands(monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    here = worker_environment(gpu=False)["TORCH_EXTENSIONS_DIR"]
+    assert worker_environment(gpu=False)["TORCH_EXTENSIONS_DIR"] == here
+    monkeypatch.setattr(sys, "prefix", "/another/environment")
+    assert worker_environment(gpu=False)["TORCH_EXTENSIONS_DIR"] != here
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/given")
+    assert worker_environment(gpu=False)["TORCH_EXTENSIONS_DIR"] == "/given"
