@@ -21,6 +21,7 @@ from psyray.errors import PsyrayError
 from psyray.lora import merge_adapter
 from psyray.policy import dpo
 from psyray.sections.learning import DPO_LOSSES, DpoSection, LoraSection
+from psyray.train import _reporter, read_steps
 
 
 def batch(trainer: Any) -> dict[str, torch.Tensor]:
@@ -76,6 +77,15 @@ def test_a_reward_adapter_learns_with_its_head_and_becomes_a_plain_model(tmp_pat
 def test_without_lora_all_weights_learn(tmp_path, tiny_model):
     trainer = reward_trainer(tmp_path, tiny_model, None)
     assert all(weight.requires_grad for weight in trainer.model.parameters())
+
+
+def test_a_loss_that_is_no_number_ends_the_job(tmp_path, tiny_model):
+    trainer = reward_trainer(tmp_path, tiny_model, None)
+    trainer.args.learning_rate, trainer.args.num_train_epochs = 1e30, 3
+    trainer.add_callback(_reporter(tmp_path, None))
+    with pytest.raises(PsyrayError, match="the loss of step 2 is nan: a lower learning_rate"):
+        trainer.train()
+    assert [step["step"] for step in read_steps(tmp_path)] == [1]
 
 
 def test_an_adapters_dropout_is_kept(tmp_path, tiny_model):
