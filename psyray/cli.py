@@ -300,8 +300,8 @@ def label_efficiency(
     from psyray.evaluate.label_efficiency import Request, measure
 
     loaded = load_config(config, settings)
-    part, least = ("dev" if dev else "report"), loaded.speeches.min_chars
-    request = Request(labelled, folder, loaded.efficiency, loaded.track, data, part, least)
+    least = loaded.speeches.min_chars
+    request = Request(labelled, folder, loaded.efficiency, loaded.track, data, "dev" if dev else "report", least)
     show(measure(request, say), out)
 
 

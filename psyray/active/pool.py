@@ -57,7 +57,8 @@ def believed(
     pool = Pool(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Pool)))
     # Each member's main axes first: the products of all members' doubts at once are some GB where the model is large.
     turn_DB = heads.along(block_diag(*map(main_axes, grams_Mdd), np.eye(len(grams_Mdd))))
-    turn_DA = turn_DB @ main_axes(sum(products(heads.standardised(rows_ND) @ turn_DB) for rows_ND in blocks))
+    seen = (products(heads.standardised(rows_ND) @ turn_DB) for rows_ND in blocks)
+    turn_DA = np.asarray(turn_DB @ main_axes(np.sum(list(seen), axis=0)))
     main_PKA = np.concatenate([heads.standardised(rows_ND) @ turn_DA for rows_ND in blocks])
     main_PKA = main_PKA.reshape(*pool.mean_PK.shape, -1)
     A = main_PKA.shape[2]

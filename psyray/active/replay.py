@@ -38,7 +38,7 @@ class Bank:
     def conversation_P(self) -> IntArray:
         """The conversation of each prompt, numbered from 0."""
         talks = np.arange(len(self.labels_PKK)) if self.talks_P is None else self.talks_P
-        return np.unique(talks, return_inverse=True)[1]
+        return np.asarray(np.unique(talks, return_inverse=True)[1])
 
     def rows(self, prompts: Sequence[int] | IntArray) -> Bank:
         """The bank of some prompts."""
