@@ -76,7 +76,7 @@ class Gold:
         declared, items, _ = load_labelled(declaration, data)
         kept = set(sorted({item.speech_id for item in items})[:limit])
         prompts, bank = featured([item for item in items if item.speech_id in kept], section)
-        train, test = split(range(len(prompts)), 0.8, 0)
+        train, test = split(range(len(prompts)), 0.8, 0, bank.conversation_P)
         learner = Learner()
         self.project = learner.project(bank.rows(train))
         z_PKR = self.project(bank.features_PKD)

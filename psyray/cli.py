@@ -300,7 +300,8 @@ def label_efficiency(
     from psyray.evaluate.label_efficiency import Request, measure
 
     loaded = load_config(config, settings)
-    request = Request(labelled, folder, loaded.efficiency, loaded.track, data, "dev" if dev else "report")
+    least = loaded.speeches.min_chars
+    request = Request(labelled, folder, loaded.efficiency, loaded.track, data, "dev" if dev else "report", least)
     show(measure(request, say), out)
 
 
@@ -328,7 +329,8 @@ def layers(
 
     loaded = load_config(config, settings)
     section = loaded.efficiency.model_copy(update={"model": model} if model else {})
-    request = Request(labelled, folder, section, loaded.track, data, use_gpu(loaded.engine.device))
+    gpu, least = use_gpu(loaded.engine.device), loaded.speeches.min_chars
+    request = Request(labelled, folder, section, loaded.track, data, gpu, least)
     try:
         show(measure(request, say), out)
     except KeyboardInterrupt:

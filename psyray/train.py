@@ -8,6 +8,7 @@ last such checkpoint, whether a worker died (Ray Train starts the group again) o
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -232,6 +233,7 @@ def trainer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "use_cpu": not config["gpu"],
         "seed": config["seed"],
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # or a loss that is no number would be written down as 0
         "save_strategy": "steps",
         "save_steps": train["save_every"],
         "save_total_limit": 2,
@@ -319,9 +321,14 @@ def _reporter(folder: Path, watch: Watch | None) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
-        """Writes each logged step down, has dev looked at, and marks checkpoints that all ranks have finished."""
+        """Writes each logged step down, has dev looked at, and marks checkpoints that all ranks have finished.
+
+        A loss that is no number ends the job: what it learned after that is nothing.
+        """
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and not math.isfinite(loss := logs.get("loss", 0.0)):
+                raise PsyrayError(f"the loss of step {state.global_step} is {loss}: a lower learning_rate may help")
             if state.is_world_process_zero and logs and "loss" in logs:
                 entry = {"step": state.global_step} | {k: v for k, v in logs.items() if isinstance(v, int | float)}
                 log_step(folder, entry)

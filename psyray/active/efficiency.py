@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from psyray.active.replay import Bank, Curve, Learner, replay
-from psyray.arrays import FloatArray
+from psyray.arrays import FloatArray, IntArray
 
 Part = Literal["dev", "report"]
 Curves = Mapping[str, Sequence[Curve]]  # strategy -> one curve a seed
@@ -31,16 +31,25 @@ RESAMPLES = 2000
 
 
 def part_of(prompt: str, dev_share: float) -> Part:
-    """Settings are chosen on the dev prompts and never reported on them; the id's hash says which a prompt is."""
+    """Settings are chosen on the dev prompts and never reported on them; the id's hash says which a prompt is.
+
+    `prompt` is the id of its conversation, so that the lengths of one stay together.
+    """
     digest = hashlib.sha256(f"label-efficiency {prompt}".encode()).digest()
     return "dev" if int.from_bytes(digest[:8], "big") < dev_share * 2**64 else "report"
 
 
-def split(prompts: Sequence[int], pool_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(pool, held-out) rows of a seed."""
-    order = np.random.default_rng([seed, 0]).permutation(np.asarray(prompts, dtype=np.intp))
-    count = round(pool_share * len(order))
-    return sorted(map(int, order[:count])), sorted(map(int, order[count:]))
+def split(
+    prompts: Sequence[int], pool_share: float, seed: int, conversation_P: IntArray
+) -> tuple[list[int], list[int]]:
+    """(pool, held-out) rows of a seed: whole conversations."""
+    found = list(dict.fromkeys(conversation_P[list(prompts)].tolist()))
+    order = np.random.default_rng([seed, 0]).permutation(np.asarray(found, dtype=np.intp))
+    pool = set(order[: round(pool_share * len(order))].tolist())
+    parts: tuple[list[int], list[int]] = ([], [])
+    for prompt in sorted(map(int, prompts)):
+        parts[int(conversation_P[prompt]) not in pool].append(prompt)
+    return parts
 
 
 def study(
@@ -59,7 +68,7 @@ def study(
     """A curve for every strategy and seed; `each` is called after every replay."""
     curves: dict[str, list[Curve]] = {strategy: [] for strategy in strategies}
     for seed in seeds:
-        pool, held_out = split(prompts, pool_share, seed)
+        pool, held_out = split(prompts, pool_share, seed, bank.conversation_P)
         for strategy in strategies:
             curves[strategy].append(
                 replay(bank, pool, held_out, strategy, learner, budgets=budgets, batch=batch, seed=seed, start=start)

@@ -1,6 +1,6 @@
 """What acquisition gets to see in a round: the heads' belief of every response, and what was asked in rounds before.
 
-Shapes: P speeches, K responses each, H heads or draws, E directions of doubt, A axes, N rows, D features.
+Shapes: P speeches, K responses each, H heads or draws, E directions of doubt, A axes, M members, N rows, D features.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
-from scipy.linalg import eigh
+from scipy.linalg import block_diag, eigh
 
 from psyray.active.acquisition import Candidates, Pick
 from psyray.arrays import Features, FloatArray
@@ -47,15 +47,18 @@ def believed(
     if not isinstance(heads, PosteriorHeads):
         scores_PKH = np.concatenate([heads.scores(rows_ND) for rows_ND in blocks]).reshape(len(by_speech), k, -1)
         return pool_of(scores_PKH), Candidates(scores_PKH)
-    parts, gram_EE = list[Pool](), np.zeros((heads.width, heads.width))
+    parts, grams_Mdd = list[Pool](), np.zeros_like(heads.root_Mdd)
     for rows_ND in blocks:
         doubt_NE = heads.doubts(rows_ND)
         mean_PK = heads.means(rows_ND).mean(axis=1).reshape(-1, k)
         parts.append(Pool(mean_PK, *spreads(doubt_NE.reshape(*mean_PK.shape, -1))))
-        present_NE = doubt_NE[np.isfinite(doubt_NE).all(axis=1)]
-        gram_EE += present_NE.T @ present_NE
+        for gram_dd, within_Nd in zip(grams_Mdd, heads.within(doubt_NE), strict=True):
+            gram_dd += products(within_Nd)
     pool = Pool(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Pool)))
-    turn_DA = heads.along(main_axes(gram_EE))
+    # Each member's main axes first: the products of all members' doubts at once are some GB where the model is large.
+    turn_DB = heads.along(block_diag(*map(main_axes, grams_Mdd), np.eye(len(grams_Mdd))))
+    seen = (products(heads.standardised(rows_ND) @ turn_DB) for rows_ND in blocks)
+    turn_DA = np.asarray(turn_DB @ main_axes(np.sum(list(seen), axis=0)))
     main_PKA = np.concatenate([heads.standardised(rows_ND) @ turn_DA for rows_ND in blocks])
     main_PKA = main_PKA.reshape(*pool.mean_PK.shape, -1)
     A = main_PKA.shape[2]
@@ -89,6 +92,12 @@ def spreads(doubt_PKE: FloatArray) -> tuple[FloatArray, FloatArray]:
     """([P, K], [P, K, K]) |z_i| and |z_i - z_j|, by differences: those of like responses are small beside either."""
     apart = [np.linalg.norm(doubt_PKE[:, i, None] - doubt_PKE, axis=2) for i in range(doubt_PKE.shape[1])]
     return np.asarray(np.linalg.norm(doubt_PKE, axis=2)), np.stack(apart, axis=1)
+
+
+def products(doubt_NE: FloatArray) -> FloatArray:
+    """[E, E]: those of each two columns, over the rows that are there."""
+    present_NE = doubt_NE[np.isfinite(doubt_NE).all(axis=1)]
+    return np.asarray(present_NE.T @ present_NE)
 
 
 def main_axes(gram_EE: FloatArray, most: int = AXES) -> FloatArray:

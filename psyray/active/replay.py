@@ -32,6 +32,13 @@ class Bank:
     labels_PKK: IntArray  # 1: i is better, -1: j is, 0: nobody decided; labels_ij = -labels_ji
     strata_PKK: IntArray  # index into `strata`, symmetric; read only where there is a label
     strata: tuple[str, ...]
+    talks_P: IntArray | None = None  # prompts with the same number are lengths of one conversation; none: each its own
+
+    @property
+    def conversation_P(self) -> IntArray:
+        """The conversation of each prompt, numbered from 0."""
+        talks = np.arange(len(self.labels_PKK)) if self.talks_P is None else self.talks_P
+        return np.asarray(np.unique(talks, return_inverse=True)[1])
 
     def rows(self, prompts: Sequence[int] | IntArray) -> Bank:
         """The bank of some prompts."""
@@ -41,6 +48,7 @@ class Bank:
             features_PKD=self.features_PKD[rows],
             labels_PKK=self.labels_PKK[rows],
             strata_PKK=self.strata_PKK[rows],
+            talks_P=self.conversation_P[rows],
         )
 
     def oracle(self, prompt: int, i: int, j: int) -> int:

@@ -1,6 +1,6 @@
 """The command `psyray label-efficiency`: labels spent against held-out accuracy, every strategy beside `random`.
 
-A labelled set (as `psyray agreement` reads it) is split by prompt. The replies' features under a frozen language
+A labelled set (as `psyray agreement` reads it) is split by conversation. The replies' features under a frozen language
 model are computed once; then every strategy asks for labels in batches, and after each batch a Bayesian head is
 fitted to all labels so far. `psyray/active/replay.py` is the replay, `psyray/active/efficiency.py` the figures.
 """
@@ -22,12 +22,14 @@ from psyray.evaluate.efficiency_report import page, plot
 from psyray.evaluate.labelled import Labelled, load_labelled
 from psyray.evaluate.publish import publish
 from psyray.models import cache_folder, resolve_model
-from psyray.records import Message, Verdict
+from psyray.records import Message, Verdict, conversation_id
 from psyray.reward.body import Reading
 from psyray.reward.frozen import Chats, FeatureCache, chat_id
 from psyray.sections.learning import EfficiencySection
 from psyray.sections.place import TrackSection
 from psyray.track import Point
+
+LEAST = 100  # speeches.min_chars, where nobody says otherwise
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Request:
     track: TrackSection
     data: Path | None = None
     part: Part = "report"
+    least: int = LEAST
 
     @property
     def learner(self) -> Learner:
@@ -57,9 +60,10 @@ def measure(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
 
     section = request.section
     declared, items, dropped = load_labelled(request.declaration, request.data)
-    prompts, bank = featured(items, section)
-    chosen = [row for row, prompt in enumerate(prompts) if part_of(prompt, section.dev_share) == request.part]
-    if min(map(len, split(chosen, section.pool_share, 0))) < 2:
+    prompts, bank = featured(items, section, request.least)
+    talks = talks_of(items, request.least)
+    chosen = [row for row, prompt in enumerate(prompts) if part_of(talks[prompt], section.dev_share) == request.part]
+    if min(map(len, split(chosen, section.pool_share, 0, bank.conversation_P))) < 2:
         raise PsyrayError(f"{declared.name}: {len(chosen)} prompts in the {request.part} part are too few to split")
     strategies = [BASELINE, *(name for name in section.strategies or ACQUISITIONS if name != BASELINE)]
     with tqdm(total=len(strategies) * section.seeds, unit="replay", desc="label efficiency") as bar:
@@ -93,7 +97,7 @@ def measure(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     return found
 
 
-def featured(items: Sequence[Labelled], section: EfficiencySection) -> tuple[list[str], Bank]:
+def featured(items: Sequence[Labelled], section: EfficiencySection, least: int = LEAST) -> tuple[list[str], Bank]:
     """(prompt ids, their bank): features of every response, read from the cache or computed."""
     chats, reading = chats_of(items), Reading(section.layer, section.pooling)
     cache = FeatureCache(resolve_model(section.model), cache_folder() / "features")
@@ -101,7 +105,12 @@ def featured(items: Sequence[Labelled], section: EfficiencySection) -> tuple[lis
         cache.fill(chats, [reading])
     except ValueError as error:  # a layer that the model does not have
         raise PsyrayError(f"efficiency.layer: {error}") from None
-    return bank_of(items, cache.features(chats, reading))
+    return bank_of(items, cache.features(chats, reading), least)
+
+
+def talks_of(items: Sequence[Labelled], least: int) -> dict[str, str]:
+    """Of each prompt the conversation that it is one length of, by their ids (`least`: see `conversation_id`)."""
+    return {item.speech_id: conversation_id(item.speech_id, item.messages, least) for item in items}
 
 
 def chats_of(items: Sequence[Labelled]) -> Chats:
@@ -114,7 +123,7 @@ def _chats(item: Labelled) -> tuple[list[Message], list[Message]]:
     return a, b
 
 
-def bank_of(items: Sequence[Labelled], features: Mapping[str, Any]) -> tuple[list[str], Bank]:
+def bank_of(items: Sequence[Labelled], features: Mapping[str, Any], least: int = LEAST) -> tuple[list[str], Bank]:
     """The bank of labelled comparisons; prompts in the order of their ids, replies in that of theirs.
 
     A tie between people is no label. Of two items about the same texts the first counts.
@@ -138,7 +147,10 @@ def bank_of(items: Sequence[Labelled], features: Mapping[str, Any]) -> tuple[lis
             strata_PKK[p, i, j] = strata_PKK[p, j, i] = strata.index(item.stratum)
     if not labels_PKK.any():
         raise PsyrayError("the set holds no comparison that people decided: nothing to learn from")
-    return prompts, Bank(features_PKD, labels_PKK, strata_PKK, strata)
+    talks = talks_of(items, least)
+    number = {talk: n for n, talk in enumerate(dict.fromkeys(talks[prompt] for prompt in prompts))}
+    talks_P = np.array([number[talks[prompt]] for prompt in prompts])
+    return prompts, Bank(features_PKD, labels_PKK, strata_PKK, strata, talks_P)
 
 
 def curve_points(found: Mapping[str, Any]) -> list[Point]:

@@ -1,8 +1,8 @@
 """The command `psyray layers`: which layer of a model, pooled how, tells what people prefer.
 
 On the dev prompts of a labelled set (as `psyray agreement` reads it) every layer and pooling gets the same head: a
-logistic regression on standardised features, about 0, tried on prompts that it was not fitted on. One pass over the
-texts computes all features. The report prompts are left alone: `psyray label-efficiency` may use what is chosen.
+logistic regression on standardised features, about 0, tried on conversations that it was not fitted on. One pass over
+the texts computes all features. The report prompts are left alone: `psyray label-efficiency` may use what is chosen.
 
 Shapes: P prompts, N pairs that people decided, M readings, S strata, G ridges, R resamples or axes.
 """
@@ -20,7 +20,7 @@ from psyray.active.efficiency import RESAMPLES, part_of
 from psyray.active.replay import Bank
 from psyray.arrays import FloatArray
 from psyray.errors import PsyrayError
-from psyray.evaluate.label_efficiency import bank_of, chats_of
+from psyray.evaluate.label_efficiency import LEAST, bank_of, chats_of, talks_of
 from psyray.evaluate.labelled import Labelled, load_labelled
 from psyray.evaluate.layers_report import page, plot
 from psyray.evaluate.publish import publish
@@ -47,19 +47,22 @@ class Request:
     track: TrackSection
     data: Path | None = None
     gpu: bool = False
+    least: int = LEAST
 
 
 def measure(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     """Compare all readings; writes layers.json, .md and .png into `request.out` and an MLflow run; returns the figures.
 
-    PsyrayError for a set without decided labels or with too few prompts in its dev part.
+    PsyrayError for a set without decided labels or with too few conversations in its dev part.
     """
     section = request.section
     declared, items, dropped = load_labelled(request.declaration, request.data)
-    dev = [item for item in items if part_of(item.speech_id, section.dev_share) == "dev"]
-    if (prompts := len({item.speech_id for item in dev})) < 2 * FOLDS:
+    talks = talks_of(items, request.least)
+    dev = [item for item in items if part_of(talks[item.speech_id], section.dev_share) == "dev"]
+    prompts = {item.speech_id for item in dev}
+    if (count := len({talks[prompt] for prompt in prompts})) < 2 * FOLDS:
         raise PsyrayError(
-            f"{declared.name}: {prompts} prompts in the dev part are too few for {FOLDS} folds; raise "
+            f"{declared.name}: {count} conversations in the dev part are too few for {FOLDS} folds; raise "
             "efficiency.dev_share or give a larger set"
         )
     model = resolve_model(section.model)
@@ -67,10 +70,10 @@ def measure(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     readings = [Reading(layer, pooling) for pooling in get_args(Pooling) for layer in range(layers + 1)]
     chats, cache = chats_of(dev), FeatureCache(model, cache_folder() / "features")
     cache.fill(chats, readings, gpu=request.gpu)
-    margins_MN, ridges, bank = compared(dev, chats, readings, cache)
+    margins_MN, ridges, bank = compared(dev, chats, readings, cache, request.least)
     found = {
         "set": declared.name,
-        "prompts": prompts,
+        "prompts": len(prompts),
         "pairs": margins_MN.shape[1],
         "dropped": dropped,
         "settings": {"model": section.model, "dev_share": section.dev_share, "folds": FOLDS, "ridges": list(RIDGES)},
@@ -86,9 +89,9 @@ def measure(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def compared(
-    items: Sequence[Labelled], chats: Chats, readings: Sequence[Reading], cache: FeatureCache
+    items: Sequence[Labelled], chats: Chats, readings: Sequence[Reading], cache: FeatureCache, least: int
 ) -> tuple[FloatArray, list[float], Bank]:
-    """(margins [M, N] on prompts left out, each reading's ridge, a bank that says which pairs these are), with a bar.
+    """(margins [M, N] on conversations left out, each reading's ridge, a bank that tells the pairs), with a bar.
 
     Of `RIDGES` each reading has the one under which the margins are most likely.
     """
@@ -96,7 +99,7 @@ def compared(
 
     margins, ridges = [], []
     for reading in tqdm(readings, desc="heads", unit="reading"):
-        _, bank = bank_of(items, cache.features(chats, reading))
+        _, bank = bank_of(items, cache.features(chats, reading), least)
         margins_GN = held_out_margins(bank)
         best = int(np.argmax([log_likelihood(margins_N) for margins_N in margins_GN]))
         margins.append(margins_GN[best])
@@ -105,13 +108,14 @@ def compared(
 
 
 def held_out_margins(bank: Bank) -> FloatArray:
-    """[G, N] logits of better over worse for every decided pair, from a head fitted on other prompts' pairs."""
+    """[G, N] logits of better over worse for every decided pair, from a head fitted on other conversations' pairs."""
     prompt_N, better_N, worse_N = bank.pairs()
     better_ND, worse_ND = bank.features_PKD[prompt_N, better_N], bank.features_PKD[prompt_N, worse_N]
     _, scale_D = standardisation(better_ND, worse_ND)
     # On the differences' own axes a ridge is the same, and the loss nearly round; there are no more axes than pairs.
     left_NR, singular_R, _ = np.linalg.svd((better_ND - worse_ND) / scale_D, full_matrices=False)
-    folds_P = np.random.default_rng(0).permutation(len(bank.labels_PKK)) % FOLDS
+    talk_P = bank.conversation_P
+    folds_P = (np.random.default_rng(0).permutation(talk_P.max() + 1) % FOLDS)[talk_P]
     margins_GN = np.zeros((len(RIDGES), len(prompt_N)))
     for fold in range(FOLDS):
         held_N = folds_P[prompt_N] == fold
@@ -144,13 +148,13 @@ def figures(
 
     Accuracy is the mean over strata of the share of pairs ranked right, a tie half; `behind` is the best one's less
     this one's, and a reading is `as_good` where that interval does not lie above 0. Intervals are 95 % bootstraps over
-    prompts, the same draws for all.
+    conversations, the same draws for all.
     """
     prompt_N, better_N, worse_N = bank.pairs()
     stratum_N = bank.strata_PKK[prompt_N, better_N, worse_N]
     all_MN = np.concatenate([margins_MN, length_N[None]])
     right_MN = (all_MN > 0) + 0.5 * (all_MN == 0)
-    times_RN = bootstraps([str(p) for p in prompt_N], RESAMPLES, np.random.default_rng(0))
+    times_RN = bootstraps([str(t) for t in bank.conversation_P[prompt_N]], RESAMPLES, np.random.default_rng(0))
     weights_RN = np.concatenate([np.ones((1, len(prompt_N))), times_RN])  # row 0: the pairs as they are
     every_RM = _shares(right_MN, weights_RN)
     strata_SRM = np.stack(

@@ -22,7 +22,7 @@ from psyray.looks import CHOICE, aside, check_parts, read_choice
 from psyray.reward.body import ADAPTERS
 from psyray.reward.train import dev_pairs, examples, losses, train_loop, usable
 from psyray.run import Artifact, Folder, Run
-from psyray.sections.learning import DevSection
+from psyray.sections.learning import DevSection, RewardSection
 from psyray.train import STEPS, read_steps, run_training
 
 
@@ -73,7 +73,7 @@ def adapters_stage(run: Run, config: Config, reward: Artifact, pairs: Artifact) 
 def train_member(member: Member, config: Config, reward: Artifact, pairs: Artifact) -> None:
     """Train one adapter; it is then in the folder's `adapter`, its steps beside it."""
     section, seed, least = config.reward.adapters.train, config.run.seed, config.speeches.min_chars
-    times = drawn(pairs, seed, member.number, section.dev, least)
+    times = drawn(pairs, config.reward, seed, member.number, section.dev, least)
     member.path.mkdir(exist_ok=True)
     run_training(
         member,
@@ -97,12 +97,15 @@ def check_dev(config: Config, pairs: Artifact) -> None:
         check_parts("reward.adapters.train.dev", dev, measured, count)
 
 
-def drawn(pairs: Artifact, seed: int, number: int, dev: DevSection | None, least: int) -> dict[str, int]:
+def drawn(
+    pairs: Artifact, reward: RewardSection, seed: int, number: int, dev: DevSection | None, least: int
+) -> dict[str, int]:
     """How often member `number` sees each training speech: as many draws as there are speeches, with replacement.
 
-    Those put aside as dev are not among them.
+    Those put aside as dev are not among them, nor those without a pair that the loss can take.
     """
-    train = (row for row in pairs.each(["speech_id", "messages", "split"]) if row["split"] == "train")
+    found = pairs.each(["speech_id", "messages", "split", "margin"])
+    train = (row for row in found if row["split"] == "train" and usable(row, reward))
     ids = sorted({row["speech_id"] for row in train if not aside(row, dev, least)})
     times = np.random.default_rng([seed, number]).multinomial(len(ids), np.full(len(ids), 1 / len(ids)))
     return dict(zip(ids, times.tolist(), strict=True))

@@ -30,12 +30,17 @@ def group_example(pairs: Sequence[Row], use_margin: bool) -> Row:
     return {"messages": pairs[0]["messages"], "responses": list(place), **sides, "margin": margins}
 
 
+def blank(group: Row) -> Row:
+    """A group of no pair that fills a step up: it is read, for all workers take the same turns, and weighs nothing."""
+    return {"messages": group["messages"], "responses": [""], "chosen": [], "rejected": [], "margin": []}
+
+
 @dataclass(frozen=True)
 class GroupCollator:
     """Groups as the tensors of one step, filled up on the right.
 
     `input_ids` and `attention_mask` are [N, T]; `chosen` and `rejected`, places among the N, `margin` and `share` [P].
-    Each group weighs the same, divided equally among its pairs: a pair weighs 1 / share, and all of a step's sum to 1.
+    Each group weighs the same, divided equally among its pairs: a pair weighs 1 / share.
     """
 
     tokenizer: Any
@@ -51,10 +56,12 @@ class GroupCollator:
             for side in ("chosen", "rejected"):
                 columns[side] += [len(tokens) + place for place in group[side]]
             columns["margin"] += group["margin"]
-            columns["share"] += [len(groups) * len(group["margin"])] * len(group["margin"])
+            columns["share"] += [len(group["margin"])] * len(group["margin"])
             tokens += _read(self.tokenizer, group, self.max_length)
         ids, mask = padded(tokens, self.tokenizer.pad_token_id)
-        return {"input_ids": ids, "attention_mask": mask} | {key: torch.tensor(c) for key, c in columns.items()}
+        kinds = {"margin": torch.float32}
+        found = {key: torch.tensor(c, dtype=kinds.get(key, torch.int64)) for key, c in columns.items()}
+        return {"input_ids": ids, "attention_mask": mask} | found
 
 
 def _read(tokenizer: Any, group: Row, max_length: int) -> list[list[int]]:
@@ -81,7 +88,7 @@ def pad_apart(tokenizer: Any, group: Row, max_length: int) -> None:
 
 
 def preference_loss(rewards_N: Any, batch: Mapping[str, Any], *, smoothing: float, center: float) -> Any:
-    """The mean over groups of their pairs' mean of
+    """The sum over groups of their pairs' mean of
 
         -(1 - s) log sigmoid(z) - s log sigmoid(-z) + center (r_chosen + r_rejected)^2
 

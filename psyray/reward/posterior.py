@@ -45,10 +45,9 @@ class PosteriorHeads(Heads):
         within = [x_Nd @ root_dd for x_Nd, root_dd in zip(self._parts(features_ND), self.root_Mdd, strict=True)]
         return np.concatenate([*(one / np.sqrt(len(within)) for one in within), apart_NM], axis=1)
 
-    @property
-    def width(self) -> int:
-        """How many directions of doubt there are."""
-        return sum(len(root_dd) + 1 for root_dd in self.root_Mdd)
+    def within(self, doubt_NE: FloatArray) -> list[FloatArray]:
+        """[N, d] of `doubts` that each member's covariance adds."""
+        return np.split(doubt_NE, np.cumsum([len(root_dd) for root_dd in self.root_Mdd]), axis=1)[:-1]
 
     def along(self, axes_EA: FloatArray) -> FloatArray:
         """[D, A]: `standardised` features times this are their `doubts` along axes, without those being made."""

@@ -19,7 +19,7 @@ from psyray.looks import aside, check_parts, read_choice
 from psyray.lora import adapter_config
 from psyray.models import model_identity, resolve_model
 from psyray.records import Row, rows
-from psyray.reward.groups import GroupCollator, group_example, pad_apart, preference_loss
+from psyray.reward.groups import GroupCollator, blank, group_example, pad_apart, preference_loss
 from psyray.run import Artifact, Folder, Run
 from psyray.sections.learning import DevSection, RewardSection
 from psyray.tables import connect, in_order, view
@@ -150,7 +150,7 @@ def right(gap_P: Any) -> Any:
 
 def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
     """TRL's RewardTrainer on groups; `arguments` are those of its configuration."""
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig
     from trl.trainer.utils import disable_dropout_in_model
@@ -162,6 +162,10 @@ def make_trainer(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any
     freeze(model, config["train"]["freeze_layers"])
     data = Dataset.from_parquet(config["examples"])
     pad_apart(tokenizer, data[0], config["train"]["max_length"])
+    # Without them several workers would fill the last step up with groups that were read before, and one would not.
+    if missing := -len(data) % config["train"]["batch_size"]:
+        blanks = Dataset.from_list([blank(data[0])] * missing, features=data.features)
+        data = concatenate_datasets([data, blanks])
     return _trainer_class(config["smoothing"], config["center"])(
         model=model,
         args=args,
@@ -178,21 +182,36 @@ def _trainer_class(smoothing: float, center: float) -> Any:
     from trl import RewardTrainer
 
     class GroupTrainer(RewardTrainer):  # type: ignore[misc]
-        """TRL's trainer with the loss of `preference_loss`, on batches of `GroupCollator`."""
+        """TRL's trainer on batches of `GroupCollator`: the mean of `preference_loss` over a step's groups.
+
+        Those of a step are counted over all its batches and workers, however unevenly they lie there.
+        """
+
+        loss_is_scaled_for_ga = True
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # the collator makes the tokens
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        def _get_num_items_in_batch(self, batches: list[Any], device: torch.device) -> torch.Tensor:
+            groups = sum(float((1 / batch["share"]).sum()) for batch in batches)
+            return self.accelerator.gather(torch.tensor([groups], device=device)).sum()
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             rewards_N, outputs = scored(model, inputs)
-            loss = preference_loss(rewards_N, inputs, smoothing=smoothing, center=center)
+            one = (
+                self.accelerator.num_processes / num_items_in_batch
+            )  # a group's weight in what workers take the mean of
+            loss = one * preference_loss(rewards_N, inputs, smoothing=smoothing, center=center)
             gap_P = gaps(rewards_N, inputs).detach()
-            self._note("accuracy", (right(gap_P) / inputs["share"]).sum())
-            self._note("margin", (gap_P / inputs["share"]).sum())
-            self._note("mean_reward", rewards_N.detach().mean())
+            middle_P = (rewards_N[inputs["chosen"]] + rewards_N[inputs["rejected"]]).detach() / 2
+            for name, value_P in (("accuracy", right(gap_P)), ("margin", gap_P), ("mean_reward", middle_P)):
+                self._note(name, one * (value_P / inputs["share"]).sum())
             return (loss, outputs) if return_outputs else loss
 
-        def _note(self, name: str, value: torch.Tensor) -> None:
-            self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
+        def _note(self, name: str, part: torch.Tensor) -> None:
+            whole = self.accelerator.gather(part).mean().item() * self.current_gradient_accumulation_steps
+            self._metrics["train"][name].append(whole)  # of a step's batches the mean is logged
 
     return GroupTrainer

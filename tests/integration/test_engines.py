@@ -138,7 +138,7 @@ PAIRS = [
         "rejected": "Just sleep more and stop thinking.",
         "margin": 1.0,
     }
-    for i in range(16)
+    for i in range(13)  # the last step of an epoch is no whole one, nor divides it among workers or batches
 ]
 TRAIN = {"learning_rate": 5e-3, "batch_size": 8, "epochs": 4, "max_length": 128, "save_every": 3}
 SLOWER = TRAIN | {"learning_rate": 2e-3}

@@ -165,10 +165,11 @@ def test_ratings_are_read_off_the_members_mean() -> None:
     assert (heads.over(1).predict(features_NMD[:, 0]) == heads.predict(features_NMD[:, 0])).all()
 
 
-def pairs_artifact(path: Path) -> Artifact:
-    """Two pairs to each of 20 training speeches, and one to each of five others."""
+def pairs_artifact(path: Path, rated: int = 20) -> Artifact:
+    """Two pairs to each of 20 training speeches, whose first so many have margins, and one to each of five others."""
     rows = [
-        {"pair_id": f"{speech}{n}", "speech_id": speech, "split": split, "margin": 1.0, "source": "judge",
+        {"pair_id": f"{speech}{n}", "speech_id": speech, "split": split, "source": "judge",
+         "margin": 1.0 if int(speech[-2:]) < rated else None,
          "messages": MESSAGES[0], "chosen": f"Good {n}", "rejected": f"Bad {n}"}
         for split, speeches, each in (("train", 20, 2), ("test", 5, 1))
         for speech in (f"{split}-{at:02d}" for at in range(speeches))
@@ -182,8 +183,11 @@ def pairs_artifact(path: Path) -> Artifact:
 
 def test_each_member_learns_from_its_own_draw_of_the_training_speeches(tmp_path: Path) -> None:
     pairs = pairs_artifact(tmp_path / "run")
-    first, second = (drawn(pairs, 0, number, None, 1) for number in range(2))
-    assert drawn(pairs, 0, 0, None, 1) == first != second and drawn(pairs, 1, 0, None, 1) != first
+    first, second = (drawn(pairs, RewardSection(), 0, number, None, 1) for number in range(2))
+    assert (
+        drawn(pairs, RewardSection(), 0, 0, None, 1) == first != second
+        and drawn(pairs, RewardSection(), 1, 0, None, 1) != first
+    )
     for times in (first, second):
         assert set(times) == {f"train-{n:02d}" for n in range(20)} and sum(times.values()) == 20
         assert 0 in times.values() and max(times.values()) > 1
@@ -195,10 +199,18 @@ def test_each_member_learns_from_its_own_draw_of_the_training_speeches(tmp_path:
     assert len(list(examples(Folder(tmp_path), RewardSection(), pairs))) == 40  # without a draw each once
 
 
+def test_speeches_without_a_margin_are_drawn_for_no_member_where_the_loss_needs_one(tmp_path: Path) -> None:
+    pairs, section = pairs_artifact(tmp_path / "run", rated=2), RewardSection(use_margin=True)
+    for number in range(5):  # of all 20 a draw of neither of the two would be likely, and nothing left to learn from
+        times = drawn(pairs, section, 0, number, None, 1)
+        assert sum(times.values()) == 2 and set(times) == {"train-00", "train-01"}
+        assert len(list(examples(Folder(tmp_path), section, pairs, times))) == 2 * 2
+
+
 def test_speeches_put_aside_are_drawn_for_no_member_and_measured_once_by_each(tmp_path: Path) -> None:
     pairs, dev = pairs_artifact(tmp_path / "run"), DevSection(share=0.3)
     out = {row["speech_id"] for row in pairs.each() if row["split"] == "train" and aside(row, dev, 1)}
-    times = drawn(pairs, 0, 0, dev, 1)
+    times = drawn(pairs, RewardSection(), 0, 0, dev, 1)
     assert out and not out & times.keys() and sum(times.values()) == len(times) == 20 - len(out)
     section = RewardSection()
     learnt = list(examples(Folder(tmp_path), section, pairs, times, lambda row: row["speech_id"] not in out))

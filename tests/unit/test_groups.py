@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from psyray.errors import PsyrayError
 from psyray.records import PAIRS
-from psyray.reward.groups import GroupCollator, group_example, pad_apart, preference_loss
+from psyray.reward.groups import GroupCollator, blank, group_example, pad_apart, preference_loss
 from psyray.reward.score import RewardScorer
 from psyray.reward.train import examples, without_margin
 from psyray.run import Artifact, Folder, Run
@@ -92,10 +92,21 @@ def test_a_group_gives_the_loss_and_the_gradients_of_its_pairs(model, tokenizer,
 def test_every_group_weighs_the_same_however_many_pairs_it_has(tokenizer):
     groups = [group_example(pairs(), False), group_example(pairs(TEXTS[:2]), False)]
     batch = GroupCollator(tokenizer, 128)(groups)
-    assert batch["share"].tolist() == [12] * 6 + [2]
+    assert batch["share"].tolist() == [6] * 6 + [1]
     assert (batch["chosen"][6], batch["rejected"][6]) == (4, 5)
     with_gap = preference_loss(torch.tensor([0.0, 0, 0, 0, 3, 1]), batch, smoothing=0, center=0)
-    assert with_gap.item() == pytest.approx((math.log(2) + math.log1p(math.exp(-2))) / 2)
+    assert with_gap.item() == pytest.approx(math.log(2) + math.log1p(math.exp(-2)))
+
+
+def test_a_blank_group_is_read_and_weighs_nothing(tokenizer):
+    group = group_example(pairs(), True)
+    alone, filled = (GroupCollator(tokenizer, 128)(groups) for groups in ([group], [group, blank(group)]))
+    assert len(filled["input_ids"]) == len(alone["input_ids"]) + 1
+    assert all(torch.equal(filled[key], alone[key]) for key in ("chosen", "rejected", "margin", "share"))
+    rewards_N = torch.zeros(1, requires_grad=True)
+    nothing = preference_loss(rewards_N, GroupCollator(tokenizer, 128)([blank(group)]), smoothing=0.1, center=1)
+    nothing.backward()
+    assert nothing == 0 == rewards_N.grad
 
 
 def test_smoothing_and_margin_put_the_least_loss_at_a_finite_gap():

@@ -15,7 +15,7 @@ from psyray.errors import PsyrayError
 from psyray.evaluate.efficiency_report import page, spans, tables
 from psyray.evaluate.label_efficiency import Request, bank_of, measure
 from psyray.evaluate.labelled import Labelled, load_labelled
-from psyray.records import Verdict
+from psyray.records import Verdict, speech_id
 from psyray.reward import frozen
 from psyray.reward.body import Reading
 from psyray.reward.frozen import FeatureCache, chat_id
@@ -97,6 +97,17 @@ def test_a_pass_that_was_stopped_goes_on(tiny_model: Path, tmp_path: Path, monke
     assert read == [2] * 12 + [1] * 6  # all but the first part's two chats
     for reading in readings:
         assert all((whole.features(chats, reading)[k] == parted.features(chats, reading)[k]).all() for k in chats)
+
+
+def test_lengths_of_one_conversation_have_its_number_in_the_bank() -> None:
+    opening = [{"role": "user", "content": "I cannot sleep. " * 7}]
+    longer = [*opening, {"role": "assistant", "content": "Since when?"}, {"role": "user", "content": "A year."}]
+    other = [{"role": "user", "content": "My dog died."}]
+    items = [Labelled(speech_id(m), m, "a", "b", "all", Verdict.A) for m in (longer, other, opening)]
+    ids = [chat_id([*m, {"role": "assistant", "content": text}]) for m in (opening, longer, other) for text in "ab"]
+    prompts, bank = bank_of(items, {key: np.zeros(2) for key in ids})
+    number = dict(zip(prompts, bank.conversation_P.tolist(), strict=True))
+    assert number[speech_id(opening)] == number[speech_id(longer)] != number[speech_id(other)]
 
 
 def test_a_bank_holds_each_label_both_ways_and_no_tie(declaration: Path) -> None:

@@ -13,13 +13,13 @@ import pytest
 import sqlalchemy as sa
 from made_stage import made_stage
 
-from psyray.active import labelling
+from psyray.active import labelling, pool
 from psyray.active.acquisition import Candidates
 from psyray.active.database import CHARGE, QUESTION
 from psyray.active.labelled_set import UNKNOWN
 from psyray.active.labelling import check_usable, labels_stage
 from psyray.active.ledger import Ledger
-from psyray.active.pool import believed, main_axes, matched_draws
+from psyray.active.pool import AXES, believed, main_axes, matched_draws
 from psyray.config import load_config
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
@@ -239,8 +239,24 @@ def test_doubts_along_some_axes_are_what_the_turned_doubts_would_be(members):
     wide = members * D
     heads = PosteriorHeads(np.ones((2, wide)), rng.normal(size=wide), np.full(wide, 2.0), rng.normal(size=(members, D)),
                            roots)  # fmt: skip
-    features_ND, axes_EA = rng.normal(size=(5, wide)), rng.normal(size=(heads.width, 4))
+    features_ND, axes_EA = rng.normal(size=(5, wide)), rng.normal(size=(members * (D + 1), 4))
     assert heads.standardised(features_ND) @ heads.along(axes_EA) == pytest.approx(heads.doubts(features_ND) @ axes_EA)
+
+
+def test_many_members_doubts_are_seen_along_the_axes_of_all_without_the_products_of_all(monkeypatch):
+    rng, d, members = np.random.default_rng(0), 300, 3
+    common_ND = rng.normal(size=(400, 60)) @ rng.normal(size=(60, d))  # adapters of one model read much alike
+    features_ND = np.concatenate([common_ND + rng.normal(size=(400, d)) for _ in range(members)], axis=1)
+    made = {f"s{n // 4}r{n % 4}": feature for n, feature in enumerate(features_ND)}
+    rows = {f"s{s}": [{"response_id": f"s{s}r{k}"} for k in range(4)] for s in range(100)}
+    roots, wide = np.tril(rng.normal(size=(members, d, d))), members * d
+    heads = PosteriorHeads(np.ones((2, wide)), np.zeros(wide), np.ones(wide), rng.normal(size=(members, d)), roots)
+    sizes = []
+    monkeypatch.setattr(pool, "main_axes", lambda gram: sizes.append(len(gram)) or main_axes(gram))
+    _, seen = believed(heads, made, rows, 4, rng)
+    assert sizes == [d, d, d, members * AXES + members]  # of all at once there would be 903
+    best = np.linalg.svd(heads.doubts(features_ND), compute_uv=False)[:AXES]
+    assert np.linalg.norm(seen.features_PKD) > 0.998 * np.linalg.norm(best)
 
 
 @pytest.mark.parametrize("kind", ["ensemble", "mlp", "laplace"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,24 @@ def test_margins_come_from_heads_that_did_not_see_the_prompt() -> None:
     assert clear.shape == (len(RIDGES), P * 6) and (clear > 0).mean() > 0.99
     assert 0.4 < (blind[-1] > 0).mean() < 0.6  # a head that had seen them would do better
     assert (np.diff(np.abs(clear).mean(axis=1)) > 0).all()  # the strongest ridge, which comes first, is least sure
+
+
+def test_a_head_did_not_see_another_length_of_the_conversation_either() -> None:
+    rng = np.random.default_rng(0)
+    talks_P = np.arange(P) // 5
+    better_PD = rng.normal(size=(P // 5, 40))[talks_P]  # what is better is another thing in each conversation
+    features_PKD = np.stack([better_PD, -better_PD], axis=1) + 0.1 * rng.normal(size=(P, 2, 40))
+    labels_KK = np.array([[0, 1], [-1, 0]])
+    alone = Bank(features_PKD, np.tile(labels_KK, (P, 1, 1)), np.zeros((P, 2, 2), dtype=np.intp), ("x",))
+    together = replace(alone, talks_P=talks_P)
+    leaked, kept = (float((held_out_margins(bank)[-1] > 0).mean()) for bank in (alone, together))
+    assert leaked > 0.95 and kept < 0.75
+    right_MN = np.where(alone.conversation_P // 5 % 2, 1.0, -1.0)[None]  # a whole conversation, or nothing of it
+    narrow, wide = (
+        figures(right_MN, np.ones(P), [Reading(0, "mean")], [1.0], bank)["readings"][0]["all"]
+        for bank in (alone, together)
+    )
+    assert wide[2] - wide[0] > 1.8 * (narrow[2] - narrow[0])
 
 
 def test_the_planted_reading_is_best_and_its_twin_is_as_good() -> None:
@@ -149,5 +168,7 @@ def request(declaration: Path, model: Path, out: Path, dev_share: float) -> Requ
 
 
 def test_too_few_prompts_are_an_error(declaration: Path, tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(PsyrayError, match=r"made-up: \d prompts in the dev part are too few .* efficiency.dev_share"):
+    with pytest.raises(
+        PsyrayError, match=r"made-up: \d conversations in the dev part are too few .* efficiency.dev_share"
+    ):
         measure(request(declaration, tiny_model, tmp_path / "out", 0.05), lambda line: None)

@@ -109,13 +109,16 @@ def test_budgets_that_cannot_be(budgets: list[int], batch: int) -> None:
         run("random", budgets=budgets, batch=batch)
 
 
-def test_parts_and_splits_keep_prompts_apart() -> None:
+def test_parts_and_splits_keep_conversations_apart() -> None:
     parts: list[Part] = [part_of(f"prompt {n}", 0.4) for n in range(2000)]
     assert parts.count("dev") == pytest.approx(800, abs=80)
     assert part_of("prompt 1", 0.0) == "report"
-    pool, held_out = split(range(10, 20), 0.6, seed=3)
+    alone = np.arange(20)
+    pool, held_out = split(range(10, 20), 0.6, 3, alone)
     assert (len(pool), len(held_out), sorted(pool + held_out)) == (6, 4, list(range(10, 20)))
-    assert split(range(10, 20), 0.6, seed=4) != (pool, held_out)
+    assert split(range(10, 20), 0.6, 4, alone) != (pool, held_out)
+    pool, held_out = split(range(20), 0.6, 3, alone // 4)  # five conversations of four lengths
+    assert (len(pool), len(held_out)) == (12, 8) and not {n // 4 for n in pool} & {n // 4 for n in held_out}
 
 
 def made_curve(*accuracy: float) -> Curve:

@@ -20,7 +20,10 @@ from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.lora import merge_adapter
 from psyray.policy import dpo
+from psyray.reward import train as reward
+from psyray.reward.groups import group_example
 from psyray.sections.learning import DPO_LOSSES, DpoSection, LoraSection
+from psyray.train import _reporter, read_steps
 
 
 def batch(trainer: Any) -> dict[str, torch.Tensor]:
@@ -76,6 +79,34 @@ def test_a_reward_adapter_learns_with_its_head_and_becomes_a_plain_model(tmp_pat
 def test_without_lora_all_weights_learn(tmp_path, tiny_model):
     trainer = reward_trainer(tmp_path, tiny_model, None)
     assert all(weight.requires_grad for weight in trainer.model.parameters())
+
+
+def test_a_step_that_is_not_full_is_the_mean_over_its_groups_however_they_lie(tmp_path, tiny_model):
+    """Three groups of which one has a loss of about 40: in halves of two and one it would count more."""
+    groups = [group_example([PAIRS[n] | {"margin": 40.0 * (n == 1)}], True) for n in range(3)]
+    steps = []
+    for size in (4, 2, 1):
+        config = settings(tmp_path, tiny_model, groups, None) | {"smoothing": 0.0, "center": 0.0}
+        config["train"] |= {"micro_batch": size}
+        torch.manual_seed(0)  # draws the score head
+        trainer = reward.make_trainer(config, arguments(config))
+        trainer.train()
+        [step] = [entry for entry in trainer.state.log_history if "loss" in entry]
+        steps.append(step)
+    first = steps[0]
+    assert first["loss"] == pytest.approx((40 + 2 * math.log(2)) / 3, rel=0.1) and 0 <= first["accuracy"] <= 1
+    for step in steps[1:]:
+        for name in ("loss", "accuracy", "margin", "mean_reward"):
+            assert step[name] == pytest.approx(first[name], rel=0.005, abs=0.005)
+
+
+def test_a_loss_that_is_no_number_ends_the_job(tmp_path, tiny_model):
+    trainer = reward_trainer(tmp_path, tiny_model, None)
+    trainer.args.learning_rate, trainer.args.num_train_epochs = 1e30, 3
+    trainer.add_callback(_reporter(tmp_path, None))
+    with pytest.raises(PsyrayError, match="the loss of step 2 is nan: a lower learning_rate"):
+        trainer.train()
+    assert [step["step"] for step in read_steps(tmp_path)] == [1]
 
 
 def test_an_adapters_dropout_is_kept(tmp_path, tiny_model):
