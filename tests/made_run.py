@@ -86,6 +86,7 @@ class MadeRun:
         for number in range(self.rounds + 1):
             self._round(made, number)
         topic = {"pairs": 3, "accuracy": 1.0, "accuracy_low": 0.5, "accuracy_high": 1.0, "length_accuracy": 0.25}
+        topic |= {"auc": 0.71, "auc_low": 0.6, "auc_high": 0.8}
         by_topic = {"grief": topic, "work <b>": {**topic, "accuracy": 0.5}}
         self._stage(made, "reward-topics", [], None, {"strata": {"topic": by_topic}})
         self._stage(made, "export", [], None, {"champion_round": 1})

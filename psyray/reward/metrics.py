@@ -166,8 +166,8 @@ def reward_metrics(
     """Accuracy, AUC, ECE, Brier and log-likelihood with their intervals; then those of length alone as `length_*`.
 
     The length baseline's accuracy and AUC are those of "longer wins"; its ECE, Brier and log-likelihood are those of
-    its calibrated margins. `alike_pairs` counts those whose lengths are `alike`; `alike_accuracy`, with its interval,
-    and `alike_length_accuracy` are those on these pairs, None where there is none. Raises ValueError for no pairs,
+    its calibrated margins. `alike_pairs` counts those whose lengths are `alike`; `alike_*` are the figures, and
+    `alike_length_accuracy`, on these pairs, None where there is none. Raises ValueError for no pairs,
     unlike lengths, or a margin that is NaN or infinite: what failed to score is for the caller to count, not for a
     mean to hide.
     """
@@ -192,18 +192,13 @@ def reward_metrics(
 def part(
     margins_N: FloatArray, length_N: FloatArray, speech_ids: Sequence[str], among_N: npt.NDArray[np.bool_]
 ) -> dict[str, float | None]:
-    """Of some of the pairs: how many, accuracy with its interval, and `length_accuracy`; None where there are none."""
+    """Of some of the pairs: how many, all figures with intervals, and `length_accuracy`; None where there are none."""
     if not among_N.any():
-        return {"pairs": 0, "accuracy": None, "accuracy_low": None, "accuracy_high": None, "length_accuracy": None}
+        names = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
+        return {"pairs": 0} | dict.fromkeys([*names, "length_accuracy"])
     clusters = [speech for speech, among in zip(speech_ids, among_N, strict=True) if among]
-    low, high = cluster_bootstrap(margins_N[among_N], clusters, accuracy)
-    return {
-        "pairs": int(among_N.sum()),
-        "accuracy": accuracy(margins_N[among_N]),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "length_accuracy": accuracy(length_N[among_N]),
-    }
+    own = _all(margins_N[among_N], margins_N[among_N], clusters)
+    return {"pairs": int(among_N.sum())} | own | {"length_accuracy": accuracy(length_N[among_N])}
 
 
 def _all(margins_N: FloatArray, logits_N: FloatArray, speech_ids: Sequence[str]) -> dict[str, float]:

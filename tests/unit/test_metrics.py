@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from psyray.arrays import FloatArray
 from psyray.reward.metrics import (
+    FIGURES,
     accuracy,
     alike,
     auc,
@@ -159,7 +160,7 @@ def test_all_metrics_stand_beside_those_of_length() -> None:
     got = reward_metrics([2.0, 1.0, -1.0, 0.0], ["a", "a", "b", "c"], ["xxx", "xx", "x", "x"], ["x", "x", "x", "xx"])
     figures = {"accuracy", "auc", "ece", "brier", "log_likelihood"}
     names = {f"{figure}{end}" for figure in figures for end in ("", "_low", "_high")}
-    of_alike = {"pairs", "accuracy", "accuracy_low", "accuracy_high", "length_accuracy"}
+    of_alike = names | {"pairs", "length_accuracy"}
     assert set(got) == names | {f"length_{n}" for n in names} | {f"alike_{n}" for n in of_alike}
     assert got["accuracy"] == 0.625
     assert got["accuracy_low"] <= 0.625 <= got["accuracy_high"]
@@ -198,8 +199,11 @@ def test_pairs_of_like_length_are_measured_apart() -> None:
     got = reward_metrics([1.0, -1.0, 5.0], ["a", "b", "b"], [long, longer, long], [longer, long, short])
     assert (got["alike_pairs"], got["alike_accuracy"], got["alike_length_accuracy"]) == (2, 0.5, 0.5)
     assert (got["alike_accuracy_low"], got["alike_accuracy_high"]) == (0.0, 1.0)
+    matched = reward_metrics([1.0, -1.0], ["a", "b"], [long, longer], [longer, long])
+    assert all(got[f"alike_{n}{end}"] == matched[f"{n}{end}"] for n in FIGURES for end in ("", "_low", "_high"))
     unlike = reward_metrics([1.0], ["a"], [long], [short])
-    assert unlike["alike_pairs"] == 0 and unlike["alike_accuracy"] is None
+    assert unlike["alike_pairs"] == 0
+    assert all(unlike[name] is None for name in got if name.startswith("alike_") and name != "alike_pairs")
 
 
 def test_separation_by_hand_and_without_one_kind() -> None:
