@@ -142,8 +142,9 @@ def judge_all(path: Path, url: str, rows: int, concurrency: int) -> None:
 
 def make_responses(folder: Path, rows: int) -> Mapping[str, Any]:
     """Write `rows` made-up responses as a finished stage has them: sorted by id, in files of 50,000."""
+    from psyray.files import write_parquet
     from psyray.records import RESPONSES, content_id, table
-    from psyray.run import ROWS_PER_FILE, write_parquet
+    from psyray.run import ROWS_PER_FILE
 
     ids = sorted((content_id("row", number), number) for number in range(rows))
     for file, start in enumerate(range(0, rows, ROWS_PER_FILE)):

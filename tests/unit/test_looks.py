@@ -13,7 +13,7 @@ from made_stage import made_stage
 from made_trainers import LORA, PAIRS, dpo_trainer, reward_trainer
 from torch.nn.functional import logsigmoid
 
-from psyray import loop, plan, status, track
+from psyray import in_words, loop, plan, track
 from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.looks import (
@@ -218,13 +218,13 @@ def test_status_says_which_step_was_kept_and_why_it_ended(tmp_path: Path) -> Non
     steps = [{"step": 1, "loss": 0.7}, {"step": 60, "loss": 0.3, "dev_loss": 0.4}]
     note = "loss 0.700 → 0.300 (kept step 60 of 80, dev loss 0.411, accuracy 71.0 %; ended before step 200: "
     note += "no better look in 2)"
-    assert status.key_numbers("reward", {"steps": steps, "dev": dev}) == note
-    assert status.key_numbers("round-1/policy", {"steps": steps, "dev": dev, "pairs": 9}) == f"{note}, 9 pairs"
-    assert "ended" not in status.key_numbers("reward", {"steps": steps, "dev": dev | {"planned": 80}})
-    assert status.key_numbers("reward", {"steps": steps}) == "loss 0.700 → 0.300"
+    assert in_words.key_numbers("reward", {"steps": steps, "dev": dev}) == note
+    assert in_words.key_numbers("round-1/policy", {"steps": steps, "dev": dev, "pairs": 9}) == f"{note}, 9 pairs"
+    assert "ended" not in in_words.key_numbers("reward", {"steps": steps, "dev": dev | {"planned": 80}})
+    assert in_words.key_numbers("reward", {"steps": steps}) == "loss 0.700 → 0.300"
     members = [{"step": s["step"], "adapter-0": {"loss": s["loss"]}} for s in steps]
     stats = {"adapters": 1, "steps": members, "dev": {"adapter-0": dev}}
-    assert status.key_numbers("reward-adapters", stats) == f"1 adapters, {note}"
+    assert in_words.key_numbers("reward-adapters", stats) == f"1 adapters, {note}"
     assert "the best step by 20% of the speeches" in plan.training(TrainSection(dev=DevSection(share=0.2)))
 
 
