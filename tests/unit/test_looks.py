@@ -12,6 +12,7 @@ import torch
 from made_stage import made_stage
 from made_trainers import LORA, PAIRS, dpo_trainer, reward_trainer
 from torch.nn.functional import logsigmoid
+from transformers import TrainerCallback
 
 from psyray import in_words, loop, plan, track
 from psyray.config import load_config
@@ -130,6 +131,29 @@ def test_a_look_at_a_policy_is_the_mean_of_each_pairs_loss_and_leaves_its_traini
     assert look.loss == pytest.approx(sum(alone) / 5, abs=1e-4) and look.pairs == 5
     right = trainer._metrics["train"]["rewards/accuracies"]
     assert len(right) == 5 and look.accuracy == pytest.approx(sum(right) / 5)
+
+
+def test_looking_changes_nothing_of_what_is_learnt(tmp_path: Path, tiny_model: Path) -> None:
+    def losses(looks: bool) -> list[float]:
+        path = tmp_path / str(looks)
+        path.mkdir()
+        torch.manual_seed(0)
+        lora = LORA.model_copy(update={"dropout": 0.3})  # its draws are a part of the training
+        examples = with_dev(path, [group_example([pair], False) for pair in DEV])
+        trainer = reward_trainer(path, tiny_model, lora, **examples)
+        trainer.args.num_train_epochs = 4
+
+        class Looking(TrainerCallback):  # type: ignore[misc]
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                assert look_at(trainer, reward.measure, state.global_step).pairs == len(DEV)
+
+        if looks:
+            trainer.add_callback(Looking())
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    plain = losses(looks=False)
+    assert len(set(plain)) == 4 and losses(looks=True) == plain
 
 
 class Saving:
