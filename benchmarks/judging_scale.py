@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from apart import folder, verdict
+from apart import folder, verdict, with_parent
 
 MIB = 2**20
 KEYS = ("empathy", "relevance", "clarity", "safety", "exploration", "autonomy", "staging")
@@ -101,7 +101,7 @@ async def serve(rows: int, latency: float) -> None:
 def endpoint(rows: int, latency: float) -> Iterator[str]:
     """The address of one in a process of its own."""
     command = [sys.executable, __file__, "--stub", "--rows", str(rows), "--latency", str(latency)]
-    stub = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    stub = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=with_parent)
     try:
         assert stub.stdout
         yield f"http://127.0.0.1:{int(stub.stdout.readline())}/v1"
@@ -142,8 +142,9 @@ def judge_all(path: Path, url: str, rows: int, concurrency: int) -> None:
 
 def make_responses(folder: Path, rows: int) -> Mapping[str, Any]:
     """Write `rows` made-up responses as a finished stage has them: sorted by id, in files of 50,000."""
+    from psyray.files import write_parquet
     from psyray.records import RESPONSES, content_id, table
-    from psyray.run import ROWS_PER_FILE, write_parquet
+    from psyray.run import ROWS_PER_FILE
 
     ids = sorted((content_id("row", number), number) for number in range(rows))
     for file, start in enumerate(range(0, rows, ROWS_PER_FILE)):
@@ -216,7 +217,8 @@ def run_stage(args: argparse.Namespace, url: str) -> Watch:
     moments = sorted(dice.uniform(0.05, 0.95) * args.rows for _ in range(args.kill))
     command = [sys.executable, __file__, "--stage", url, "--path", str(args.path), "--rows", str(args.rows)]
     while True:
-        child = subprocess.Popen([*command, "--concurrency", str(args.concurrency)], stdout=subprocess.DEVNULL)
+        words = [*command, "--concurrency", str(args.concurrency)]
+        child = subprocess.Popen(words, stdout=subprocess.DEVNULL, preexec_fn=with_parent)
         process = psutil.Process(child.pid)
         while child.poll() is None:
             if watch.look(process) and moments and counts(url)["rows"] > moments[0]:

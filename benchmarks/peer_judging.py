@@ -27,6 +27,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from apart import with_parent
 from judging_scale import counts, endpoint, make_responses
 
 HERE = Path(__file__).parent
@@ -89,7 +90,9 @@ def run(command: list[str], log: Path, url: str, patience: float, kill_at: int |
     calls = 0
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with log.open("ab") as out:
-        child = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment)
+        child = subprocess.Popen(
+            command, stdout=out, stderr=out, start_new_session=True, env=environment, preexec_fn=with_parent
+        )
         while child.poll() is None:
             asked = counts(url)
             if asked["calls"] != calls:

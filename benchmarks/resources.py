@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 
 import psutil
+from apart import with_parent
 
 GIB = 2**30
 PAUSE_S = 5.0  # reading the sizes of a hundred processes takes a good part of a second
@@ -58,7 +59,7 @@ def main(command: list[str]) -> int:
     if not command:
         sys.exit((__doc__ or "").strip())
     began, peak = time.monotonic(), Peak()
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(command, preexec_fn=with_parent)
     known = {child.pid: psutil.Process(child.pid)}
     while child.poll() is None:
         sizes = sample(known)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from apart import last_line
+from apart import last_line, with_parent
 from made_champion import ENGINE, MAX_LENGTH, SYSTEM, bearer, made_run, up
 from prompts import conversation
 
@@ -61,7 +61,7 @@ def vllm_server(model: Path, *words: str) -> Iterator[str]:
     ]  # fmt: skip
     environment = os.environ | cpu_environment(ENGINE.kv_cache_gib) | {"VLLM_LOGGING_LEVEL": "ERROR"}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=with_parent)
         try:
             url = f"http://127.0.0.1:{port}"
             if not asyncio.run(healthy(url, process)):

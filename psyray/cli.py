@@ -133,8 +133,8 @@ def lineage(
     import json
 
     from psyray.lineage import facts, find, show
+    from psyray.mlflow_client import registry_beside
     from psyray.run import find_run
-    from psyray.track import registry_beside
 
     runs = find_run(runs)
     known = facts(find(model, runs, tracking_uri or registry_beside(runs)))

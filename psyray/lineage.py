@@ -18,11 +18,13 @@ from rich.console import Console
 from rich.text import Text
 
 from psyray.errors import PsyrayError
+from psyray.files import read_json
+from psyray.in_words import key_numbers, number, people
+from psyray.mlflow_client import registered
 from psyray.origin import ORIGIN, origin
-from psyray.run import Artifact, find_run, read_json, read_stages, stage_folders
-from psyray.status import key_numbers, number, people, round_numbers
+from psyray.run import Artifact, find_run, read_stages, stage_folders
+from psyray.status import round_numbers
 from psyray.times import round_of
-from psyray.track import registered
 
 SHOWN = 12  # characters of a fingerprint
 NAMES = ("champion", "policy", "reference")  # settings that may name a policy's stage

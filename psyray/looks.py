@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from psyray.errors import PsyrayError
+from psyray.files import write_atomic
 from psyray.records import Row, conversation_id, in_share
-from psyray.run import write_atomic
 from psyray.sections.learning import DevSection
 
 KEPT = "kept"  # the folder of weights, one for each step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from psyray.run import write_atomic
+from psyray.files import write_atomic
 
 ORIGIN = "origin.json"
 KEYS = ("run", "stage", "fingerprint")

@@ -27,6 +27,7 @@ from psyray.data.topics import topic_judge, topics_stage
 from psyray.engines.judges import answerer, make_judge, make_panel
 from psyray.errors import PsyrayError
 from psyray.evaluate.probe import load_probe
+from psyray.files import write_atomic
 from psyray.homes import run_path
 from psyray.loop import Outcome, Seen, online_loop
 from psyray.mirror import Mirror, address
@@ -40,7 +41,7 @@ from psyray.reward.by_topic import by_topic_stage
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
 from psyray.rubric import Rubric, load_rubric, rubric_file
-from psyray.run import Artifact, Folder, Run, followed, write_atomic
+from psyray.run import Artifact, Folder, Run, followed
 from psyray.sections.data import JudgeSection, Sampling
 from psyray.sections.learning import LoopSection
 from psyray.status import expected_stages

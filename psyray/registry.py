@@ -13,7 +13,7 @@ from pathlib import Path
 from psyray.addresses import redact
 from psyray.errors import PsyrayError
 from psyray.lineage import in_registry, in_runs
-from psyray.track import registry, registry_beside, registry_of
+from psyray.mlflow_client import registry, registry_beside, registry_of
 
 MODELS = ("psyray-policy", "psyray-reward")
 

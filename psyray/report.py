@@ -13,9 +13,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from psyray import plots, status, times
+from psyray.files import write_atomic
+from psyray.in_words import DASH, change, duration, number, share
 from psyray.records import Row, client_words
-from psyray.run import Artifact, existing_run, find_run, write_atomic
-from psyray.status import champion_round, change, number, round_numbers, share, stats_of
+from psyray.run import Artifact, existing_run, find_run
+from psyray.status import champion_round, round_numbers, stats_of
 
 Stages = Mapping[str, Artifact]
 
@@ -36,7 +38,7 @@ def page(run: Path, *, quotes: bool = True) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, share=share, change=change, duration=status.duration)
+    environment.filters.update(number=number, share=share, change=change, duration=duration)
     known = contents(find_run(run, "rows")) | {"quotes": quotes} | ({} if quotes else {"examples": {"shown": []}})
     return environment.get_template("report.html.jinja").render(**known)
 
@@ -62,7 +64,7 @@ def contents(path: Path) -> dict[str, Any]:
         "lines": lines,
         "seconds": sum(line.seconds or 0 for line in lines if line.state == "done"),
         "settings": settings(config),
-        "dash": status.DASH,
+        "dash": DASH,
     }
 
 

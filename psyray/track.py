@@ -11,40 +11,26 @@ command again goes on in the same MLflow runs. Numbers, settings, ids and model 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 import math
-import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
-from psyray.active.database import lacking
 from psyray.addresses import redact
 from psyray.errors import PsyrayError
+from psyray.files import write_atomic
+from psyray.mlflow_client import alone, answers_soon, client_at, is_server, plainly, tracking_uri
 from psyray.models import model_identity
-from psyray.run import Artifact, read_settings, write_atomic
+from psyray.run import Artifact
 from psyray.sections.place import TrackSection
 from psyray.times import by_round, round_of, spent
 
-# MLflow reads these when it is imported, which is why that happens later; a user's own setting stays.
-for _name, _value in (
-    ("MLFLOW_DISABLE_TELEMETRY", "true"),
-    ("DO_NOT_TRACK", "true"),
-    ("MLFLOW_LOGGING_LEVEL", "WARNING"),
-    ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),  # it would print the password in the URL
-):
-    os.environ.setdefault(_name, _value)
-
 Point = tuple[str, float, int]  # name, value, step
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SECRET = re.compile(r"(api|access|private)_?key|passw|secret|credential|authorization|bearer|(^|[_-])token$", re.I)
 _METRIC_NAME = re.compile(r"[^\w\-. /]")
 
@@ -86,24 +72,6 @@ def series(stats: Mapping[str, Any]) -> Iterator[Point]:
             yield name, value, step
 
 
-def tracking_uri(section: TrackSection, run_folder: Path) -> str:
-    """The configured tracking server, else MLFLOW_TRACKING_URI, else SQLite beside the run folder."""
-    beside = f"sqlite:///{run_folder.absolute().parent / 'mlflow.db'}"
-    return section.uri or os.environ.get("MLFLOW_TRACKING_URI") or beside
-
-
-def registry_of(run_folder: Path) -> str:
-    """Where a run registers its models, by the settings that its folder keeps."""
-    kept = run_folder / "config.yaml"
-    section = (read_settings(kept) if kept.exists() else {}).get("track") or {}
-    return tracking_uri(TrackSection(uri=section.get("uri")), run_folder)
-
-
-def registry_beside(runs: Path) -> str:
-    """MLFLOW_TRACKING_URI, else SQLite in a folder of run folders: where a model given by its name is looked for."""
-    return tracking_uri(TrackSection(), runs / "any")
-
-
 class Tracker:
     """The MLflow run of one psyray run; a context manager whose exit says how the run ended."""
 
@@ -119,21 +87,21 @@ class Tracker:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _plainly(self.uri), _answers_soon(self.uri), _alone(self.uri):
-            self._client = _client(self.uri)
+        with plainly(self.uri), answers_soon(self.uri), alone(self.uri):
+            self._client = client_at(self.uri)
             self._experiment_id = self._experiment()
-        with _plainly(self.uri):
+        with plainly(self.uri):
             self._open()
         self.say(f"MLflow: run {self.run_id} at {redact(self.uri)}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
-            with _plainly(self.uri):
+            with plainly(self.uri):
                 self._client.set_terminated(self.run_id, "FINISHED")
             return
         # The run's own error matters more than a tracking server that is gone as well.
-        with suppress(Exception), _answers_soon(self.uri):
+        with suppress(Exception), answers_soon(self.uri):
             self._client.set_terminated(self.run_id, "FAILED" if issubclass(kind, Exception) else "KILLED")
 
     def _experiment(self) -> str:
@@ -144,7 +112,7 @@ class Tracker:
         if found is not None:
             return str(found.experiment_id)
         # A server keeps its own artifacts; with a database alone they would land in the current folder.
-        here = None if _is_server(self.uri) else (self.folder.parent / "mlartifacts").as_uri()
+        here = None if is_server(self.uri) else (self.folder.parent / "mlartifacts").as_uri()
         self._unless_there(lambda: self._client.create_experiment(name, artifact_location=here))
         return str(self._client.get_experiment_by_name(name).experiment_id)
 
@@ -187,7 +155,7 @@ class Tracker:
         end = _milliseconds(artifact.manifest["finished"])
         points = [(name, value, 0) for name, value in numbers(artifact.stats)]
         points += [*series(artifact.stats), ("rows", float(artifact.manifest["rows"]), 0)]
-        with _plainly(self.uri):
+        with plainly(self.uri):
             run = self._cut_off(artifact) or self._nest(artifact, end)
             self._log(run, artifact.manifest["config"], points, end)
             if artifact.manifest["files"]:
@@ -249,17 +217,17 @@ class Tracker:
 
     def points(self, points: Sequence[Point], at: int) -> None:
         """Note numbers of the run itself; `at` is their time in milliseconds."""
-        with _plainly(self.uri):
+        with plainly(self.uri):
             self._log(self._client.get_run(self.run_id), {}, points, at)
 
     def artifact(self, path: Path) -> None:
         """Keep a copy of one file, such as a figure, in the run's artifacts."""
-        with _plainly(self.uri):
+        with plainly(self.uri):
             self._client.log_artifact(self.run_id, str(path))
 
     def text(self, text: str, name: str) -> None:
         """Keep a text, such as the report without quotations, as a file in the run's artifacts."""
-        with _plainly(self.uri):
+        with plainly(self.uri):
             self._client.log_text(self.run_id, text, name)
 
     def register(
@@ -277,7 +245,7 @@ class Tracker:
         if not model_dir.is_dir():
             raise PsyrayError(f"cannot register {name}: there is no model folder {model_dir}")
         identity = (tags or {}).get("fingerprint") or model_identity(str(model_dir)).rpartition("#")[2]
-        with _plainly(self.uri):
+        with plainly(self.uri):
             self._unless_there(lambda: self._client.create_registered_model(name))
             known = self._version(name, identity, model_dir)
             version = known or self._add_version(name, identity, model_dir, tags or {})
@@ -308,13 +276,13 @@ class Tracker:
     def _version(self, name: str, identity: str, model_dir: Path) -> str | None:
         found = self._client.search_model_versions(f"name = '{name}' and tags.`psyray.fingerprint` = '{identity}'")
         # Another run's folder with the same model may be gone, so a version that points at a folder must be ours.
-        same = [v for v in found if _is_server(self.uri) or v.source == model_dir.absolute().as_uri()]
+        same = [v for v in found if is_server(self.uri) or v.source == model_dir.absolute().as_uri()]
         return str(same[0].version) if same else None
 
     def _add_version(self, name: str, identity: str, model_dir: Path, tags: Mapping[str, str]) -> str:
         run_id = self._nested.get(identity, self.run_id)
         source = model_dir.absolute().as_uri()
-        if _is_server(self.uri):
+        if is_server(self.uri):
             self.say(f"{name}: uploading {model_dir} to {redact(self.uri)}")
             self._client.log_artifacts(run_id, str(model_dir), f"models/{identity}")
             source = f"{self._client.get_run(run_id).info.artifact_uri}/models/{identity}"
@@ -323,116 +291,9 @@ class Tracker:
         return str(made.version)
 
 
-@contextmanager
-def registry(uri: str) -> Iterator[Any]:
-    """MLflow's client, for short work on the registry; PsyrayError where it does not answer."""
-    with _plainly(uri), _answers_soon(uri), _alone(uri):
-        yield _client(uri)
-
-
-def registered(uri: str, model: str) -> dict[str, str]:
-    """The tags of a registered model, by `NAME`, `NAME@ALIAS` or `NAME/VERSION`; a bare name means its champion.
-
-    PsyrayError where MLflow has no such model.
-    """
-    from mlflow.exceptions import MlflowException
-
-    name, at, alias = model.partition("@")
-    name, slash, version = name.partition("/")
-    unknown = PsyrayError(
-        f"MLflow at {redact(uri)} has no model {model}, and no folder has that name; "
-        "--tracking-uri names another MLflow"
-    )
-    if uri.startswith("sqlite:") and lacking(uri):
-        raise unknown  # asked, MLflow would make the database
-    with registry(uri) as client:
-        try:
-            if slash:
-                found = client.get_model_version(name, version)
-            else:
-                found = client.get_model_version_by_alias(name, alias if at else "champion")
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise unknown from None
-    return dict(found.tags)
-
-
 def _cut(items: list[Any], size: int) -> Iterator[list[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _milliseconds(moment: str) -> int:
     return int(datetime.fromisoformat(moment).timestamp() * 1000)
-
-
-def _is_server(uri: str) -> bool:
-    return urlsplit(uri).scheme in ("http", "https") or uri.startswith("databricks")
-
-
-def _client(uri: str) -> Any:
-    import mlflow
-    from mlflow.telemetry import set_telemetry_client
-
-    set_telemetry_client()  # who imported MLflow before this module did may have switched it on
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _troubles() -> tuple[type[Exception], ...]:
-    """What a tracking server or database that cannot be used raises."""
-    from alembic.util.exc import CommandError
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return MlflowException, SQLAlchemyError, CommandError, OSError, ImportError
-
-
-@contextmanager
-def _plainly(uri: str) -> Iterator[None]:
-    """Turn MLflow's and the database's errors into one PsyrayError without the password."""
-    try:
-        yield
-    except _troubles() as error:
-        text = redact(str(error)).replace(urlsplit(uri).password or "\0", "***")
-        raise PsyrayError(
-            f"MLflow at {redact(uri)} cannot be used; check that it runs, track.uri and MLFLOW_TRACKING_URI "
-            "(without both, SQLite beside the run folder is used), then run the same command again. "
-            f"{type(error).__name__}: {text:.300}"
-        ) from None
-
-
-@contextmanager
-def _answers_soon(uri: str) -> Iterator[None]:
-    """Let a tracking server that does not answer fail within seconds; MLflow alone tries for minutes."""
-    quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-    before = {name: os.environ.get(name) for name in quick}
-    os.environ.update(quick)
-    try:
-        _knock(uri)
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-
-
-@contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """One process at a time opens an SQLite file: two that make its tables together break it."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f".{database.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _knock(uri: str) -> None:
-    """Connect once to a database's port, since MLflow repeats a failed connection for minutes."""
-    parts = urlsplit(uri)
-    kind = parts.scheme.partition("+")[0]
-    if kind in PORTS and parts.hostname:
-        socket.create_connection((parts.hostname, parts.port or PORTS[kind]), timeout=5).close()

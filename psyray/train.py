@@ -24,12 +24,13 @@ import pyarrow.parquet as pq
 
 from psyray.cluster import QUIET, require, use_gpu
 from psyray.errors import PsyrayError
+from psyray.files import ROWS_IN_MEMORY, draft, write_atomic
 from psyray.looks import KEPT, Measure, Watch, read_choice
 from psyray.lora import merge_adapter
 from psyray.models import cache_folder
 from psyray.needs import training
 from psyray.records import Row, content_id
-from psyray.run import ROWS_IN_MEMORY, Folder, draft, write_atomic
+from psyray.run import Folder
 from psyray.sections.data import EngineSection
 from psyray.sections.learning import TrainSection
 from psyray.sections.place import ClusterSection

@@ -23,7 +23,7 @@ import logging
 from typing import Any
 
 from psyray.cluster import use_gpu
-from psyray.track import registry_beside
+from psyray.mlflow_client import registry_beside
 from serve.access import VARIABLE, read_keys
 from serve.champion import Args
 from serve.door import put_up

@@ -31,7 +31,7 @@ from serve.door import look
 from serve.ear import NO, YES, Ask, Ear
 from serve.guard import Replies, client_texts, crisis_hits, safe_reply
 from serve.health import Health
-from serve.keeper import ASK_S, Keeper
+from serve.keeper import ASK_S, OWED_S, Keeper
 from serve.lineup import CHAMPION_NAME, Lineup, Order, Scoring, Served
 from serve.policy import with_defaults
 from serve.refusals import bound, differing, invalid, openai_error
@@ -49,7 +49,7 @@ def application(
     """The port behind its gate, and the keeper of those who answer."""
     # Neither computes: they wait on the network.
     options = {"num_replicas": 1, "max_ongoing_requests": MAX_ONGOING, "ray_actor_options": {"num_cpus": 0}}
-    keeper = serve.deployment(Keeper, name="Keeper", **options).bind(order)
+    keeper = serve.deployment(Keeper, name="Keeper", graceful_shutdown_timeout_s=2 * OWED_S, **options).bind(order)
     port = serve.deployment(serve.ingress()(Ingress), name="Ingress", **options)
     asked = order.asked
     return port.bind(keeper, keys, limits, replies, asked.timeout_s, asked.direct, asked.log_text, ask)

@@ -24,6 +24,7 @@ from serve.lineup import Lineup, Order
 ASK_S = 1.0  # how often a port asks for the line-up
 AGAIN_S = 600.0  # until one that did not come up is tried again
 LINGER_S = 15.0  # by then every port that lives has asked
+OWED_S = 30.0  # longest wait for the answers that the ports owe at the end, which may still ask the parts
 logger = logging.getLogger("ray.serve")
 
 
@@ -103,6 +104,10 @@ class Keeper:
         if self._ended:  # Serve calls this, and then Python
             return
         self._ended = True
-        own = serve.status().applications.get(self.owner)
-        if own is None or own.status.value == "DELETING":
-            self._take_away(())
+        own, began = serve.status().applications.get(self.owner), time.monotonic()
+        if own is not None and own.status.value != "DELETING":
+            return
+        while own and own.deployments["Ingress"].replica_states and time.monotonic() < began + OWED_S:
+            time.sleep(0.5)
+            own = serve.status().applications.get(self.owner)
+        self._take_away(())

@@ -10,6 +10,7 @@ import click
 
 from psyray.cluster import knock
 from psyray.errors import PsyrayError
+from serve.stopping import drain_when_stopped
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +28,7 @@ def in_one_line(build: Callable[P, R]) -> Callable[P, R]:
         try:
             application = build(*args, **kwargs)
             knock()  # `serve run` goes to Ray next
+            drain_when_stopped()
             return application
         except PsyrayError as error:
             raise Mistake(str(error)) from error

@@ -24,9 +24,9 @@ from psyray.active.ledger import ANSWERED, Answer, Ledger, Question
 from psyray.active.place import Place
 from psyray.active.votes import Choice, Vote, consensus
 from psyray.errors import PsyrayError
+from psyray.files import draft
+from psyray.in_words import people
 from psyray.records import Message, Verdict, content_id
-from psyray.run import draft
-from psyray.status import people
 
 KIND, ORACLE, PURPOSE = "conversation", "people in conversation", "conversations"
 

@@ -20,9 +20,9 @@ from psyray.active.votes import Vote, among
 from psyray.active.waiting import Wait
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
+from psyray.in_words import duration
 from psyray.run import Folder
 from psyray.sections.learning import OracleSection
-from psyray.status import duration
 from psyray.stream import Progress
 
 UNANSWERED = "unanswered: too few experts in the time given"

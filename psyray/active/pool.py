@@ -14,11 +14,12 @@ from scipy.linalg import block_diag, eigh
 
 from psyray.active.acquisition import Candidates, Pick
 from psyray.arrays import Features, FloatArray
+from psyray.files import each, write_parquet
 from psyray.records import Row, table
 from psyray.reward.ensemble import feature_rows, load_features, prompt_matrix
 from psyray.reward.heads import Heads
 from psyray.reward.posterior import PosteriorHeads
-from psyray.run import Artifact, Folder, each, write_parquet
+from psyray.run import Artifact, Folder
 
 AXES = 256  # of a posterior's doubt that acquisition sees: its rules cost P K^2 A
 ROWS = 1024  # responses whose features are in float64 at once: all of them are some GB where the model is large

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from psyray import crisis
 from psyray.data.dedup import band_hashes, tokens, word_pairs
 from psyray.data.scrub import KINDS, Scrub, scrubber
+from psyray.files import write_parquet
 from psyray.records import MESSAGES, Message, Row, content_id, conversation_id, normalise, speech_id, table
-from psyray.run import write_parquet
 from psyray.sections.data import SpeechesSection
 
 ROLES = {"system", "user", "assistant"}

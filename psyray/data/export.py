@@ -24,9 +24,10 @@ from tqdm import tqdm
 from psyray.data.card import facts, render
 from psyray.data.layout import ROWS_PER_GROUP, to_layout, write_batches
 from psyray.errors import PsyrayError
+from psyray.files import write_atomic
 from psyray.records import file_sum
 from psyray.rubric import Rubric, load_rubric
-from psyray.run import ROWS_PER_FILE, Artifact, existing_run, read_stages, write_atomic
+from psyray.run import ROWS_PER_FILE, Artifact, existing_run, read_stages
 from psyray.status import read_config, round_numbers
 from psyray.tables import connect, cut, in_order, view
 

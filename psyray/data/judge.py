@@ -17,9 +17,10 @@ from psyray.data.consensus import judges_agreement, panel_rows
 from psyray.engines import journal
 from psyray.engines.judges import ASKED, Judge, error_class
 from psyray.errors import PsyrayError
+from psyray.files import ROWS_IN_MEMORY
 from psyray.records import JUDGEMENTS, Row, Status, content_id
 from psyray.rubric import Rubric
-from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
+from psyray.run import Artifact, Folder, Parts, Run
 from psyray.sections.data import JudgeSection, PanelSection
 from psyray.stream import CALLS, stream
 

@@ -19,9 +19,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from psyray.files import draft
 from psyray.records import Message, Row, content_id, normalise, pair_row, speech_id
 from psyray.rubric import Rubric
-from psyray.run import draft
 from psyray.tables import identifier, in_order, literal
 
 SIDES = ("chosen", "rejected")

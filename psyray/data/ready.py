@@ -21,9 +21,10 @@ from psyray.data.clean import conversation, scrubbed
 from psyray.data.layout import SIDES, from_layout, rating_columns
 from psyray.data.scrub import Scrub, scrubber
 from psyray.data.sources import identity, layout, open_source
+from psyray.files import write_parquet
 from psyray.records import PAIRS, Row, Status, normalise, rows, table
 from psyray.rubric import Rubric
-from psyray.run import Artifact, Folder, Run, write_parquet
+from psyray.run import Artifact, Folder, Run
 from psyray.sections.data import SourceSection, SpeechesSection
 from psyray.tables import connect, view
 

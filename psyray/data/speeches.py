@@ -25,8 +25,9 @@ from psyray.data.dedup import mark_near_duplicates
 from psyray.data.scrub import KINDS
 from psyray.data.sources import identity, layout, open_source
 from psyray.errors import PsyrayError
+from psyray.files import write_parquet
 from psyray.records import SPEECHES, Row, content_id, table
-from psyray.run import Artifact, Folder, Run, write_parquet
+from psyray.run import Artifact, Folder, Run
 from psyray.sections.data import ASSETS, SourceSection, SpeechesSection
 from psyray.stream import Progress
 from psyray.tables import connect, in_order, view

@@ -23,9 +23,10 @@ from psyray.ceiling import Ceiling, check_ceiling
 from psyray.config import Config
 from psyray.engines.judges import ASKED, Judge, make_judge
 from psyray.errors import PsyrayError
+from psyray.files import ROWS_IN_MEMORY
 from psyray.records import Message, Row, Status, content_id
 from psyray.rubric import Rubric, UnusableAnswer
-from psyray.run import ROWS_IN_MEMORY, Artifact, Folder, Parts, Run
+from psyray.run import Artifact, Folder, Parts, Run
 from psyray.sections.data import ASSETS
 from psyray.stream import CALLS, stream
 

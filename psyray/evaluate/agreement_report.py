@@ -14,8 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from psyray.in_words import DASH, number, share
 from psyray.plots import BLUE, GREEN, INK, ORANGE, STYLE
-from psyray.status import DASH, number, share
 
 Figures = Mapping[str, Any]
 

@@ -32,9 +32,10 @@ from psyray.evaluate.duels import (
     side_by_side,
     verdict_rows,
 )
+from psyray.files import write_parquet
 from psyray.records import Row, Verdict, conversation_id, in_share, table
 from psyray.reward.metrics import accuracy
-from psyray.run import Artifact, Folder, Run, write_parquet
+from psyray.run import Artifact, Folder, Run
 from psyray.sections.learning import LEAST_SPEECHES, EvaluateSection
 
 TEST = "test"  # under this key the numbers of the speeches that decide nothing

@@ -21,10 +21,11 @@ from psyray.evaluate.agreement import Pair, Ruling, figures
 from psyray.evaluate.agreement_report import plot
 from psyray.evaluate.labelled import Labelled, load_labelled
 from psyray.evaluate.rulings import PURPOSE, Again, judge_rulings, reward_rulings
+from psyray.files import write_atomic
 from psyray.models import model_identity, resolve_model
 from psyray.records import Row, content_id
 from psyray.reward.metrics import ALIKE
-from psyray.run import Artifact, Folder, Run, write_atomic
+from psyray.run import Artifact, Folder, Run
 from psyray.track import Tracker
 
 RULINGS = pa.schema(

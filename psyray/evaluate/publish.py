@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from psyray.run import write_atomic
+from psyray.files import write_atomic
 from psyray.sections.place import TrackSection
 from psyray.track import Point, Tracker
 

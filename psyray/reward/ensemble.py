@@ -16,6 +16,7 @@ import pyarrow as pa
 from psyray.arrays import Features, FloatArray
 from psyray.config import Config
 from psyray.errors import PsyrayError
+from psyray.files import batches
 from psyray.records import MESSAGES, Row, Status
 from psyray.reward.body import ADAPTERS, Reading, reading_of
 from psyray.reward.heads import Heads, fit_heads, own_head, standardisation
@@ -27,7 +28,7 @@ from psyray.reward.ratings import RATINGS, fit_rated
 from psyray.reward.score import FeatureActor, on_actors
 from psyray.reward.uncertainty import Belief
 from psyray.rubric import load_rubric
-from psyray.run import Artifact, Folder, Run, batches
+from psyray.run import Artifact, Folder, Run
 from psyray.sections.learning import HeadsSection
 from psyray.stream import stream
 

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from psyray.arrays import Features
+from psyray.files import write_parquet
 from psyray.models import model_identity
 from psyray.records import content_id
 from psyray.reward.body import Body, Chat, Reading
-from psyray.run import write_parquet
 
 Chats = Mapping[str, Chat]  # id -> the whole chat, the response last
 Part = dict[Reading, dict[str, npt.NDArray[np.float32]]]

@@ -25,9 +25,9 @@ from scipy.special import expit, log_expit
 
 from psyray.arrays import FloatArray
 from psyray.errors import PsyrayError
+from psyray.files import draft
 from psyray.reward.body import Reading
 from psyray.reward.uncertainty import Belief
-from psyray.run import draft
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ import numpy.typing as npt
 from scipy.stats import spearmanr
 
 from psyray.arrays import Features, FloatArray
+from psyray.files import draft
 from psyray.records import Row
 from psyray.rubric import Rubric
-from psyray.run import draft
 
 RATINGS = "ratings.npz"  # beside a run's heads.npz
 RIDGES = [1.0, 10.0, 100.0, 1e3, 1e4, 1e5]

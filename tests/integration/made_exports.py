@@ -118,7 +118,7 @@ def save_run(run: Path, number: int, fingerprint: str) -> Path:
 
 def register(tracking: str, *runs: Path) -> None:
     """Every run's export in the registry, as `psyray run` leaves it, the first run's as champion."""
-    from psyray.track import registry
+    from psyray.mlflow_client import registry
 
     with registry(tracking) as client:
         for name in ("psyray-policy", "psyray-reward"):

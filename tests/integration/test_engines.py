@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from psyray.config import load_config
-from psyray.data.generate import answer_all, draw_row, starts
+from psyray.data.generate import answer_all, check_share, draw_row, starts
 from psyray.engines.judges import ASKED, make_judge
 from psyray.engines.vllm import cpu_environment
 from psyray.errors import PsyrayError
@@ -39,31 +39,6 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "stage")
 
 
-def draws(config, *texts: str) -> list[dict]:
-    speeches = [
-        {"speech_id": f"s{i}", "messages": [{"role": "user", "content": t}], "split": "train"}
-        for i, t in enumerate(texts)
-    ]
-    return [draw_row(s, config.policy, "tiny", seed) for s in speeches for seed in (1, 2)]
-
-
-def test_a_prompt_longer_than_the_context_fails_alone_and_is_tried_anew(tmp_path, tiny_model, ray_cluster):
-    settings = [*LIMITS, f"policy.model={tiny_model}", "policy.max_tokens=8", "policy.system=''"]
-    config = load_config(None, settings)
-    rows = draws(config, "I cannot sleep.", "Nobody listens. " * 400, "My dog died.")
-    with pytest.raises(PsyrayError, match=r"2 of 6 responses failed.*(longer|length)") as caught:
-        answer_all(folder(tmp_path), lambda: rows, len(rows), config, title="responses")
-    assert "aside-" in str(caught.value)
-    assert len(folder(tmp_path).parts(RESPONSES, "response_id").ids) == 4
-    lenient = load_config(None, [*settings, "responses.max_invalid_share=0.5"])
-    stats = answer_all(folder(tmp_path), lambda: rows, len(rows), lenient, title="responses")
-    assert (stats["ok"], stats["failed"]) == (4, 2)
-    found = {row["response_id"]: row for row in folder(tmp_path).parts(RESPONSES, "response_id").each()}
-    assert set(found) == {row["response_id"] for row in rows}
-    bad = [row for row in found.values() if row["status"] != "ok"]
-    assert {row["speech_id"] for row in bad} == {"s1"} and all(row["text"] is None and row["error"] for row in bad)
-
-
 def lora_adapter(model: Path, path: Path) -> Path:
     """A LoRA adapter of the model that is far from doing nothing."""
     import torch
@@ -79,19 +54,48 @@ def lora_adapter(model: Path, path: Path) -> Path:
     return path
 
 
-def test_responders_with_and_without_an_adapter_share_one_engine_start(tmp_path, tiny_model, ray_cluster):
+@pytest.fixture(scope="module")
+def answered(tiny_model, tmp_path_factory, ray_cluster) -> tuple[Path, list[dict], list[dict]]:
+    """A stage that one engine start has answered, its draws and rows: some draws too long, some with an adapter."""
+    path = tmp_path_factory.mktemp("answered")
+    adapter = lora_adapter(tiny_model, path / "adapter")
     responders = [
-        {"name": name, "model": str(tiny_model), "adapter": adapter, "temperature": 0, "max_tokens": 12, "system": ""}
-        for name, adapter in (("bare", None), ("worn", str(lora_adapter(tiny_model, tmp_path / "adapter"))))
+        {"name": name, "model": str(tiny_model), "adapter": worn, "temperature": 0, "max_tokens": 12, "system": ""}
+        for name, worn in (("bare", None), ("worn", str(adapter)))
     ]
-    config = load_config(None, [*LIMITS, "responses.k=2", f"responses.responders={json.dumps(responders)}",
-                                "responses.max_invalid_share=1"])  # fmt: skip
-    speech = {"speech_id": "s", "messages": [{"role": "user", "content": "I cannot sleep."}], "split": "train"}
-    rows = [draw_row(speech, r, r.name, seed) for seed in range(4) for r in config.responses.responders]
-    parts = folder(tmp_path).parts(RESPONSES, "response_id")
-    assert starts(rows, parts) == {(str(tiny_model), "{}"): [str(tmp_path / "adapter")]}
-    answer_all(folder(tmp_path), lambda: rows, len(rows), config, title="responses")
-    found = list(folder(tmp_path).parts(RESPONSES, "response_id").each())
+    settings = [f"policy.model={tiny_model}", "policy.max_tokens=8", "policy.system=''", "responses.k=2"]
+    settings += [f"responses.responders={json.dumps(responders)}", "responses.max_invalid_share=1"]
+    config = load_config(None, [*LIMITS, *settings])
+    rows = []
+    for number, text in enumerate(("I cannot sleep.", "Nobody listens. " * 400, "My dog died.")):
+        speech = {"speech_id": f"s{number}", "messages": [{"role": "user", "content": text}], "split": "train"}
+        rows += [draw_row(speech, config.policy, "tiny", seed) for seed in (1, 2)]
+        if number == 0:
+            rows += [
+                draw_row(speech, r, r.name, seed, r.name) for seed in range(4) for r in config.responses.responders
+            ]
+    parts = folder(path).parts(RESPONSES, "response_id")
+    assert starts(rows, parts) == {(str(tiny_model), "{}"): [str(adapter)]}
+    answer_all(folder(path), lambda: rows, len(rows), config, title="responses")
+    return path, rows, list(folder(path).parts(RESPONSES, "response_id").each())
+
+
+def test_a_prompt_longer_than_the_context_fails_alone_and_is_tried_anew(answered):
+    path, rows, found = answered
+    assert len(found) == len(rows) == 14 and {row["response_id"] for row in found} == {r["response_id"] for r in rows}
+    own = [row for row in found if not row["responder"]]
+    bad = [row for row in own if row["status"] != "ok"]
+    assert len(own) == 6 and [row["speech_id"] for row in bad] == ["s1", "s1"]
+    assert all(row["text"] is None and "length" in row["error"] for row in bad)
+    # Where so many may not fail, they are taken out, and the same command asks for them again.
+    parts = folder(path).parts(RESPONSES, "response_id")
+    with pytest.raises(PsyrayError, match=r"of 14 responses failed.*aside-"):
+        check_share(parts, 0.1, "responses")
+    assert not parts.ids & {row["response_id"] for row in bad} and starts(rows, parts)
+
+
+def test_responders_with_and_without_an_adapter_share_one_engine_start(answered):
+    found = [row for row in answered[-1] if row["responder"]]
     assert {row["attempts"] for row in found} == {1} and not any("Error" in row["error"] for row in found)
     # Greedy: one text for each, in whatever batches the eight met.
     (bare,), (worn,) = ({row["raw_text"] for row in found if row["responder"] == name} for name in ("bare", "worn"))

@@ -19,10 +19,11 @@ from postgres_server import free_port, missing, postgres, promised
 from typer.testing import CliRunner
 
 from psyray.cli import app
+from psyray.mlflow_client import registry
 from psyray.pipeline import keep_report
 from psyray.run import Artifact
 from psyray.sections.place import TrackSection
-from psyray.track import Tracker, registry
+from psyray.track import Tracker
 
 HOST = "mlflow.study.example"  # the name that nodes know the server by
 WRITERS = 8

@@ -53,7 +53,7 @@ def test_a_stage_that_loses_the_node_it_works_on_ends_with_every_row_once(
     three_nodes: Nodes, tmp_path: Path, tiny_model: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    with served(lambda model, prompt: "I hear you.", latency=0.5) as endpoint:
+    with served(lambda model, prompt: "I hear you.", latency=0.25) as endpoint:
         responder = {"name": "a", "model": "any", "endpoint": {"url": endpoint.url, "concurrency": 2}}
         settings = [
             f"speeches.limit={SPEECHES}", f"responses.k={K}", f"responses.responders={json.dumps([responder])}",

@@ -16,7 +16,7 @@ from made_stage import made_stage
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from psyray import plan, status
+from psyray import in_words, plan, status
 from psyray.arrays import FloatArray
 from psyray.config import load_config
 from psyray.errors import PsyrayError
@@ -294,7 +294,9 @@ def test_a_stage_that_was_cut_off_goes_on_after_the_last_adapter_that_is_done(
     assert (stage.model / "model.safetensors").samefile(made / "model.safetensors")
     assert stage.stats["steps"][1] == {"step": 2, "adapter-0": {"loss": 0.5}, "adapter-1": {"loss": -0.5}}
     assert stage.stats["steps"][2] == {"step": 3, "adapter-0": {"loss": 0.375}}
-    assert status.key_numbers("reward-adapters", stage.stats) == "2 adapters, loss 0.625 → 0.375; loss -0.375 → -0.500"
+    assert (
+        in_words.key_numbers("reward-adapters", stage.stats) == "2 adapters, loss 0.625 → 0.375; loss -0.375 → -0.500"
+    )
 
 
 def test_each_adapters_choice_stands_beside_it_and_in_the_stage(

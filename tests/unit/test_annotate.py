@@ -22,8 +22,8 @@ from psyray.active.ledger import Ledger, Question
 from psyray.active.queue import ExpertQueue
 from psyray.config import Config
 from psyray.errors import PsyrayError
+from psyray.files import write_atomic
 from psyray.rubric import load_rubric
-from psyray.run import write_atomic
 from serve.access import Key, read_keys
 from serve.annotate import MAX_BODY, MAX_NOTE, Args, Desk, http_app, open_desk
 

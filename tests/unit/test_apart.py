@@ -1,5 +1,6 @@
 """What a benchmark starts ends with it, also where it is killed."""
 
+import ast
 import subprocess
 import sys
 import time
@@ -32,3 +33,10 @@ def test_a_benchmark_that_is_killed_leaves_nothing_running(tmp_path: Path, work:
     finally:
         if child.is_running():
             child.kill()
+
+
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda script: script.stem)
+def test_whatever_a_benchmark_starts_is_started_so(script: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    starts = [call for call in calls if ast.unparse(call.func) in ("subprocess.Popen", "subprocess.run")]
+    assert all("preexec_fn=with_parent" in map(ast.unparse, call.keywords) for call in starts)

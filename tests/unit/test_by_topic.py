@@ -9,12 +9,12 @@ import numpy as np
 from made_stage import made_stage
 
 from psyray.data.topics import TOPICS
+from psyray.in_words import key_numbers
 from psyray.records import PAIRS, SPEECHES
 from psyray.reward.by_topic import by_topic, by_topic_stage
 from psyray.reward.ensemble import FEATURES
 from psyray.reward.heads import Heads
 from psyray.run import Folder, Run
-from psyray.status import key_numbers
 
 
 def pair(speech: str, **more: Any) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from psyray.config import Config, load_config
 from psyray.data.ready import pairs_of
 from psyray.data.scrub import scrubber
 from psyray.errors import PsyrayError
+from psyray.files import write_atomic
 from psyray.rubric import load_rubric
-from psyray.run import write_atomic
 from serve.access import parse_keys
 from serve.compare import Args, Room, http_app, open_room
 from serve.endpoint import Endpoint, NoAnswer, Piece

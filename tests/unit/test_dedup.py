@@ -13,8 +13,8 @@ from psyray.data.clean import RAW, clean_chunk
 from psyray.data.dedup import banding, tokens, word_pairs
 from psyray.data.speeches import Raw, kept, select
 from psyray.errors import PsyrayError
+from psyray.files import write_parquet
 from psyray.records import table
-from psyray.run import write_parquet
 from psyray.sections.data import SpeechesSection
 from psyray.tables import connect
 

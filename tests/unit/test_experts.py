@@ -22,9 +22,9 @@ from psyray.active.votes import Choice, Vote, among
 from psyray.active.waiting import Wait
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
+from psyray.in_words import labels_note
 from psyray.records import Verdict
 from psyray.run import Folder
-from psyray.status import labels_note
 
 Pick = Callable[[str, str], Choice]  # what a made-up expert says to the left and the right text
 

@@ -143,3 +143,23 @@ def test_a_deleted_application_takes_its_parts_along(cluster: SimpleNamespace) -
     cluster.up.append("psyray.policy.b")
     kept.__del__()
     assert "psyray.policy.b" in cluster.up  # Python calls it once more
+
+
+def test_the_parts_stay_until_the_port_has_given_its_answers(
+    cluster: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that picks the best of several answers asks the reward model last."""
+    kept, _ = watched([named("a")], 1)
+    port, seen = SimpleNamespace(replica_states={"STOPPING": 1}), []
+    deleted = SimpleNamespace(status=SimpleNamespace(value="DELETING"), deployments={"Ingress": port})
+    monkeypatch.setattr(
+        keeper.serve, "status", lambda: SimpleNamespace(applications=dict.fromkeys(cluster.up, deleted))
+    )
+
+    def sleep(seconds: float) -> None:
+        seen.append(list(cluster.up))
+        port.replica_states = {}
+
+    monkeypatch.setattr(keeper.time, "sleep", sleep)
+    kept.__del__()
+    assert len(seen) == 1 and "psyray.policy.a" in seen[0] and "psyray.policy.a" not in cluster.up

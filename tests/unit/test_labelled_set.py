@@ -11,8 +11,8 @@ from made_oracles import SPEECH, ask, verdicts
 from psyray.active.labelled_set import UNKNOWN, LabelledPairs, labelled_source
 from psyray.data.judge import Desk
 from psyray.errors import PsyrayError
+from psyray.files import write_parquet
 from psyray.records import PAIRS, Verdict, content_id, pair_row, speech_id, table
-from psyray.run import write_parquet
 from psyray.sections.learning import OracleSection
 
 

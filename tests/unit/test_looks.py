@@ -12,8 +12,9 @@ import torch
 from made_stage import made_stage
 from made_trainers import LORA, PAIRS, dpo_trainer, reward_trainer
 from torch.nn.functional import logsigmoid
+from transformers import TrainerCallback
 
-from psyray import loop, plan, status, track
+from psyray import in_words, loop, plan, track
 from psyray.config import load_config
 from psyray.errors import PsyrayError
 from psyray.looks import (
@@ -132,6 +133,29 @@ def test_a_look_at_a_policy_is_the_mean_of_each_pairs_loss_and_leaves_its_traini
     assert len(right) == 5 and look.accuracy == pytest.approx(sum(right) / 5)
 
 
+def test_looking_changes_nothing_of_what_is_learnt(tmp_path: Path, tiny_model: Path) -> None:
+    def losses(looks: bool) -> list[float]:
+        path = tmp_path / str(looks)
+        path.mkdir()
+        torch.manual_seed(0)
+        lora = LORA.model_copy(update={"dropout": 0.3})  # its draws are a part of the training
+        examples = with_dev(path, [group_example([pair], False) for pair in DEV])
+        trainer = reward_trainer(path, tiny_model, lora, **examples)
+        trainer.args.num_train_epochs = 4
+
+        class Looking(TrainerCallback):  # type: ignore[misc]
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                assert look_at(trainer, reward.measure, state.global_step).pairs == len(DEV)
+
+        if looks:
+            trainer.add_callback(Looking())
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    plain = losses(looks=False)
+    assert len(set(plain)) == 4 and losses(looks=True) == plain
+
+
 class Saving:
     """A trainer that saves the step that it is at; its dev losses are given."""
 
@@ -218,13 +242,13 @@ def test_status_says_which_step_was_kept_and_why_it_ended(tmp_path: Path) -> Non
     steps = [{"step": 1, "loss": 0.7}, {"step": 60, "loss": 0.3, "dev_loss": 0.4}]
     note = "loss 0.700 → 0.300 (kept step 60 of 80, dev loss 0.411, accuracy 71.0 %; ended before step 200: "
     note += "no better look in 2)"
-    assert status.key_numbers("reward", {"steps": steps, "dev": dev}) == note
-    assert status.key_numbers("round-1/policy", {"steps": steps, "dev": dev, "pairs": 9}) == f"{note}, 9 pairs"
-    assert "ended" not in status.key_numbers("reward", {"steps": steps, "dev": dev | {"planned": 80}})
-    assert status.key_numbers("reward", {"steps": steps}) == "loss 0.700 → 0.300"
+    assert in_words.key_numbers("reward", {"steps": steps, "dev": dev}) == note
+    assert in_words.key_numbers("round-1/policy", {"steps": steps, "dev": dev, "pairs": 9}) == f"{note}, 9 pairs"
+    assert "ended" not in in_words.key_numbers("reward", {"steps": steps, "dev": dev | {"planned": 80}})
+    assert in_words.key_numbers("reward", {"steps": steps}) == "loss 0.700 → 0.300"
     members = [{"step": s["step"], "adapter-0": {"loss": s["loss"]}} for s in steps]
     stats = {"adapters": 1, "steps": members, "dev": {"adapter-0": dev}}
-    assert status.key_numbers("reward-adapters", stats) == f"1 adapters, {note}"
+    assert in_words.key_numbers("reward-adapters", stats) == f"1 adapters, {note}"
     assert "the best step by 20% of the speeches" in plan.training(TrainSection(dev=DevSection(share=0.2)))
 
 

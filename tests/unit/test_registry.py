@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from psyray.cli import app
 from psyray.errors import PsyrayError
+from psyray.mlflow_client import registered, registry
 from psyray.registry import promote
-from psyray.track import registered, registry
 from serve.champion import Args, find_champion
 
 

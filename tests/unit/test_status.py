@@ -14,7 +14,7 @@ import pytest
 from made_run import MadeRun
 from rich.console import Console
 
-from psyray import status
+from psyray import in_words, status
 from psyray.active.ledger import Ledger, Question
 from psyray.active.queue import ExpertQueue
 from psyray.active.votes import Choice
@@ -129,18 +129,19 @@ def test_no_run_is_a_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (12, "12 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (None, status.DASH)]
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (12, "12 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (None, in_words.DASH)],
 )
 def test_durations(seconds: float | None, text: str) -> None:
-    assert status.duration(seconds) == text
+    assert in_words.duration(seconds) == text
 
 
 def test_missing_numbers_are_dashes() -> None:
-    nothing = [status.number(None), status.share(None), status.change(None), status.number(float("nan"))]
-    assert nothing == [status.DASH] * 4
-    assert (status.number(1234), status.share(0.0), status.change(-0.031)) == ("1,234", "0.0 %", "-3.1 %")
-    for name in [*status.KEY_NUMBERS, "round-0/gate", "round-1/gate", "something else"]:
-        assert isinstance(status.key_numbers(name, {}), str)
+    nothing = [in_words.number(None), in_words.share(None), in_words.change(None), in_words.number(float("nan"))]
+    assert nothing == [in_words.DASH] * 4
+    assert (in_words.number(1234), in_words.share(0.0), in_words.change(-0.031)) == ("1,234", "0.0 %", "-3.1 %")
+    for name in [*in_words.KEY_NUMBERS, "round-0/gate", "round-1/gate", "something else"]:
+        assert isinstance(in_words.key_numbers(name, {}), str)
 
 
 def test_a_round_that_waits_for_nobody_is_told_with_its_mend_and_no_ledger_is_made_by_looking(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from made_run import CRISIS, HOSTILE, SECRET_KEY, MadeRun
 from psyray import track
 from psyray.addresses import redact
 from psyray.errors import PsyrayError
+from psyray.mlflow_client import alone
 from psyray.pipeline import keep_report
 from psyray.run import Artifact
 from psyray.sections.place import TrackSection
 from psyray.track import Tracker
 
-import mlflow  # isort: skip  (psyray.track goes first: it switches telemetry off before MLflow is imported)
+import mlflow  # isort: skip  (psyray.mlflow_client goes first: it switches telemetry off before MLflow is imported)
 
 
 @pytest.fixture(scope="module")
@@ -293,10 +294,10 @@ def test_only_one_process_at_a_time_makes_the_database(tmp_path: Path) -> None:
     order: list[str] = []
 
     def second() -> None:
-        with track._alone(f"sqlite:///{tmp_path / 'mlflow.db'}"):
+        with alone(f"sqlite:///{tmp_path / 'mlflow.db'}"):
             order.append("second")
 
-    with track._alone(f"sqlite:///{tmp_path / 'mlflow.db'}"):
+    with alone(f"sqlite:///{tmp_path / 'mlflow.db'}"):
         waiting = threading.Thread(target=second)
         waiting.start()
         waiting.join(timeout=0.3)
@@ -325,7 +326,8 @@ def test_a_deleted_experiment_is_named(home: Path) -> None:
 
 def test_importing_the_tracker_switches_telemetry_off_and_loads_no_mlflow() -> None:
     code = (
-        "import sys, psyray.track; assert 'mlflow' not in sys.modules; psyray.track._client('http://127.0.0.1:9');"
+        "import sys; from psyray.mlflow_client import client_at; assert 'mlflow' not in sys.modules; "
+        "client_at('http://127.0.0.1:9');"
         "from mlflow.telemetry import get_telemetry_client; assert get_telemetry_client() is None"
     )
     silent = {k: v for k, v in os.environ.items() if k not in ("CI", "PYTEST_CURRENT_TEST", "DO_NOT_TRACK")}
