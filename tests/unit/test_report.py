@@ -88,7 +88,7 @@ def test_headline_and_tables_hold_the_run_s_numbers(html: str) -> None:
     assert "Round 2, in parts of the held-out pairs:" in text
     assert "Length: alike 5 60.0 % (40.0 %) 20.0 % to 80.0 %" in text
     assert "Topic: grief 3 100.0 % (25.0 %) 50.0 % to 100.0 % 0.710 " in text
-        assert "Topic: work <b> 3 50.0 % (25.0 %)" in text
+    assert "Topic: work <b> 3 50.0 % (25.0 %)" in text
     assert "no substitute for" in text and "not finished" not in text
 
 
