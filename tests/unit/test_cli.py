@@ -64,6 +64,10 @@ def test_a_dry_run_prints_the_plan_of_every_configuration(config, tmp_path):
             "loop.budget gives round 2 nothing",
         ),
         (["configs/demo.yaml", "dpo.train.freeze_layers=31"], "dpo.train.freeze_layers is 31; its model has 30 layers"),
+        (
+            ["configs/demo.yaml", "dpo.train={lora: {targets: [v_proj, q_prj]}, freeze_layers: 0}"],
+            "dpo.train.lora.targets: its model has no layer 'q_prj'; did you mean 'q_proj'",
+        ),
         (["configs/demo.yaml", "policy.temperature=0"], "all loop.k answers to a speech would be the same one"),
         (["configs/demo.yaml", "policy.model=/no/such/model", "cluster.address="], "no model at /no/such/model"),
         (["configs/demo.yaml", "policy.max_tokens=2000"], "no room for a prompt"),

@@ -166,6 +166,12 @@ def test_a_study_runs_every_strategy_on_every_seed() -> None:
     )  # fmt: skip
     assert {name: len(found) for name, found in curves.items()} == {"random": 2, "max_min": 2}
     assert len(done) == 4
+    first, second = (set(curve.held_out) for curve in curves["random"])
+    assert len(first) == len(second) == 20 and first != second and first | second <= set(range(50))
+    both = study(
+        made_bank(), range(50), ["max_min"], LEARNER, budgets=[8], batch=8, seeds=[0, 1], jobs=2
+    )  # fmt: skip
+    assert [curve.asked for curve in both["max_min"]] == [curve.asked for curve in curves["max_min"]]
 
 
 def test_intervals_draw_the_held_out_prompts_anew() -> None:
