@@ -200,9 +200,7 @@ def _trainer_class(smoothing: float, center: float) -> Any:
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             rewards_N, outputs = scored(model, inputs)
-            one = (
-                self.accelerator.num_processes / num_items_in_batch
-            )  # a group's weight in what workers take the mean of
+            one = self.accelerator.num_processes / num_items_in_batch  # a group's weight, as workers take a mean
             loss = one * preference_loss(rewards_N, inputs, smoothing=smoothing, center=center)
             gap_P = gaps(rewards_N, inputs).detach()
             middle_P = (rewards_N[inputs["chosen"]] + rewards_N[inputs["rejected"]]).detach() / 2
