@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from psyray.errors import PsyrayError
 from psyray.train import (
     COMPLETE,
     deepspeed_config,
@@ -75,8 +74,6 @@ def test_the_lower_layers_stay_as_they_are(tiny_model):
     freeze(model, 1)
     free = [all(p.requires_grad for p in layer.parameters()) for layer in model.model.layers]
     assert free == [False, True] and not model.get_input_embeddings().weight.requires_grad
-    with pytest.raises(PsyrayError, match="has 2 layers"):
-        freeze(model, 3)
 
 
 def test_environments_that_share_a_cache_compile_apart_and_a_given_folder_stands(monkeypatch):
