@@ -39,7 +39,8 @@ def submit(client: Any, way: str, home: Path, model: Path, endpoint: Endpoint) -
     ]
     settings = [
         f"speeches.limit={SPEECHES}", f"responses.k={K}", f"responses.responders={json.dumps(responders)}",
-        f"reward.model={model}", f"policy.model={model}", "run.path=job",
+        f"reward.model={model}", f"policy.model={model}",
+        "reward.train.freeze_layers=0", "dpo.train.freeze_layers=0", "run.path=job",
     ]  # fmt: skip
     words = [sys.executable, *way.split(), "configs/demo.yaml", *settings, "--until", "responses"]
     environment = yaml.safe_load((ROOT / "jobs/runtime-env.yaml").read_text())

@@ -136,6 +136,7 @@ def test_a_fresh_machine_goes_on_with_a_run_and_asks_nobody_twice(
             [
                 f"run.path={home}/run", f"run.mirror={uri}", f"responses.responders={json.dumps(responders)}",
                 "responses.k=2", "speeches.limit=12", f"reward.model={tiny_model}", f"policy.model={tiny_model}",
+                "reward.train.freeze_layers=0", "dpo.train.freeze_layers=0",
             ],
         )  # fmt: skip
 

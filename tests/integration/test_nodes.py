@@ -57,7 +57,8 @@ def test_a_stage_that_loses_the_node_it_works_on_ends_with_every_row_once(
         responder = {"name": "a", "model": "any", "endpoint": {"url": endpoint.url, "concurrency": 2}}
         settings = [
             f"speeches.limit={SPEECHES}", f"responses.k={K}", f"responses.responders={json.dumps([responder])}",
-            f"reward.model={tiny_model}", f"policy.model={tiny_model}", f"run.path={run}", "engine.replicas=7",
+            f"reward.model={tiny_model}", f"policy.model={tiny_model}",
+            "reward.train.freeze_layers=0", "dpo.train.freeze_layers=0", f"run.path={run}", "engine.replicas=7",
             f"cluster.address={three_nodes.address}", "--until", "responses",
         ]  # fmt: skip
         words = [sys.executable, "-m", "psyray", "run", str(ROOT / "configs/demo.yaml"), *settings]
