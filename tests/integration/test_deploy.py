@@ -28,7 +28,7 @@ def asked(url: str, body: Any = None) -> tuple[int, str]:
             return reply.status, reply.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
-    except urllib.error.URLError as error:  # nobody listens yet
+    except (urllib.error.URLError, TimeoutError) as error:  # nobody listens, or answers, yet
         return 0, str(error)
 
 
