@@ -14,11 +14,13 @@ import socket
 import sys
 from ray.cluster_utils import Cluster
 
-with socket.socket() as free:  # the agent's usual port is taken where another Ray runs on the machine
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+with socket.socket() as one, socket.socket() as other:  # the usual ports are taken where another Ray runs
+    ports = []
+    for free in (one, other):
+        free.bind(("127.0.0.1", 0))
+        ports.append(free.getsockname()[1])
 head = {"num_cpus": 4, "include_dashboard": True, "object_store_memory": 100 * 2**20}
-head["dashboard_agent_listen_port"] = port
+head |= {"dashboard_port": ports[0], "dashboard_agent_listen_port": ports[1]}
 cluster = Cluster(initialize_head=True, head_node_args=head)
 print("dashboard", cluster.head_node.webui_url, flush=True)
 sys.stdin.read()  # until the test is over
