@@ -1,4 +1,4 @@
-"""A stand-in for a server of this project whose answer takes six seconds: `PORT=PORT serve run slow_app:build`."""
+"""A stand-in for a server of this project whose answer takes twelve seconds: `PORT=PORT serve run slow_app:build`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Slow:
 
 
 async def pieces() -> AsyncIterator[str]:
-    for _ in range(12):
+    for _ in range(24):
         yield "word "
         await asyncio.sleep(0.5)
     yield "[DONE]"

@@ -43,7 +43,7 @@ def test_answers_under_way_are_given_and_no_new_ones(tmp_path: Path) -> None:
         while (late := asked(port, "/healthz")) and late.status == 200:
             time.sleep(0.1)
         assert late and late.status == 404  # the answer under way still has the port open
-        assert answer.read() == b"word " * 11 + b"[DONE]"
+        assert answer.read() == b"word " * 23 + b"[DONE]"
         assert server.wait(60) == 0
     finally:
         if server.poll() is None:
