@@ -30,6 +30,7 @@ def test_answers_under_way_are_given_and_no_new_ones(tmp_path: Path) -> None:
     words = [str(Path(sys.executable).parent / "serve"), "run", "slow_app:build"]
     path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))  # of Ray's workers too
     environment = os.environ | {"PORT": str(port), "RAY_ADDRESS": "local", "PYTHONPATH": path}
+    environment["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "120"  # after 5 s Serve gives a busy machine's proxy up
     with log.open("wb") as out:
         server = subprocess.Popen(words, env=environment, stdout=out, stderr=out)
     try:
