@@ -40,7 +40,7 @@ from psyray.reward.body import reading_of
 from psyray.reward.by_topic import by_topic_stage
 from psyray.reward.ensemble import features_stage, heads_stage
 from psyray.reward.train import reward_stage
-from psyray.rubric import Rubric, load_rubric, rubric_file
+from psyray.rubric import Rubric, kept_rubric, load_rubric, rubric_file
 from psyray.run import Artifact, Folder, Run, followed
 from psyray.sections.data import JudgeSection, Sampling
 from psyray.sections.learning import LoopSection
@@ -198,7 +198,7 @@ def open_desk(config: Config, run: Run) -> Desk:
 def keep_rubric(config: Config, run: Run, rubric: Rubric) -> None:
     """Leave in RUN/rubric-ID.yaml what was asked, by the ids that manifests name: the rubric's own file may change."""
     for key in (rubric.id, rubric.pairwise_id):
-        if not (kept := run.path / f"rubric-{key}.yaml").exists():
+        if not (kept := kept_rubric(run.path, key)).exists():
             write_atomic(kept, rubric_file(config.rubric).read_text())
 
 

@@ -187,6 +187,11 @@ def rubric_file(name: str) -> Path:
     return path
 
 
+def kept_rubric(run: Path, key: str) -> Path:
+    """Where a run keeps the text of the rubric with this id, as it was asked by."""
+    return run / f"rubric-{key}.yaml"
+
+
 def load_rubric(name: str) -> Rubric:
     """The rubric of that name or file; PsyrayError names the file and the key."""
     path = rubric_file(name)

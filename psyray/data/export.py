@@ -26,7 +26,7 @@ from psyray.data.layout import ROWS_PER_GROUP, to_layout, write_batches
 from psyray.errors import PsyrayError
 from psyray.files import write_atomic
 from psyray.records import file_sum
-from psyray.rubric import Rubric, load_rubric
+from psyray.rubric import Rubric, kept_rubric, load_rubric
 from psyray.run import ROWS_PER_FILE, Artifact, existing_run, read_stages
 from psyray.status import read_config, round_numbers
 from psyray.tables import connect, cut, in_order, view
@@ -111,7 +111,7 @@ def read_source(run: Path) -> Source:
     if "pairs" not in stages:
         raise PsyrayError(f"{run} has no finished stage `pairs` yet; see `psyray status {run}`")
     config, made_by = read_config(run), stages["pairs"].manifest["config"]["rubric"]
-    kept = run / f"rubric-{made_by}.yaml"  # none in a run that is older
+    kept = kept_rubric(run, made_by)  # none in a run that is older
     rubric = load_rubric(str(kept) if kept.exists() else config["rubric"])
     if rubric.id != made_by:
         raise PsyrayError(

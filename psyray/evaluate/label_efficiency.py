@@ -26,11 +26,12 @@ from psyray.models import cache_folder, resolve_model
 from psyray.records import Message, Verdict, conversation_id
 from psyray.reward.body import Reading
 from psyray.reward.frozen import Chats, FeatureCache, chat_id
+from psyray.sections.data import SpeechesSection
 from psyray.sections.learning import EfficiencySection
 from psyray.sections.place import TrackSection
 from psyray.track import Point
 
-LEAST = 100  # speeches.min_chars, where nobody says otherwise
+LEAST = SpeechesSection().min_chars  # where nobody says otherwise
 
 
 @dataclass(frozen=True)
